@@ -1,0 +1,382 @@
+"""The typed config tree: YAML files with ``extends:``, dotted overrides, and errors that name the key.
+
+One object, ``Config``, describes a run. It is checked as a whole before anything else starts, and saved,
+resolved, as ``config.yaml`` in the run folder. Lowest layer: imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+
+Positive = Annotated[StrictInt, Field(gt=0)]
+NonNegative = Annotated[StrictInt, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Stage = Literal["encoder1", "encoder2", "middle", "decoder2", "decoder1"]
+
+# The released sizes (paper, Table 11). `variant: DiCo-XL` in a config stands for these three values.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "DiCo-S": {"hidden_size": 128, "depths": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-B": {"hidden_size": 256, "depths": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-L": {"hidden_size": 352, "depths": (9, 8, 9, 8, 9), "mlp_ratio": 2.0},
+    "DiCo-XL": {"hidden_size": 416, "depths": (9, 9, 10, 9, 9), "mlp_ratio": 2.0},
+    "DiCo-H": {"hidden_size": 416, "depths": (14, 12, 10, 12, 14), "mlp_ratio": 4.0},
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the key and what to change."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Span(Section):
+    """A duration or an interval, in exactly one unit."""
+
+    steps: Positive | None = None
+    images: Positive | None = None
+    epochs: PositiveFloat | None = None
+    minutes: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Span:
+        if sum(v is not None for v in (self.steps, self.images, self.epochs, self.minutes)) != 1:
+            raise ValueError("give exactly one of steps, images, epochs, minutes")
+        return self
+
+    def in_steps(self, batch: int, samples_per_epoch: int) -> int | None:
+        """The span in optimizer steps, at least 1; None if it is given in minutes."""
+        if self.minutes is not None:
+            return None
+        if self.steps is not None:
+            return self.steps
+        images = self.images if self.images is not None else (self.epochs or 0) * samples_per_epoch
+        return max(1, round(images / batch))
+
+
+class DiCoConfig(Section):
+    """Dimensions and conditioning of the network (paper, section 3)."""
+
+    hidden_size: Positive
+    depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
+    mlp_ratio: PositiveFloat
+    in_channels: Positive = 4
+    learn_sigma: StrictBool = True
+    condition: Literal["class", "text"] = "class"
+    num_classes: Positive = 1000
+    dropout_prob: Probability = 0.1  # of the condition, for guidance; 0 also drops the null class's row
+    text_dim: Positive = 768
+    text_tokens: Positive = 77
+    text_fusion: Literal["dwc", "cross_attention"] = "dwc"
+    text_projection: Literal["block", "stage"] = "block"  # one MLP in each block, or one for each stage
+    pooled_text: StrictBool = False  # add a projection of the pooled text to the timestep embedding
+    pooled_dim: Positive = 768
+    checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_variant(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "variant" not in data:
+            return data
+        data = dict(data)
+        variant = data.pop("variant")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
+        clash = sorted(set(data) & set(VARIANTS[variant]))
+        if clash:
+            raise ValueError(f"variant: {variant} already sets {', '.join(clash)}; give one or the other")
+        return {**VARIANTS[variant], **data}
+
+    @model_validator(mode="after")
+    def _widths(self) -> DiCoConfig:
+        if self.hidden_size % 2:
+            raise ValueError(f"hidden_size: {self.hidden_size} must be even (down-sampling halves it)")
+        if self.condition == "text" and self.text_fusion == "dwc" and not 1 <= self.text_tokens <= 81:
+            raise ValueError(
+                f"text_tokens: {self.text_tokens} tokens do not fit a 9x9 kernel; at most 81 with text_fusion: dwc"
+            )
+        return self
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+class DiffusionConfig(Section):
+    """iDDPM (paper, section 4)."""
+
+    steps: Positive = 1000
+    schedule: Literal["linear", "cosine"] = "linear"
+    prediction: Literal["epsilon", "x0"] = "epsilon"
+
+
+class AutoencoderConfig(Section):
+    """The frozen map between images and latents."""
+
+    kind: Literal["kl", "tiny", "pixels"] = "kl"
+    path: str = "stabilityai/sd-vae-ft-ema"  # a local folder or a hub id
+    scale: PositiveFloat = 0.18215
+
+
+class SeededTower(Section):
+    """Size of a randomly initialised text tower."""
+
+    width: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    seed: NonNegative = 0
+
+
+class TextEncoderConfig(Section):
+    """The frozen text encoder."""
+
+    kind: Literal["open_clip", "transformers"] = "transformers"
+    # transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
+    model: str = "openai/clip-vit-large-patch14"
+    # pretrained, or seeded: random frozen weights, for machines without any.
+    weights: Literal["pretrained", "seeded"] = "pretrained"
+    pretrained: str = "openai"  # open_clip only: a tag it knows, or a file of weights
+    seeded: SeededTower = SeededTower()
+
+
+class DataConfig(Section):
+    """Shards to train on, and the order of their samples."""
+
+    path: str
+    image_size: Positive = 256  # pixels; of images and of the images behind latents
+    crop: Literal["center", "resize"] = "center"  # raw images: centre crop, or squeeze to a square
+    flip: StrictBool = True
+    streams: Positive = 64  # fixed for a run: any number of ranks dividing it sees the same batches
+    shuffle_block: Positive = 1024  # samples of a stream shuffled together
+    workers: NonNegative = 4  # reader processes per rank
+    max_bad_samples: NonNegative = 1000  # replaced samples after which the run stops
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping
+    warmup: Span | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    ema: tuple[Probability, ...] = (0.9999,)  # decays per step
+
+
+class TrainConfig(Section):
+    duration: Span
+    global_batch: Positive = 256
+    micro_batch: Positive = 32  # samples per rank and pass; the rest is gradient accumulation
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
+
+
+class CheckpointConfig(Section):
+    every: Span = Span(minutes=30)
+    keep_last: Positive = 3
+    keep_every: Span | None = None  # these are never deleted
+
+
+class LogConfig(Section):
+    every: Span = Span(steps=50)
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
+    wandb_project: str = "dico_t2i"
+
+
+class SamplerConfig(Section):
+    kind: Literal["iddpm", "ddim", "dpm++"] = "iddpm"
+    steps: Positive = 250
+    guidance: NonNegativeFloat = 1.4  # w of uncond + w (cond - uncond); 1: no guidance
+    guidance_channels: Literal["all", "three"] = "all"  # three: as the released code does
+    eta: NonNegativeFloat = 0.0  # ddim only
+
+
+class PreviewConfig(Section):
+    """Sample grids during training."""
+
+    every: Span | None = None  # none: no grids
+    prompts: tuple[str, ...] = ()
+    labels: tuple[NonNegative, ...] = ()
+    sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str
+    seed: NonNegative = 0
+    model: DiCoConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    preview: PreviewConfig = PreviewConfig()
+    sampler: SamplerConfig = SamplerConfig()  # the default of `dico sample` and of evaluations
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        train, data = self.train, self.data
+        if train.duration.minutes is not None:
+            raise ValueError("train.duration: give steps, images or epochs (schedules need an end in images)")
+        if train.global_batch % data.streams:
+            raise ValueError(
+                f"data.streams: {data.streams} does not divide train.global_batch: {train.global_batch}"
+            )
+        if self.autoencoder.kind == "pixels":
+            size, unit = data.image_size, 4
+        else:
+            size, unit = data.image_size // 8, 32
+        if data.image_size % unit:
+            raise ValueError(
+                f"data.image_size: {data.image_size} must be divisible by {unit}"
+                f" (latents of {size}x{size} are down-sampled twice)"
+            )
+        channels = 3 if self.autoencoder.kind == "pixels" else self.model.in_channels
+        if channels != self.model.in_channels:
+            raise ValueError("model.in_channels: must be 3 with autoencoder.kind: pixels")
+        if self.model.condition == "class" and self.preview.prompts:
+            raise ValueError("preview.prompts: a class-conditional model takes preview.labels")
+        if self.model.condition == "text" and self.preview.labels:
+            raise ValueError("preview.labels: a text-conditional model takes preview.prompts")
+        return self
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of what the network sees."""
+        return self.data.image_size // (1 if self.autoencoder.kind == "pixels" else 8)
+
+    def check_world(self, ranks: int) -> int:
+        """Gradient accumulation steps with this many ranks; ConfigError when it does not come out even."""
+        train, streams = self.train, self.data.streams
+        if streams % ranks:
+            raise ConfigError(
+                f"data.streams: {streams} is not divisible by the {ranks} ranks; use a number of ranks that divides it"
+            )
+        per_rank = train.global_batch // ranks
+        if per_rank % train.micro_batch:
+            raise ConfigError(
+                f"train.micro_batch: {train.micro_batch} does not divide the {per_rank} samples each of {ranks} ranks"
+                f" takes of train.global_batch: {train.global_batch}"
+            )
+        return per_rank // train.micro_batch
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, follow ``extends:``, apply ``key.path=value`` overrides, validate.
+
+    Raises ConfigError with the file, the key's path and the remedy.
+    """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Validate a plain tree; ``source`` is named in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n{_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+# Sections whose keys exclude each other: a file that extends another replaces them as a whole.
+_SPAN_KEYS = set(Span.model_fields)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        whole = isinstance(value, Mapping) and value and set(value) <= _SPAN_KEYS
+        merged[key] = (
+            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not whole else value
+        )
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    if last in _SPAN_KEYS and node and set(node) <= _SPAN_KEYS:
+        node.clear()
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key" + _suggestion(item["loc"])
+        elif item["type"] != "missing" and item["type"] != "value_error":
+            message = f"{message}, found {item['input']!r}"
+        lines.append(f"  {key}: {message}" if key else f"  {message}")
+    return "\n".join(lines)
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    """The known key nearest to an unknown one."""
+    import difflib
+
+    section: Any = Config
+    for part in loc[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) else None
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+        if section is None:
+            return ""
+    known = list(section.model_fields) + (["variant"] if section is DiCoConfig else [])
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"

@@ -1,0 +1,70 @@
+"""Random numbers as a function of (seed, purpose, index): there is no generator state to save.
+
+Every draw of the system (initial noise, timesteps, dropped texts, flips, shuffles) is named by the run's seed,
+a purpose such as ``"noise"`` and the index of the sample it belongs to. So a batch is the same on 1 or 128
+ranks, a sample does not depend on its neighbours, and resuming needs nothing but the position.
+
+The numbers are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) computed
+with integer arithmetic, bit-equal on every device. The key is the seed, the counter is
+(block of four words, purpose, index).
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
+    """``count`` random 32-bit words for each index, as int64 in [0, 2^32).
+
+    index: (N,) int64, any device. Returns (N, count) int64 on the same device.
+    """
+    blocks = -(-count // 4)
+    tag = zlib.crc32(purpose.encode())
+    index = index.to(torch.int64)[:, None]
+    block = torch.arange(blocks, device=index.device)[None, :]
+    c0, c1, c2, c3 = torch.broadcast_tensors(
+        block, torch.full_like(block, tag), index & _WORD, (index >> 32) & _WORD
+    )
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # The product of two 32-bit words wraps in int64, which leaves its 64 bits intact.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
+
+
+def uniform(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """Uniform in [0, 1), float64 with 32 random bits. index (N,) -> (N, *shape)."""
+    return (words(seed, purpose, index, math.prod(shape)).double() / 2**32).reshape(-1, *shape)
+
+
+def normal(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """Standard normal, float32, by Box-Muller in float64. index (N,) -> (N, *shape)."""
+    count = math.prod(shape)
+    pairs = -(-count // 2)
+    u = (words(seed, purpose, index, 2 * pairs).double() + 0.5) / 2**32
+    radius, angle = (-2 * u[:, :pairs].log()).sqrt(), 2 * math.pi * u[:, pairs:]
+    both = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
+    return both[:, :count].float().reshape(-1, *shape)
+
+
+def integers(seed: int, purpose: str, index: Tensor, high: int | Tensor) -> Tensor:
+    """Uniform integers in [0, high), int64; high below 2^31, one for all or one per index. index (N,) -> (N,)."""
+    return (words(seed, purpose, index, 1)[:, 0] * high) >> 32
+
+
+def permutation(seed: int, purpose: str, index: int, size: int) -> np.ndarray:
+    """A permutation of range(size), int64: the ranks of ``size`` random 62-bit keys (ties by position)."""
+    both = words(seed, purpose, torch.tensor([index]), 2 * size)[0].reshape(size, 2)
+    keys = (both[:, 0] << 30) | (both[:, 1] >> 2)
+    return np.argsort(keys.numpy(), kind="stable")
