@@ -1,0 +1,522 @@
+"""What is in the shards: where each member of each sample lies, how long it is, and its checksum.
+
+A dataset is a folder of plain tars in webdataset's layout. Beside ``shard-000000.tar`` lies
+``shard-000000.tar.index`` (safetensors), and one ``index.json`` names the shards, their sample counts and the
+dataset's meta data. With them a sample is read by position, without walking the tar. Run as a command,
+``python -m dico_t2i.data.index DIR``, this module indexes a folder anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+Kind = Literal["images", "latents"]
+MOMENTS = "moments.npy"
+VERSION = 1
+
+_CHUNK = 1 << 24
+_log = getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says what, where and what to do."""
+
+
+class ShardError(DataError):
+    """A shard, or its index, that cannot be read."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The members of one shard of n samples.
+
+    extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two
+    in bytes; -1 where a sample lacks that extension. key_bytes: uint8, all keys joined; key_bounds: int64
+    (n + 1,). tar_bytes: size of the tar. damage: one line for each place of the tar that could not be read.
+    """
+
+    extensions: tuple[str, ...]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crc32: np.ndarray
+    key_bytes: np.ndarray
+    key_bounds: np.ndarray
+    tar_bytes: int
+    damage: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def key(self, member: int) -> str:
+        low, high = self.key_bounds[member], self.key_bounds[member + 1]
+        return self.key_bytes[low:high].tobytes().decode("utf-8", "replace")
+
+    def save(self, path: Path) -> None:
+        """Write to ``path``, atomically."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        meta = {
+            "version": str(VERSION),
+            "extensions": json.dumps(self.extensions),
+            "tar_bytes": str(self.tar_bytes),
+            "damage": json.dumps(self.damage),
+        }
+        _write_atomically(path, save(arrays, metadata=meta))
+
+    @staticmethod
+    def load(path: Path) -> ShardIndex:
+        """Read what ``save`` wrote. Raises ShardError if it is missing, damaged or of a newer version."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                meta = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            index = ShardIndex(
+                **arrays,
+                extensions=tuple(json.loads(meta["extensions"])),
+                tar_bytes=int(meta["tar_bytes"]),
+                damage=tuple(json.loads(meta["damage"])),
+            )
+            version = int(meta["version"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ShardError(
+                f"{path}: not a readable shard index ({error}); {_remedy(path.parent)}"
+            ) from None
+        if version != VERSION:
+            raise ShardError(f"{path}: index version {version}, expected {VERSION}; {_remedy(path.parent)}")
+        index._check(path)
+        return index
+
+    def _check(self, path: Path) -> None:
+        table = (len(self), len(self.extensions))
+        shapes = all(a.shape == table for a in (self.offsets, self.sizes, self.crc32))
+        inside = shapes and bool(np.all(self.offsets + self.sizes <= self.tar_bytes))
+        if not inside or self.key_bounds.shape != (len(self) + 1,):
+            raise ShardError(f"{path}: inconsistent shard index; {_remedy(path.parent)}")
+
+
+_ARRAYS = ("offsets", "sizes", "crc32", "key_bytes", "key_bounds")
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """A folder of shards: names, samples and bytes of each, and the dataset's meta data."""
+
+    root: Path
+    kind: Kind
+    names: tuple[str, ...]
+    samples: np.ndarray  # int64 (shards,)
+    bytes: np.ndarray  # int64 (shards,)
+    meta: dict[str, Any]
+
+    def __len__(self) -> int:
+        """Samples in all shards."""
+        return int(self.samples.sum())
+
+    def path(self, shard: int) -> Path:
+        return self.root / self.names[shard]
+
+    def shard(self, shard: int) -> ShardIndex:
+        """The members of a shard, read from disk. Raises ShardError."""
+        return ShardIndex.load(_index_path(self.path(shard)))
+
+
+def load_index(root: str | Path) -> DatasetIndex:
+    """The index of a dataset folder, built first if there is none.
+
+    Raises DataError if the folder is missing or holds no samples, ShardError if shards are missing or
+    changed.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data folder; give the folder that holds the shards (*.tar)")
+    if not (root / "index.json").exists():
+        return write_index(root)
+    index = _read_json(root)
+    _check_sizes(index)
+    return index
+
+
+def write_index(
+    root: str | Path,
+    kind: Kind | None = None,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    rebuild: bool = False,
+) -> DatasetIndex:
+    """Index every shard of a folder and write ``index.json``.
+
+    Shards whose own index fits the tar's size are not read again, unless ``rebuild``. Without ``kind`` it is
+    taken from the members' names. A damaged shard is indexed as far as it can be read, with a warning; its
+    entry in ``index.json`` says where. Raises DataError if there are no samples.
+    """
+    root = Path(root)
+    tars = sorted(root.glob("*.tar"))
+    if not tars:
+        raise DataError(f"{root}: no shards (*.tar) in this folder")
+    stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        _show_progress(pool.map(_index_and_save, stale), len(stale))
+    entries, found = [], set()
+    for tar in tars:
+        shard = ShardIndex.load(_index_path(tar))
+        entries.append(_entry(tar, shard))
+        found.update(shard.extensions)
+    if not any(entry["samples"] for entry in entries):
+        damage = "; ".join(entries[0].get("damage", ()))
+        raise DataError(f"{root}: no samples in its {len(tars)} shards; {damage or 'the tars are empty'}")
+    if kind is None:
+        kind = "latents" if MOMENTS in found else "images"
+    content = {"version": VERSION, "kind": kind, "shards": entries, "meta": dict(meta or {})}
+    _write_atomically(root / "index.json", (json.dumps(content, indent=1) + "\n").encode())
+    return _read_json(root)
+
+
+def index_shard(tar_path: str | Path) -> ShardIndex:
+    """Read a tar once and index its samples; only regular files with plain relative names count.
+
+    A member's key is its name up to the first dot of the base name, its extension the rest, in lower case;
+    neighbours with one key make a sample (webdataset's rule). Unreadable stretches are skipped and listed in
+    ``damage``; a sample with a cut member is left out. Raises ShardError if the file cannot be opened.
+    """
+    tar_path = Path(tar_path)
+    damage: list[str] = []
+    samples: list[tuple[str, dict[str, tuple[int, int, int]]]] = []
+    try:
+        with tar_path.open("rb") as file:
+            for info, whole in _members(file, damage):
+                name = _split_name(info.name)
+                if name is None or not info.isreg() or info.issparse():
+                    continue
+                key, extension = name
+                if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+                    samples.append((key, {}))
+                if not whole:
+                    samples.pop()
+                    continue
+                crc = _crc32(file, info.offset_data, info.size)
+                samples[-1][1][extension] = (info.offset_data, info.size, crc)
+            tar_bytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ShardError(f"{tar_path}: cannot be read: {error}") from error
+    return _to_arrays(samples, tar_bytes, damage)
+
+
+class ShardFile:
+    """One shard being written: a temporary file until ``commit``, then the tar and its index, both complete.
+
+    The bytes depend on the samples alone (no times, users or groups).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from webdataset.writer import TarWriter
+
+        self.path = Path(path)
+        self._part = _temporary(self.path)
+        self._file = self._part.open("xb")
+        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+        self._last_key = ""
+        self.samples = 0
+        self.bytes = 0  # of the members, without headers
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Add a sample: ``__key__`` and, by extension, bytes, text, integers, arrays or JSON objects.
+
+        Raises DataError for a key or extension that would not be read back as given.
+        """
+        members = {name: _encode(value) for name, value in sample.items() if not name.startswith("__")}
+        key = str(sample.get("__key__", ""))
+        for extension in members:
+            if _split_name(f"{key}.{extension}") != (key, extension):
+                raise DataError(f"{self.path}: {key!r} with extension {extension!r} is not a sample's name")
+        if not members or key == self._last_key:
+            raise DataError(f"{self.path}: sample {key!r} is {'repeated' if members else 'empty'}")
+        self._tar.write({"__key__": key, **members})
+        self._last_key = key
+        self.samples += 1
+        self.bytes += sum(map(len, members.values()))
+
+    def commit(self) -> ShardIndex:
+        """Finish the tar, index it, and give both their names."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = index_shard(self._part)
+        if index.damage or len(index) != self.samples:
+            raise ShardError(f"{self.path}: not read back as written; {'; '.join(index.damage)}")
+        index.save(_index_path(self.path))
+        self._part.replace(self.path)
+        _sync_folder(self.path.parent)
+        return index
+
+    def discard(self) -> None:
+        """Throw away what was written."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes samples into numbered shards of a new folder, and ``index.json`` at the end.
+
+    A context manager: after an exception the unfinished shard is dropped and there is no ``index.json``.
+    Raises DataError if the folder holds shards already.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        samples_per_shard: int = 1000,
+        kind: Kind = "images",
+        meta: Mapping[str, Any] | None = None,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        if kind not in get_args(Kind) or samples_per_shard < 1:
+            raise DataError(f"kind {kind!r} with {samples_per_shard} samples per shard cannot be written")
+        self.root = Path(root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        if any(self.root.glob("*.tar")) or (self.root / "index.json").exists():
+            raise DataError(f"{self.root}: holds shards already; choose another folder or remove this one")
+        self.samples_per_shard, self.kind, self.max_bytes = samples_per_shard, kind, max_bytes
+        self.meta = dict(meta or {})
+        self.samples = 0
+        self._shards = 0
+        self._open: ShardFile | None = None
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Add a sample, as ``ShardFile.write`` takes it; starts a new shard when one is full."""
+        if self._open is None:
+            self._open = ShardFile(self.root / f"shard-{self._shards:06d}.tar")
+            self._shards += 1
+        self._open.write(sample)
+        self.samples += 1
+        if self._open.samples >= self.samples_per_shard or self._open.bytes >= self.max_bytes:
+            self._commit()
+
+    def close(self) -> DatasetIndex:
+        """Finish the last shard and write ``index.json``. Raises DataError if nothing was written."""
+        self._commit()
+        return write_index(self.root, self.kind, self.meta)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._open is not None:
+            self._open.discard()
+
+    def _commit(self) -> None:
+        if self._open is not None:
+            self._open.commit()
+        self._open = None
+
+
+def _members(file: BinaryIO, damage: list[str]) -> Iterator[tuple[tarfile.TarInfo, bool]]:
+    """The tar's members with whether their data is whole. Appends to ``damage`` what could not be read."""
+    size = os.fstat(file.fileno()).st_size
+    end = 0
+    try:
+        # Reading on behind zeros and bad headers finds what lies beyond a damaged stretch.
+        tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)  # noqa: SIM115
+        while (info := tar.next()) is not None:
+            if info.size < 0 or info.offset < end:
+                raise tarfile.ReadError("impossible size in a header")
+            if _any_nonzero(file, end, info.offset):
+                damage.append(f"bytes {end} to {info.offset}: no tar members")
+            whole = info.offset_data + info.size <= size
+            if not whole:
+                damage.append(f"byte {info.offset}: {info.name!r} is cut")
+            yield info, whole
+            if not whole:
+                return
+            end = tar.offset
+    except OSError:
+        raise
+    except Exception as error:  # a hostile header makes tarfile raise nearly anything
+        damage.append(f"byte {end}: {error}")
+        return
+    if size < end + tarfile.BLOCKSIZE:
+        damage.append(f"byte {end}: no end mark; the file may be cut")
+    elif _any_nonzero(file, end, size):
+        damage.append(f"bytes {end} to {size}: no tar members")
+
+
+def _split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member's name; None if it is no sample's, or reaches out of the folder."""
+    name = name.removeprefix("./")
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if not stem or not extension or name.startswith("/") or ".." in folder.split("/"):
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+def _to_arrays(
+    samples: list[tuple[str, dict[str, tuple[int, int, int]]]], tar_bytes: int, damage: list[str]
+) -> ShardIndex:
+    extensions = tuple(sorted({name for _, members in samples for name in members}))
+    table = np.full((len(samples), len(extensions), 3), -1, dtype=np.int64)
+    for row, (_, members) in enumerate(samples):
+        for name, entry in members.items():
+            table[row, extensions.index(name)] = entry
+    keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
+    bounds = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+    offsets, sizes, crc32 = np.ascontiguousarray(table.transpose(2, 0, 1))
+    joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
+    return ShardIndex(extensions, offsets, sizes, crc32, joined, bounds, tar_bytes, tuple(damage))
+
+
+def _is_indexed(tar: Path) -> bool:
+    try:
+        return ShardIndex.load(_index_path(tar)).tar_bytes == tar.stat().st_size
+    except ShardError:
+        return False
+
+
+def _index_and_save(tar: Path) -> None:
+    shard = index_shard(tar)
+    for place in shard.damage:
+        _log.warning("%s: damaged at %s; %d samples can be read", tar, place, len(shard))
+    shard.save(_index_path(tar))
+
+
+def _entry(tar: Path, shard: ShardIndex) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": tar.name, "samples": len(shard), "bytes": shard.tar_bytes}
+    return {**entry, "damage": list(shard.damage)} if shard.damage else entry
+
+
+def _read_json(root: Path) -> DatasetIndex:
+    path = root / "index.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, kind, shards = content["version"], content["kind"], content["shards"]
+        names = tuple(str(shard["name"]) for shard in shards)
+        samples = np.array([int(shard["samples"]) for shard in shards], dtype=np.int64)
+        sizes = np.array([int(shard["bytes"]) for shard in shards], dtype=np.int64)
+        meta = dict(content["meta"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a readable dataset index ({error!r}); {_remedy(root)}") from None
+    if version != VERSION or kind not in get_args(Kind):
+        raise DataError(f"{path}: version {version!r}, kind {kind!r} is not known here; {_remedy(root)}")
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not samples.sum():
+        raise DataError(
+            f"{path}: {f'shard name {outside[0]!r}' if outside else 'no samples'}; {_remedy(root)}"
+        )
+    return DatasetIndex(root, kind, names, samples, sizes, meta)
+
+
+def _check_sizes(index: DatasetIndex) -> None:
+    found = {
+        entry.name: entry.stat().st_size for entry in os.scandir(index.root) if entry.name.endswith(".tar")
+    }
+    wrong = [
+        f"{name} ({found.get(name, 'missing')}, indexed {size} bytes)"
+        for name, size in zip(index.names, index.bytes.tolist(), strict=True)
+        if found.get(name) != size
+    ]
+    if wrong:
+        some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ShardError(f"{index.root}: shards differ from their index: {some}; {_remedy(index.root)}")
+
+
+def _remedy(root: Path) -> str:
+    return f"index the folder anew: python -m dico_t2i.data.index {root}"
+
+
+def _index_path(tar: Path) -> Path:
+    return tar.with_name(tar.name + ".index")
+
+
+def _encode(value: Any) -> bytes:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, np.ndarray):
+        buffer = io.BytesIO()
+        np.save(buffer, value, allow_pickle=False)
+        return buffer.getvalue()
+    if isinstance(value, str | int | np.integer):
+        return str(value).encode()
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _crc32(file: BinaryIO, offset: int, size: int) -> int:
+    crc = 0
+    for start in range(offset, offset + size, _CHUNK):
+        crc = zlib.crc32(os.pread(file.fileno(), min(_CHUNK, offset + size - start), start), crc)
+    return crc
+
+
+def _any_nonzero(file: BinaryIO, start: int, stop: int) -> bool:
+    chunks = (os.pread(file.fileno(), min(_CHUNK, stop - at), at) for at in range(start, stop, _CHUNK))
+    return any(chunk.count(0) != len(chunk) for chunk in chunks)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses and no glob for shards finds."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    part = _temporary(path)
+    with part.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _show_progress(work: Iterable[None], total: int) -> None:
+    """Wait for all of ``work``, with a progress bar if there is more than one piece."""
+    from rich.progress import track
+
+    for _ in track(work, "indexing shards", total=total, transient=True, disable=total < 2):
+        pass
+
+
+def _main() -> None:
+    """Index the folder named on the command line anew, keeping the kind and meta data it has."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m dico_t2i.data.index", description=_main.__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    kind, meta = None, None
+    if (folder / "index.json").exists():
+        with suppress(DataError):
+            known = _read_json(folder)
+            kind, meta = known.kind, known.meta
+    index = write_index(folder, kind, meta, rebuild=True)
+    print(f"{folder}: {len(index)} samples in {len(index.names)} shards ({index.kind})")
+
+
+if __name__ == "__main__":
+    _main()

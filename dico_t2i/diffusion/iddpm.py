@@ -1,0 +1,264 @@
+"""iDDPM: forward process, training losses and single reverse steps.
+
+Sources: DDPM (Ho et al. 2020), learned-range variance and hybrid loss of iDDPM (Nichol and Dhariwal 2021),
+DDIM (Song et al. 2021). Timesteps ``t`` here count the kept steps of the schedule, (N,) int64; the network gets
+the original ones. Images and latents are (N, C, H, W). Arithmetic is float32, or float64 for float64 inputs:
+coefficients are looked up in float64, and half-precision network outputs are raised first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dico_t2i.config import DiffusionConfig
+from dico_t2i.diffusion.schedule import Schedule, make_schedule
+
+# x_t (N, C, H, W) and original timesteps (N,) -> (N, C or 2C, H, W)
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x as float32, or unchanged if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class StepDistribution(NamedTuple):
+    """p(x_{t-1} | x_t) as the network sees it, and its estimate of x_0; each (N, C, H, W)."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x_start: Tensor
+
+
+@dataclass(frozen=True)
+class IDDPM:
+    """A diffusion process and what the network predicts about it.
+
+    respacing keeps some of the ``diffusion_steps`` (see ``schedule.space_timesteps``). The network predicts the
+    noise, or x_0 with predict_xstart. With learn_sigma, its second C channels interpolate the log-variance between
+    the posterior's and beta (iDDPM, equation 15); without, the variance is beta, or the posterior's with sigma_small.
+    The loss is the mean squared error plus the variational bound of the variance; rescale_learned_sigmas weighs
+    the bound by steps/1000; use_kl makes the loss the whole bound, times the number of steps.
+    """
+
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    respacing: str = ""
+    predict_xstart: bool = False
+    learn_sigma: bool = True
+    sigma_small: bool = False
+    rescale_learned_sigmas: bool = False
+    use_kl: bool = False
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return make_schedule(self.diffusion_steps, self.noise_schedule, self.respacing)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.schedule)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of the forward process (DDPM, equation 4)."""
+        return self._times("sqrt_alphas_cumprod", t, x_start) + self._times(
+            "sqrt_one_minus_alphas_cumprod", t, noise
+        )
+
+    def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0) (DDPM, equation 7)."""
+        return self._times("posterior_mean_coef1", t, x_start) + self._times("posterior_mean_coef2", t, x_t)
+
+    def training_losses(
+        self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of each sample, (N,): "loss", and its parts "mse" and "vb" (bits per dimension) where they exist.
+
+        vb has no gradient into the prediction channels and mse none into the variance channels (iDDPM, section 3.1).
+        Nothing waits for the device. Raises ValueError if the network has the wrong number of channels.
+        """
+        x_start, noise = full_precision(x_start), full_precision(noise)
+        x_t = self.q_sample(x_start, t, noise)
+        prediction, variance_channels = self._apply(model_fn, x_t, t)
+        if self.use_kl:
+            vb = self._vb(prediction, variance_channels, x_start, x_t, t)
+            return {"loss": vb * self.num_timesteps, "vb": vb}
+        mse = _mean_per_sample(((x_start if self.predict_xstart else noise) - prediction) ** 2)
+        if not self.learn_sigma:
+            return {"loss": mse, "mse": mse}
+        vb = self._vb(prediction.detach(), variance_channels, x_start, x_t, t)
+        if self.rescale_learned_sigmas:
+            vb = vb * (self.num_timesteps / 1000)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def p_mean_variance(
+        self, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool = False
+    ) -> StepDistribution:
+        """p(x_{t-1} | x_t); clip clamps the estimate of x_0 to [-1, 1], which suits pixels, not latents."""
+        return self._distribution(*self._apply(model_fn, x, t), x, t, clip)
+
+    def p_sample(self, model_fn: ModelFn, x: Tensor, t: Tensor, noise: Tensor, clip: bool = False) -> Tensor:
+        """x_{t-1} by ancestral sampling; ``noise`` is standard normal, not added at the last step t = 0."""
+        step = self.p_mean_variance(model_fn, x, t, clip)
+        return step.mean + _unless_last(t, step.mean) * (0.5 * step.log_variance).exp() * noise
+
+    def ddim_sample(
+        self,
+        model_fn: ModelFn,
+        x: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        eta: float = 0.0,
+        clip: bool = False,
+    ) -> Tensor:
+        """x_{t-1} by DDIM (its equation 12). eta in [0, 1]: 0 is deterministic and takes no noise."""
+        x_start = self.p_mean_variance(model_fn, x, t, clip).x_start
+        sigma = eta * self._at("posterior_variance", t).sqrt()
+        x_prev = self._towards("alphas_cumprod_prev", sigma, x_start, x, t)
+        if noise is None:
+            return x_prev
+        return x_prev + _unless_last(t, x_prev) * sigma.to(x_prev.dtype) * noise
+
+    def ddim_reverse(self, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool = False) -> Tensor:
+        """x_{t+1} by the deterministic DDIM run backwards: encodes x_0 towards noise."""
+        x_start = self.p_mean_variance(model_fn, x, t, clip).x_start
+        return self._towards("alphas_cumprod_next", torch.zeros_like(self._at("betas", t)), x_start, x, t)
+
+    def _towards(self, alphas: str, sigma: Tensor, x_start: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The mean of DDIM's step from x_t to the noise level ``alphas``, leaving room for noise of std sigma."""
+        alpha = self._at(alphas, t)
+        epsilon = self._times("sqrt_recip_alphas_cumprod", t, x) - x_start
+        epsilon = epsilon / self._at("sqrt_recipm1_alphas_cumprod", t).to(x_start.dtype)
+        direction = (1 - alpha - sigma**2).sqrt()
+        return alpha.sqrt().to(x_start.dtype) * x_start + direction.to(x_start.dtype) * epsilon
+
+    def _apply(self, model_fn: ModelFn, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the network; its prediction (N, C, H, W) and variance channels (N, C, H, W) or None."""
+        output = full_precision(model_fn(x, self._tables(t.device)["timestep_map"][t]))
+        channels = x.shape[1]
+        expected = channels * (2 if self.learn_sigma else 1)
+        if output.shape[1] != expected:
+            raise ValueError(
+                f"the network returned {output.shape[1]} channels for {channels} in; expected {expected}"
+                f" with learn_sigma={self.learn_sigma}"
+            )
+        return output[:, :channels], output[:, channels:] if self.learn_sigma else None
+
+    def _distribution(
+        self, prediction: Tensor, variance_channels: Tensor | None, x: Tensor, t: Tensor, clip: bool
+    ) -> StepDistribution:
+        x_start = prediction
+        if not self.predict_xstart:
+            x_start = self._times("sqrt_recip_alphas_cumprod", t, x) - self._times(
+                "sqrt_recipm1_alphas_cumprod", t, prediction
+            )
+        if clip:
+            x_start = x_start.clamp(-1, 1)
+        variance, log_variance = self._variance(variance_channels, t, x_start)
+        return StepDistribution(self.q_posterior_mean(x_start, x, t), variance, log_variance, x_start)
+
+    def _variance(self, channels: Tensor | None, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        if channels is not None:
+            fraction = (channels + 1) / 2  # not clamped, as in iDDPM
+            log_variance = self._times("log_betas", t, fraction) + self._times(
+                "posterior_log_variance_clipped", t, 1 - fraction
+            )
+            return log_variance.exp(), log_variance
+        if self.sigma_small:
+            variance = self._at("posterior_variance", t)
+            log_variance = self._at("posterior_log_variance_clipped", t)
+        else:
+            variance = self._at("fixed_large_variance", t)
+            log_variance = variance.log()
+        return variance.to(like.dtype).expand_as(like), log_variance.to(like.dtype).expand_as(like)
+
+    def _vb(
+        self, prediction: Tensor, variance_channels: Tensor | None, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """The bound's term of step t in bits per dimension, (N,) (DDPM, equation 5)."""
+        step = self._distribution(prediction, variance_channels, x_t, t, clip=False)
+        true_mean = self.q_posterior_mean(x_start, x_t, t)
+        true_log_variance = self._at("posterior_log_variance_clipped", t).to(x_t.dtype)
+        kl = normal_kl(true_mean, true_log_variance, step.mean, step.log_variance)
+        likelihood = discretized_gaussian_log_likelihood(x_start, step.mean, 0.5 * step.log_variance)
+        nats = torch.where(t == 0, -_mean_per_sample(likelihood), _mean_per_sample(kl))
+        return nats / math.log(2)
+
+    def _at(self, name: str, t: Tensor) -> Tensor:
+        """The schedule's ``name`` at t, (N, 1, 1, 1), float64."""
+        return self._tables(t.device)[name][t].view(-1, 1, 1, 1)
+
+    def _times(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        x = full_precision(x)
+        return self._at(name, t).to(x.dtype) * x
+
+    def _tables(self, device: torch.device) -> dict[str, Tensor]:
+        """The schedule on ``device``, moved there once."""
+        if device not in self._tables_by_device:
+            self._tables_by_device[device] = {
+                name: torch.from_numpy(array).to(device) for name, array in vars(self.schedule).items()
+            }
+        return self._tables_by_device[device]
+
+    @cached_property
+    def _tables_by_device(self) -> dict[torch.device, dict[str, Tensor]]:
+        return {}
+
+
+def build(config: DiffusionConfig, learn_sigma: bool, respacing: str = "") -> IDDPM:
+    """The process a config describes; respacing as in ``schedule.space_timesteps``."""
+    diffusion = IDDPM(
+        diffusion_steps=config.steps,
+        noise_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
+        respacing=respacing,
+        predict_xstart=config.prediction == "x0",
+        learn_sigma=learn_sigma,
+    )
+    _ = diffusion.schedule  # an impossible schedule is an error here, not in the first step
+    return diffusion
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) of diagonal Gaussians, elementwise, in nats."""
+    return 0.5 * (
+        -1
+        + log_variance2
+        - log_variance1
+        + (log_variance1 - log_variance2).exp()
+        + (mean1 - mean2) ** 2 * (-log_variance2).exp()
+    )
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability of x's bin of half-width 1/255, elementwise, in nats (DDPM, equation 13).
+
+    The bins at -1 and 1 are open-ended; probabilities are floored at 1e-12.
+    """
+    centred, inverse_scale = x - mean, (-log_scale).exp()
+    below_upper = _approximate_cdf((centred + 1 / 255) * inverse_scale)
+    below_lower = _approximate_cdf((centred - 1 / 255) * inverse_scale)
+    probability = torch.where(
+        x < -0.999, below_upper, torch.where(x > 0.999, 1 - below_lower, below_upper - below_lower)
+    )
+    return probability.clamp(min=1e-12).log()
+
+
+def _approximate_cdf(x: Tensor) -> Tensor:
+    """The standard normal's distribution function, within 4e-4 (the tanh form known from GELU)."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _mean_per_sample(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(dim=1)
+
+
+def _unless_last(t: Tensor, like: Tensor) -> Tensor:
+    """0 where t is the last step of sampling, else 1; (N, 1, 1, 1)."""
+    return (t != 0).to(like.dtype).view(-1, 1, 1, 1)

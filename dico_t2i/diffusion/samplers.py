@@ -1,0 +1,98 @@
+"""Samplers: from noise to latents, given the (guided) network.
+
+"iddpm" is ancestral sampling on respaced steps, "ddim" DDIM on the same steps, "dpm++" DPM-Solver++(2M).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dico_t2i.config import DiffusionConfig, SamplerConfig
+from dico_t2i.diffusion.iddpm import IDDPM, ModelFn, build, full_precision
+
+StepNoise = Callable[[int], Tensor]
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def sample(
+    diffusion_config: DiffusionConfig,
+    sampler: SamplerConfig,
+    model_fn: ModelFn,
+    noise: Tensor,
+    step_noise: StepNoise,
+    learn_sigma: bool,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (N, C, H, W) from standard normal ``noise`` of the same shape; float32, or float64 if noise is.
+
+    ``model_fn(x, t)`` is the network, already guided: the scale in ``sampler`` is the caller's to apply (see
+    ``guidance.guided``). ``step_noise(k)`` gives the standard normal noise of step k = 0, 1, ..., shaped like
+    ``noise``; deterministic samplers do not call it. An image depends on its own noise only.
+    ``progress(done, steps)`` is called after each step.
+    Raises ValueError for a number of steps or an eta that the sampler cannot do.
+    """
+    x = full_precision(noise)
+    if sampler.kind == "dpm++":
+        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, progress)
+    if not 0 <= sampler.eta <= 1:
+        raise ValueError(f"sampler.eta: {sampler.eta} must lie in 0..1")
+    diffusion = build(diffusion_config, learn_sigma, respacing=str(sampler.steps))
+
+    def ancestral(x: Tensor, t: Tensor, k: int) -> Tensor:
+        return diffusion.p_sample(model_fn, x, t, step_noise(k))
+
+    def ddim(x: Tensor, t: Tensor, k: int) -> Tensor:
+        return diffusion.ddim_sample(model_fn, x, t, step_noise(k) if sampler.eta else None, sampler.eta)
+
+    return reverse_loop(diffusion, ancestral if sampler.kind == "iddpm" else ddim, x, progress)
+
+
+def reverse_loop(
+    diffusion: IDDPM,
+    step: Callable[[Tensor, Tensor, int], Tensor],
+    x: Tensor,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Apply ``step(x, t, k)`` for t from the last kept step down to 0; k counts up from 0."""
+    steps = diffusion.num_timesteps
+    for k in range(steps):
+        t = torch.full((len(x),), steps - 1 - k, device=x.device)
+        x = step(x, t, k)
+        if progress:
+            progress(k + 1, steps)
+    return x
+
+
+def _dpm_solver(
+    config: DiffusionConfig, steps: int, model_fn: ModelFn, x: Tensor, progress: Progress | None
+) -> Tensor:
+    """DPM-Solver++ of order 2 (Lu et al. 2022) on the prediction channels; its state is float32."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    diffusion = build(config, learn_sigma=False)
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=config.steps,
+        trained_betas=diffusion.schedule.betas.tolist(),
+        prediction_type="sample" if diffusion.predict_xstart else "epsilon",
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        final_sigmas_type="zero",  # ends at x_0 with a first-order step
+        lambda_min_clipped=-5.1,  # starts the cosine schedule where the signal is not yet lost in rounding
+    )
+    scheduler.set_timesteps(steps)
+    timesteps: list[int] = scheduler.timesteps.tolist()
+    if len(set(timesteps)) < steps:
+        raise ValueError(
+            f"sampler.steps: dpm++ cannot take {steps} distinct steps of {config.steps}; use fewer"
+        )
+    scheduler.set_begin_index(0)
+    for k, t in enumerate(timesteps):
+        prediction = full_precision(model_fn(x, torch.full((len(x),), t, device=x.device)))[:, : x.shape[1]]
+        x = scheduler.step(prediction, t, x).prev_sample
+        if progress:
+            progress(k + 1, steps)
+    return x

@@ -1,0 +1,194 @@
+"""The frozen map between images and latents: a KL autoencoder, a tiny deterministic one, or the pixels themselves.
+
+All three speak of posterior moments, mean and log-variance, so that caches, training and sampling need not
+know which one they have; the deterministic two have a log-variance of -30, which is no noise in float32.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dico_t2i.config import AutoencoderConfig
+from dico_t2i.encoders.local import config_hash, file_hash, read_json, resolve
+
+_FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
+_NO_NOISE = -30.0  # log-variance
+
+
+def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+    """Scaled draws from the posterior: (mean + exp(logvar / 2) noise) scale, with logvar kept in -30..20.
+
+    moments: (N, 2C, h, w), mean then log-variance, fresh or cached, any float dtype. noise: (N, C, h, w) standard
+    normal. Returns (N, C, h, w) float32.
+    """
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.float()) * scale
+
+
+class Autoencoder(ABC):
+    """Frozen; nothing here records gradients.
+
+    latent_channels: C. downscale: image pixels for one latent pixel, in height and width. scale: the factor between
+    the autoencoder's latents and those the network sees.
+    """
+
+    def __init__(
+        self, latent_channels: int, downscale: int, scale: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.latent_channels = latent_channels
+        self.downscale = downscale
+        self.scale = scale
+        self.device = device
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Posterior of images. (N, 3, H, W) uint8 -> (N, 2C, H/downscale, W/downscale) float32, unscaled.
+
+        Raises ValueError for other dtypes and shapes.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: need (N, 3, H, W) uint8, found {tuple(images.shape)} {images.dtype}")
+        if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
+            raise ValueError(
+                f"images: {images.shape[2]}x{images.shape[3]} pixels are not divisible by {self.downscale};"
+                " resize or crop them"
+            )
+        return self._encode((images.to(self.device).float() / 127.5 - 1).to(self.dtype)).float()
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """``sample_latents`` with this autoencoder's scale."""
+        return sample_latents(moments, noise, self.scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, chunk: int = 16) -> Tensor:
+        """Images of scaled latents, ``chunk`` at a time to bound memory.
+
+        (N, C, h, w) -> (N, 3, H, W) uint8 on the same device: 127.5 x + 128, clamped and truncated, as ADM's evaluator has it.
+        """
+        return torch.cat([self._decode_chunk(part) for part in latents.split(chunk)])
+
+    def _decode_chunk(self, latents: Tensor) -> Tensor:
+        images = self._decode((latents.to(self.device).float() / self.scale).to(self.dtype)).float()
+        return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """What a cache of moments depends on; equal for the same weights, config, name and scale."""
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in -1..1 -> moments (N, 2C, h, w)."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) unscaled -> (N, 3, H, W) in about -1..1."""
+
+
+class PixelAutoencoder(Autoencoder):
+    """The identity: the network sees images in -1..1. The scale is 1, whatever the config says."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(3, 1, 1.0, device, dtype)
+
+    def identity(self) -> dict[str, str]:
+        return {"kind": "pixels", "scale": "1.0"}
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return _without_noise(images)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class DiffusersAutoencoder(Autoencoder):
+    """A model of diffusers, from a folder in its own format."""
+
+    class_name: str
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._kind, self._name = config.kind, Path(config.path).name
+        self._settings_file, self._weights_file = resolve(config.path, _FILES, "autoencoder.path")
+        self._model = self._load(dtype).to(device)
+        downscale = 2 ** (len(self._widths()) - 1)
+        if downscale != 8:
+            raise ValueError(f"autoencoder.path: {config.path} scales images down by {downscale}, not by 8")
+        super().__init__(self._model.config.latent_channels, downscale, config.scale, device, dtype)
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "kind": self._kind,
+            "name": self._name,
+            "weights": file_hash(self._weights_file),
+            "config": config_hash(read_json(self._settings_file)),
+            "scale": str(self.scale),
+        }
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        saved_as = read_json(self._settings_file).get("_class_name")
+        if saved_as != self.class_name:
+            raise ValueError(
+                f"autoencoder.kind: {self._kind} needs an {self.class_name}, but {self._settings_file} is of {saved_as}"
+            )
+        import diffusers
+
+        model, report = getattr(diffusers, self.class_name).from_pretrained(
+            self._settings_file.parent,
+            torch_dtype=dtype,
+            use_safetensors=self._weights_file.suffix == ".safetensors",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:  # diffusers would leave these at random values
+            raise ValueError(f"{self._weights_file}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+        return model.eval().requires_grad_(False)
+
+    def _widths(self) -> Sequence[int]:
+        """Channels of the encoder at each resolution."""
+        return self._model.config.block_out_channels
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._model.decode(latents).sample
+
+
+class KlAutoencoder(DiffusersAutoencoder):
+    """Stable Diffusion's, such as sd-vae-ft-ema."""
+
+    class_name = "AutoencoderKL"
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self._model.encode(images).latent_dist.parameters
+
+
+class TinyAutoencoder(DiffusersAutoencoder):
+    """A distilled, deterministic one, such as taesd. Its latents come scaled, so its scale is usually 1."""
+
+    class_name = "AutoencoderTiny"
+
+    def _widths(self) -> Sequence[int]:
+        return self._model.config.encoder_block_out_channels
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return _without_noise(self._model.encode(images).latents)
+
+
+def load_autoencoder(
+    config: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """The autoencoder of a config, in eval mode.
+
+    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they do
+    not fit.
+    """
+    device = torch.device(device)
+    if config.kind == "pixels":
+        return PixelAutoencoder(device, dtype)
+    return (KlAutoencoder if config.kind == "kl" else TinyAutoencoder)(config, device, dtype)
+
+
+def _without_noise(mean: Tensor) -> Tensor:
+    return torch.cat((mean, torch.full_like(mean, _NO_NOISE)), dim=1)

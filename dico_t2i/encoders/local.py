@@ -1,0 +1,123 @@
+"""Where the files of a pretrained model come from: a local folder, the Hugging Face cache, or the hub if allowed.
+
+The hub is asked only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no
+network and a connection that cannot be made takes minutes to fail.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
+
+Finder = Callable[[str], Path | None]
+
+
+class MissingModelError(ValueError):
+    """A model whose files are not here; the message says where was looked and how to get them."""
+
+
+def download_allowed() -> bool:
+    """Whether the user lets this process ask the hub."""
+    return os.environ.get(ALLOW_DOWNLOAD) == "1"
+
+
+# huggingface_hub reads this once, when it is first imported.
+if not download_allowed():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
+    """Local paths of a model's files, all from one place.
+
+    name: a local folder or a hub id. files: for each file its possible names, the preferred first. key: the
+    config key that holds the name, for the error. Raises MissingModelError, without trying the network
+    unless it is allowed.
+    """
+    looked = []
+    for place, find in _places(name):
+        try:
+            paths = [next((path for file in names if (path := find(file))), None) for names in files]
+        except OSError as error:  # the hub's and the network's errors are all OSErrors
+            looked.append(f"{place}: {str(error).splitlines()[0]}")
+            continue
+        found = [path for path in paths if path is not None]
+        if len(found) == len(files):
+            return found
+        gaps = [" or ".join(names) for names, path in zip(files, paths, strict=True) if path is None]
+        looked.append(f"{place}: lacks {', '.join(gaps)}" if found else f"{place}: not there")
+    raise MissingModelError(_explain(name, files, key, looked))
+
+
+def read_json(path: Path) -> dict:
+    """A model's config. ValueError, with the path, if it is not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; fetch the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object, found {type(content).__name__}; fetch it again")
+    return content
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_hash(config: dict) -> str:
+    """sha256 of a model's config, without the notes (keys with ``_``) that a library adds when saving."""
+    content = {key: value for key, value in config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _places(name: str) -> Iterator[tuple[str, Finder]]:
+    folder = Path(name).expanduser()
+    yield str(folder.absolute()), lambda file: path if (path := folder / file).is_file() else None
+    if not _is_hub_id(name):
+        return
+    import huggingface_hub as hub
+
+    cache = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    yield str(cache), lambda file: Path(path) if isinstance(path := _cached(name, file), str) else None
+    if download_allowed():
+        yield f"{hub.constants.ENDPOINT}/{name}", lambda file: _download(name, file)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def _cached(name: str, file: str) -> object:
+    from huggingface_hub import try_to_load_from_cache
+
+    return try_to_load_from_cache(name, file)
+
+
+def _download(name: str, file: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except RemoteEntryNotFoundError:
+        return None
+
+
+def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequence[str]) -> str:
+    lines = [f"{key}: no usable copy of {name!r}. Looked in:", *(f"  {line}" for line in looked)]
+    if not _is_hub_id(name):
+        return "\n".join([*lines, f"Set {key} to a folder with these files, or to a hub id."])
+    wanted = " ".join(names[0] for names in files)
+    lines += [
+        "On a machine with network run",
+        f"  hf download {name} {wanted} --local-dir {name.split('/')[1]}",
+        f"and set {key} to that folder.",
+    ]
+    if not download_allowed():
+        lines.append(f"Or set {ALLOW_DOWNLOAD}=1 to let this machine download it.")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""The blocks of DiCo. Tensors are (N, H, W, C) throughout: a pointwise convolution is a matrix product."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dico_t2i.ops import conv3x3, depthwise3x3, pixel_shuffle, pixel_unshuffle, text_dwconv
+
+NORM_EPS = 1e-6
+
+
+def channel_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the channels of each pixel, without weights. (N, H, W, C) -> same."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift; x (N, H, W, C), shift and scale (N, 1, 1, C)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution with zero padding, on (N, H, W, C); ``groups=channels`` makes it depthwise."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True, groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, 3, 3))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight, self.bias, self.groups)
+
+
+class ConvModule(nn.Module):
+    """1x1, depthwise 3x3, GELU, compact channel attention, 1x1 (paper, section 3.2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, channels)
+        self.depthwise = Conv3x3(channels, channels, groups=channels)
+        self.attention = nn.Linear(channels, channels)
+        self.project = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.depthwise.bias is not None
+        x = F.gelu(depthwise3x3(self.expand(x), self.depthwise.weight, self.depthwise.bias))
+        return self.project(x * torch.sigmoid(self.attention(x.mean((1, 2), keepdim=True))))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, int(ratio * channels))
+        self.project = nn.Linear(int(ratio * channels), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(F.gelu(self.expand(x)))
+
+
+class TextProjection(nn.Module):
+    """The MLP that turns text tokens into kernels. Its last layer starts at zero, and so does the text's effect."""
+
+    def __init__(self, text_dim: int, channels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(text_dim, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, text_dim) -> (N, T, C)."""
+        return self.out(F.gelu(self.hidden(tokens)))
+
+
+class TextConvolution(nn.Module):
+    """Dynamic depthwise convolution by the text (paper, section 3.4)."""
+
+    def __init__(self, projection: TextProjection | None) -> None:
+        super().__init__()
+        self.projection = projection  # None: the stage has made the kernels
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        context = text if self.projection is None else self.projection(text)
+        return text_dwconv(x.permute(0, 3, 1, 2), context).permute(0, 2, 3, 1)
+
+
+class CrossAttention(nn.Module):
+    """Attention from every pixel to the text tokens, as in PixArt-alpha; the output starts at zero."""
+
+    def __init__(self, text_dim: int, channels: int) -> None:
+        super().__init__()
+        self.head_dim = math.gcd(channels, 64)
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(text_dim, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        N, H, W, C = x.shape
+        query = self.query(x).reshape(N, H * W, -1, self.head_dim).transpose(1, 2)
+        key, value = self.key_value(text).reshape(N, text.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).reshape(N, H, W, C))
+
+
+class Block(nn.Module):
+    """Convolution, text, feed-forward: three residual branches, the first and last under adaLN-Zero."""
+
+    def __init__(self, channels: int, ratio: float, text: nn.Module | None = None) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(channels, 6 * channels)
+        self.conv = ConvModule(channels)
+        self.text = text
+        self.ffn = FeedForward(channels, ratio)
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor | None = None) -> Tensor:
+        """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) -> (N, H, W, C)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None, None].chunk(6, dim=-1)
+        x = x + gate1 * self.conv(modulate(channel_norm(x), shift1, scale1))
+        if self.text is not None:
+            x = x + self.text(channel_norm(x), text)
+        return x + gate2 * self.ffn(modulate(channel_norm(x), shift2, scale2))
+
+
+class Downsample(nn.Module):
+    """Half the resolution, twice the width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, channels // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pixel_unshuffle(self.conv(x))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution, half the width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, 2 * channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pixel_shuffle(self.conv(x))
+
+
+class Head(nn.Module):
+    """Modulated norm and a 3x3 convolution to the output channels; starts at zero."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(channels, 2 * channels)
+        self.out = Conv3x3(channels, out_channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)[:, None, None].chunk(2, dim=-1)
+        return self.out(modulate(channel_norm(x), shift, scale))

@@ -1,0 +1,126 @@
+"""The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dico_t2i.config import DiCoConfig
+from dico_t2i.models.blocks import (
+    Block,
+    Conv3x3,
+    CrossAttention,
+    Downsample,
+    Head,
+    TextConvolution,
+    TextProjection,
+    Upsample,
+)
+from dico_t2i.models.conditioning import TimestepEmbedding
+
+STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
+
+
+class DiCo(nn.Module):
+    """DiCo with class labels or text.
+
+    ``model(x, t, cond, pooled=None)``: x (N, C, H, W) with H and W divisible by 4; t (N,) in 0..999, possibly
+    fractional; cond class ids (N,), the null class being ``num_classes``, or text tokens (N, T, text_dim); pooled
+    (N, pooled_dim) with ``pooled_text`` only. Returns (N, C or 2C, H, W) in the weights' dtype: the noise and, with
+    ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns 0.
+    """
+
+    def __init__(self, config: DiCoConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.widths = {"encoder1": D, "encoder2": 2 * D, "middle": 4 * D, "decoder2": 2 * D, "decoder1": 2 * D}
+        self.stem = Conv3x3(config.in_channels, D)
+        self.time_embeddings = nn.ModuleList(TimestepEmbedding(width) for width in (D, 2 * D, 4 * D))
+        self.condition_embeddings = nn.ModuleList(_condition_embedding(config, w) for w in (D, 2 * D, 4 * D))
+        self.stages = nn.ModuleDict(
+            {stage: _stage(config, self.widths[stage], depth) for stage, depth in zip(STAGES, config.depths, strict=True)}
+        )
+        shared_text = config.condition == "text" and config.text_projection == "stage"
+        self.stage_text = nn.ModuleDict(
+            {s: TextProjection(config.text_dim, self.widths[s]) for s in STAGES} if shared_text else {}
+        )
+        self.down1, self.down2 = Downsample(D), Downsample(2 * D)
+        self.up2, self.up1 = Upsample(4 * D), Upsample(2 * D)
+        self.merge2, self.merge1 = nn.Linear(4 * D, 2 * D), nn.Linear(2 * D, 2 * D)
+        self.head = Head(2 * D, config.out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial state of the release (paper, appendix): see the comments for what differs from Xavier."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or _starts_at_zero(name):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("time_embeddings", "condition_embeddings")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name == "stem.weight":
+                nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # bounds of a (D, 9C) matrix
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, pooled: Tensor | None = None) -> Tensor:
+        c1, c2, c3 = self._conditions(t, cond, pooled)
+        text = cond if self.config.condition == "text" else None
+        x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
+        skip1 = self._run("encoder1", x, c1, text)
+        skip2 = self._run("encoder2", self.down1(skip1), c2, text)
+        x = self._run("middle", self.down2(skip2), c3, text)
+        x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c2, text)
+        x = self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c2, text)
+        return self.head(x, c2).permute(0, 3, 1, 2)
+
+    def _conditions(self, t: Tensor, cond: Tensor, pooled: Tensor | None) -> list[Tensor]:
+        """The adaLN inputs, after SiLU, of the three widths: (N, D), (N, 2D), (N, 4D)."""
+        source = cond if self.config.condition == "class" else pooled
+        if self.config.pooled_text and pooled is None:
+            raise ValueError("this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)")
+        conditions = []
+        for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
+            embedded = time(t)
+            if not isinstance(embedding, nn.Identity):
+                embedded = embedded + embedding(source)
+            conditions.append(F.silu(embedded))
+        return conditions
+
+    def _run(self, stage: str, x: Tensor, condition: Tensor, text: Tensor | None) -> Tensor:
+        if stage in self.stage_text:
+            text = self.stage_text[stage](text)
+        recompute = self.training and stage in self.config.checkpoint_stages
+        for block in self.stages[stage]:
+            if recompute:
+                x = checkpoint(block, x, condition, text, use_reentrant=False)
+            else:
+                x = block(x, condition, text)
+        return x
+
+
+def _condition_embedding(config: DiCoConfig, width: int) -> nn.Module:
+    if config.condition == "class":
+        return nn.Embedding(config.num_classes + (config.dropout_prob > 0), width)
+    if config.pooled_text:
+        return nn.Linear(config.pooled_dim, width)
+    return nn.Identity()
+
+
+def _stage(config: DiCoConfig, width: int, depth: int) -> nn.ModuleList:
+    return nn.ModuleList(Block(width, config.mlp_ratio, _text_branch(config, width)) for _ in range(depth))
+
+
+def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
+    if config.condition == "class":
+        return None
+    if config.text_fusion == "cross_attention":
+        return CrossAttention(config.text_dim, width)
+    return TextConvolution(TextProjection(config.text_dim, width) if config.text_projection == "block" else None)
+
+
+def _starts_at_zero(name: str) -> bool:
+    """adaLN, the head, and the last layer of every text branch: a fresh model is the identity and says 0."""
+    parts = name.split(".")
+    text = "text" in parts or "stage_text" in parts
+    return "modulation" in parts or parts[0] == "head" or (text and parts[-2] == "out")

@@ -1,0 +1,117 @@
+"""Weights of the released class-conditional DiCo: their names, and loading them.
+
+The release stores a 1x1 convolution as (out, in, 1, 1); ours is a matrix (out, in). Nothing else differs but names.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dico_t2i.config import DiCoConfig
+from dico_t2i.models.dico import STAGES, DiCo
+
+_STAGE_NAMES = dict(
+    zip(
+        STAGES,
+        ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1"),
+        strict=True,
+    )
+)
+_BLOCK_NAMES = {
+    "modulation": "adaLN_modulation.1",
+    "conv.expand": "conv1",
+    "conv.depthwise": "conv2",
+    "conv.attention": "ca.1",
+    "conv.project": "conv3",
+    "ffn.expand": "conv4",
+    "ffn.project": "conv5",
+}
+_OTHER_NAMES = {
+    "stem": "x_embedder.proj",
+    "down1.conv": "down1_2.body.0",
+    "down2.conv": "down2_3.body.0",
+    "up2.conv": "up3_2.body.0",
+    "up1.conv": "up2_1.body.0",
+    "merge2": "reduce_chan_level2",
+    "merge1": "reduce_chan_level1",
+    "head.modulation": "final_layer.adaLN_modulation.1",
+    "head.out": "final_layer.out_proj",
+}
+_POINTWISE = {"conv.expand", "conv.attention", "conv.project", "ffn.expand", "ffn.project", "merge1", "merge2"}
+
+
+def official_key(name: str) -> str:
+    """The release's name of one of our parameters. KeyError if it has none (the text parameters)."""
+    module, _, leaf = name.rpartition(".")
+    head, *rest = module.split(".")
+    if head == "stages":
+        stage, index, inner = rest[0], rest[1], ".".join(rest[2:])
+        return f"{_STAGE_NAMES[stage]}.{index}.{_BLOCK_NAMES[inner]}.{leaf}"
+    if head == "time_embeddings":
+        return f"t_embedder_{int(rest[0]) + 1}.mlp.{'0' if rest[1] == 'hidden' else '2'}.{leaf}"
+    if head == "condition_embeddings":
+        return f"y_embedder.embedding_table_{rest[0]}.{leaf}"
+    return f"{_OTHER_NAMES[module]}.{leaf}"
+
+
+def official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
+    """The shape the release gives to our parameter."""
+    module, _, leaf = name.rpartition(".")
+    inner = ".".join(module.split(".")[3:]) if module.startswith("stages.") else module
+    return (*shape, 1, 1) if leaf == "weight" and inner in _POINTWISE else tuple(shape)
+
+
+def load_official_state_dict(model: DiCo, state: Mapping[str, Tensor]) -> None:
+    """Copy a released state dict into a class-conditional model.
+
+    Raises ValueError naming the keys that are missing, left over or of another shape.
+    """
+    if model.config.condition != "class":
+        raise ValueError("released weights are class-conditional; build the model with condition='class'")
+    parameters = dict(model.named_parameters())
+    wanted = {official_key(name): name for name in parameters}
+    problems = [f"missing {key}" for key in wanted.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - wanted.keys()]
+    for key in wanted.keys() & state.keys():
+        name = wanted[key]
+        expected = official_shape(name, parameters[name].shape)
+        if tuple(state[key].shape) != expected:
+            problems.append(f"{key} is {tuple(state[key].shape)}, this model needs {expected}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        raise ValueError(f"not a state dict of this DiCo ({len(problems)} differences): {shown}")
+    with torch.no_grad():
+        for key, name in wanted.items():
+            parameters[name].copy_(state[key].reshape(parameters[name].shape))
+
+
+def read_official(path: str | Path) -> dict[str, Tensor]:
+    """The EMA weights, or the only ones, of a released checkpoint file. Nothing in it is executed."""
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def infer_config(state: Mapping[str, Tensor]) -> DiCoConfig:
+    """The dimensions of a released state dict, from its shapes. ValueError if it is not one of DiCo."""
+    try:
+        stem, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table_0.weight"]
+        out = state["final_layer.out_proj.weight"]
+        depths = [len({k.split(".")[1] for k in state if k.startswith(f"{s}.")}) for s in _STAGE_NAMES.values()]
+        blocks = [k for k in state if k.endswith("conv4.weight")]
+        hidden, width = state[blocks[0]].shape[:2]
+    except (KeyError, IndexError):
+        raise ValueError("not a released DiCo state dict: its stem, label tables, head or blocks are missing") from None
+    return DiCoConfig(
+        hidden_size=stem.shape[0],
+        depths=depths,  # type: ignore[arg-type]
+        mlp_ratio=hidden / width,
+        in_channels=stem.shape[1],
+        learn_sigma=out.shape[0] == 2 * stem.shape[1],
+        num_classes=table.shape[0] - 1,
+    )

@@ -1,0 +1,29 @@
+"""Fixed-kernel convolutions and re-sampling on (N, H, W, C) tensors.
+
+torch's convolutions take (N, C, H, W); handing them a channels-last view costs no copy.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """x (N, H, W, C), weight (O, C / groups, 3, 3) -> (N, H, W, O); stride 1, zero padding 1."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)
+
+
+def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C)."""
+    return conv3x3(x, weight, bias, groups=x.shape[-1])
+
+
+def pixel_unshuffle(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, H/2, W/2, 4C); channel 4c + 2 dy + dx holds pixel (dy, dx) of channel c."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4).reshape(N, H // 2, W // 2, 4 * C)
+
+
+def pixel_shuffle(x: Tensor) -> Tensor:
+    """The inverse of ``pixel_unshuffle``: (N, H, W, 4C) -> (N, 2H, 2W, C)."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H, W, C // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(N, 2 * H, 2 * W, C // 4)

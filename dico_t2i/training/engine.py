@@ -1,0 +1,192 @@
+"""DeepSpeed, and nothing else that knows it: one object that steps a model under ZeRO 0 to 3.
+
+The fp32 weights, moments and averages a rank holds are handed out as *pieces*: views of a range of a named
+parameter. Checkpoints and gathering are written in terms of pieces, so that they need not know the stage.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dico_t2i.config import OptimizerConfig, TrainConfig
+from dico_t2i.training.distributed import World
+from dico_t2i.training.optimizer import WEIGHT, AdamWEMA
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/dico_t2i/extensions"))  # noqa: PTH111
+
+import deepspeed
+from deepspeed.ops import __compatible_ops__
+
+# On CPU its start-up would compile an operator for shared-memory collectives; gloo does without.
+__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The range [start, start + numel) of a flattened parameter, in fp32, as views of what this rank holds."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq", "ema_<decay>": (numel,)
+
+    @property
+    def numel(self) -> int:
+        return self.tensors[WEIGHT].numel()
+
+    def narrow(self, start: int, stop: int) -> "Piece":
+        """The part of this piece from ``start`` to ``stop``, relative to its own start."""
+        return Piece(self.name, self.start + start, {k: v[start:stop] for k, v in self.tensors.items()})
+
+
+class Engine:
+    """A model in training: forward, backward, step, and access to its fp32 state."""
+
+    def __init__(self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, world: World) -> None:
+        self.world, self.stage = world, train.zero_stage
+        self.clip = optimizer.clip
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        model.to(world.device)
+        self.adam = AdamWEMA(model.parameters(), optimizer)
+        accumulation = train.global_batch // (train.micro_batch * world.size)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.adam,
+            config=_deepspeed_config(train, optimizer, accumulation),
+            dist_init_required=False,
+        )
+        self.autocast = train.precision == "bf16" and train.zero_stage == 0
+        self.skipped = False
+
+    @property
+    def model(self) -> nn.Module:
+        """What to call in the forward pass."""
+        return self.engine  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        """End a micro-batch; after the last of a step, update. Returns the gradient norm (before clipping).
+
+        A step whose gradients are not finite leaves everything as it was and sets ``skipped``. Between the updates
+        the norm is nan.
+        """
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return math.nan
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.skipped = self.adam.skip_next = not math.isfinite(norm)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        self.skipped = bool(self.engine.optimizer.overflow)
+        return float(self.engine.get_global_grad_norm())
+
+    def materialize(self, step: int) -> None:
+        """Create the optimizer state as it is after ``step`` steps, ready to be filled through ``pieces``."""
+        self.adam.materialize(self._flat_weights(), step)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates made so far: steps that were not skipped."""
+        state = next(iter(self.adam.state.values()), None)
+        return int(state["step"]) if state else 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """All fp32 state this rank holds; views, in the model's order. Needs ``materialize`` or a first step."""
+        for name, parameter in self.engine.module.named_parameters():
+            located = self._locate(parameter)
+            if located is not None:
+                flat, offset, start, numel = located
+                state = self.adam.state[flat]
+                tensors = {WEIGHT: flat.data, **{key: state[key] for key in self.adam.state_names}}
+                yield Piece(name, start, {k: v.view(-1)[offset : offset + numel] for k, v in tensors.items()})
+
+    def owned_pieces(self) -> Iterator[Piece]:
+        """The pieces this rank writes to a checkpoint: over all ranks, each element exactly once."""
+        for piece in self.pieces():
+            if self.stage > 0:
+                yield piece
+                continue
+            share = -(-piece.numel // self.world.size)
+            begin, end = self.world.rank * share, min(piece.numel, (self.world.rank + 1) * share)
+            if begin < end:
+                yield piece.narrow(begin, end)
+
+    def publish_weights(self) -> None:
+        """Copy the fp32 pieces, after they were written to, into the weights that the forward pass uses."""
+        zero = self.engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            for index in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def gather(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters of one kind ("weight", "ema_0.9999", ...) on every rank, one at a time; collective."""
+        pieces = {piece.name: piece for piece in self.owned_pieces()}
+        for name, shape in self.shapes.items():
+            whole = torch.zeros(shape.numel(), device=self.world.device)
+            piece = pieces.get(name)
+            if piece is not None:
+                whole[piece.start : piece.start + piece.numel] = piece.tensors[kind]
+            dist.all_reduce(whole)
+            yield name, whole.view(shape)
+
+    def _flat_weights(self) -> list[Tensor]:
+        if self.stage == 0:
+            return list(self.engine.module.parameters())
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def _locate(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+        """Where this rank keeps a parameter's fp32 copy: (flat tensor, offset in it, start in the parameter, count)."""
+        if self.stage == 0:
+            return parameter, 0, 0, parameter.numel()
+        zero: Any = self.engine.optimizer
+        if self.stage == 3:
+            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            share = parameter.ds_tensor.ds_numel  # equal on all ranks; the last one's may be padding in part
+            start = self.world.rank * share
+            numel = min(share, parameter.ds_numel - start)
+            return (zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        source, target = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flat, source.start, target.start, source.numel
+
+
+def _deepspeed_config(train: TrainConfig, optimizer: OptimizerConfig, accumulation: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    if train.precision == "bf16":
+        # At stage 0 DeepSpeed's bf16 optimizer makes a spurious first step; autocast over fp32 weights does not.
+        key = "torch_autocast" if train.zero_stage == 0 else "bf16"
+        config[key] = {"enabled": True, "dtype": "bfloat16"} if train.zero_stage == 0 else {"enabled": True}
+    return config

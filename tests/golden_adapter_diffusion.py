@@ -1,0 +1,78 @@
+"""The diffusion half of the adapter that `check.py` of the golden numbers drives."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dico_t2i.diffusion import IDDPM, ModelFn, guided
+from dico_t2i.diffusion.samplers import reverse_loop
+from dico_t2i.diffusion.schedule import space_timesteps
+
+__all__ = ["space_timesteps"]
+
+
+def make_diffusion(**kwargs: Any) -> IDDPM:
+    return IDDPM(respacing=kwargs.pop("timestep_respacing"), **kwargs)
+
+
+def schedule(d: IDDPM, name: str) -> np.ndarray:
+    if name == "log_one_minus_alphas_cumprod":  # in the golden files, used by nothing here
+        return np.log(1 - d.schedule.alphas_cumprod)
+    return getattr(d.schedule, name)
+
+
+def q_sample(d: IDDPM, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    return d.q_sample(x_start, t, noise)
+
+
+def training_losses(
+    d: IDDPM, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    return d.training_losses(model_fn, x_start, t, noise)
+
+
+def p_mean_variance(d: IDDPM, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool) -> dict[str, Tensor]:
+    step = d.p_mean_variance(model_fn, x, t, clip)
+    return {
+        "mean": step.mean,
+        "variance": step.variance,
+        "log_variance": step.log_variance,
+        "pred_xstart": step.x_start,
+    }
+
+
+def p_sample(d: IDDPM, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool, noise: Tensor) -> Tensor:
+    return d.p_sample(model_fn, x, t, noise, clip)
+
+
+def ddim_sample(
+    d: IDDPM, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool, eta: float, noise: Tensor
+) -> Tensor:
+    return d.ddim_sample(model_fn, x, t, noise, eta, clip)
+
+
+def sample_loop(
+    d: IDDPM, model_fn: ModelFn, z: Tensor, kind: str, eta: float, clip: bool, noises: Sequence[Tensor]
+) -> Tensor:
+    if kind == "p":
+        return reverse_loop(d, lambda x, t, k: d.p_sample(model_fn, x, t, noises[k], clip), z)
+    return reverse_loop(d, lambda x, t, k: d.ddim_sample(model_fn, x, t, noises[k], eta, clip), z)
+
+
+def forward_with_cfg(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, y: Tensor, scale: float
+) -> Tensor:
+    """The released guidance: both halves of the output, from the first half of x."""
+
+    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return model(x, t, y)
+
+    half = len(x) // 2
+    cond, null = {"y": y[:half]}, {"y": y[half:]}
+    # The unguided channels of the second half are the unconditional ones: the same formula, roles exchanged.
+    first = guided(run, cond, null, scale, "three")(x[:half], t[:half])
+    second = guided(run, null, cond, 1 - scale, "three")(x[:half], t[:half])
+    return torch.cat((first, second))
