@@ -7,8 +7,10 @@ resized as the loader would do it, or kept byte for byte with --crop none. What 
 listed and written to report.json.
 """
 
+import argparse
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import sys
@@ -16,12 +18,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dico_t2i.data.reader import decode_image
+from data_prep.common import finished_or_absent, is_finished, progress_bar, run
+from dico_t2i.data.index import ShardWriter
+from dico_t2i.data.reader import SampleError, decode_image
+
+Crop = Literal["center", "resize", "none"]
 
 
 class Record(NamedTuple):
@@ -58,10 +64,14 @@ def read_annotations(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[
     for file in files:
         if not file.is_file():
             raise ValueError(f"--captions {file}: no such file")
+        coco = COCO()
         try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            # Without the categories that some caption files name, and which COCO() expects captions to have.
+            coco.dataset = {name: content[name] for name in ("images", "annotations")}
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress with print
-                coco = COCO(str(file))
-        except (ValueError, AssertionError, KeyError, TypeError) as error:
+                coco.createIndex()
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--captions {file}: not a COCO annotation file: {error!r}") from None
         if not any("caption" in item for item in coco.anns.values()):
             raise ValueError(f"--captions {file}: has no captions; expected a captions_*.json")
@@ -113,22 +123,17 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
     return {entry.name: Path(entry.path) for entry in entries if entry.is_file()}
 
 
-def make_sample(record: Record, *, size: int, crop: str, quality: int) -> dict[str, Any] | str:
+def make_sample(record: Record, *, size: int, crop: Crop, quality: int) -> dict[str, Any] | str:
     """The shard's sample of an image, or why there is none."""
     try:
-        original = record.path.read_bytes()
-        if crop == "none":
-            with Image.open(io.BytesIO(original)) as image:
-                image.load()
-                extension = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[str(image.format)]
-            content = original
-        else:
-            pixels = decode_image(original, size, crop)
-            buffer, extension = io.BytesIO(), "jpg"
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
-            content = buffer.getvalue()
-    except Exception as error:
-        return f"{record.file_name}: {error!r}"
+        content, extension = record.path.read_bytes(), record.path.suffix[1:].lower()
+        pixels = decode_image(content, size, "center" if crop == "none" else crop)
+    except (OSError, SampleError) as error:
+        return f"{record.file_name}: {error}"
+    if crop != "none":
+        buffer, extension = io.BytesIO(), "jpg"
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+        content = buffer.getvalue()
     about = {name: getattr(record, name) for name in ("captions", "image_id", "file_name", "width", "height")}
     return {"__key__": f"{record.image_id:012d}", extension: content, "json": about}
 
@@ -143,9 +148,7 @@ def make_samples(records: Sequence[Record], workers: int, **settings: Any) -> It
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, or its parent")
     add("--captions", type=Path, required=True, nargs="+", metavar="JSON", help="COCO caption annotations")
@@ -183,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report.add("undecodable images", sample)
             else:
                 writer.write(sample)
+        if not writer.samples:
+            raise ValueError(f"--images {args.images}: {report.lines()[-1]}; no image is left")
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{args.out}: {writer.samples} images", *report.lines(), sep="\n  ")
     return 0

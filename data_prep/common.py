@@ -50,6 +50,4 @@ def finished_or_absent(out: Path) -> Iterator[Path]:
 
 def progress_bar() -> Progress:
     """A rich progress bar with counts and the time left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "left", TimeRemainingColumn()
-    )
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "left")

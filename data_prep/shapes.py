@@ -3,8 +3,8 @@
 python data_prep/shapes.py --out data/shapes --samples 20000 --size 16 --seed 0
 
 Most images show one object; a share shows two. Every image has all its captions. One in eight combinations of
-colour, shape and background is never drawn: evals/prompt_accuracy.py asks for those. Train with data.flip: false,
-for captions say what is left and right.
+colour, shape and background is never drawn: evals/prompt_accuracy.py asks for those. Train with data.flip:
+false, for captions say what is left and right.
 """
 
 import argparse
@@ -37,9 +37,7 @@ def make_sample(index: int, *, size: int, seed: int, two_objects: float, held_ou
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of shards to make")
     parser.add_argument("--samples", type=int, required=True, metavar="N", help="number of images")
     parser.add_argument("--size", type=int, choices=(16, 32, 64), default=16, help="pixels (default: 16)")
@@ -47,15 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--two-objects", type=float, default=0.25, metavar="SHARE", help="of the images (default: 0.25)"
     )
-    parser.add_argument(
-        "--held-out", action="store_true", help="draw only the combinations kept from training"
-    )
+    parser.add_argument("--held-out", action="store_true", help="draw only the combinations kept from training")
     parser.add_argument("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: 5000)")
     args = parser.parse_args(argv)
     if args.samples < 1 or args.samples_per_shard < 1 or args.seed < 0 or not 0 <= args.two_objects <= 1:
-        raise ValueError(
-            "--samples and --samples-per-shard: at least 1, --seed: at least 0, --two-objects: 0 to 1"
-        )
+        raise ValueError("--samples and --samples-per-shard: at least 1, --seed: at least 0, --two-objects: 0 to 1")
 
     recipe = {name: getattr(args, name) for name in ("size", "seed", "two_objects", "held_out")}
     meta = {"source": "shapes", "samples": args.samples, **recipe}

@@ -138,9 +138,7 @@ def parse(prompt: str) -> Scene:
     def one(what: str, names: Collection[str]) -> str:
         found = [word for word in words if word in names]
         if len(found) != 1:
-            raise ValueError(
-                f"prompt {prompt!r}: expected one {what} of {', '.join(names)}, found {found or 'none'}"
-            )
+            raise ValueError(f"prompt {prompt!r}: expected one {what} of {', '.join(names)}, found {found or 'none'}")
         return found[0]
 
     item = Object(
@@ -161,8 +159,7 @@ def is_held_out(scene: Scene) -> bool:
     colours, shapes, backgrounds = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
     ground = backgrounds.index(scene.background)
     return any(
-        (colours.index(o.colour) + 3 * shapes.index(o.shape) + 2 * ground) % len(colours) == 0
-        for o in scene.objects
+        (colours.index(o.colour) + 3 * shapes.index(o.shape) + 2 * ground) % len(colours) == 0 for o in scene.objects
     )
 
 
@@ -191,8 +188,7 @@ def _random_pair(rng: np.random.Generator) -> Scene:
     colours = [list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False)]
     places = ("left", "right") if rng.random() < 0.5 else ("top", "bottom")
     objects = (
-        Object("small", colour, _choice(rng, SHAPES), place)
-        for colour, place in zip(colours, places, strict=True)
+        Object("small", colour, _choice(rng, SHAPES), place) for colour, place in zip(colours, places, strict=True)
     )
     return Scene(_choice(rng, BACKGROUNDS), tuple(objects))
 

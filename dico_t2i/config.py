@@ -328,7 +328,9 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         whole = isinstance(value, Mapping) and value and set(value) <= _SPAN_KEYS
         merged[key] = (
-            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not whole else value
+            _merge(old, value)
+            if isinstance(old, Mapping) and isinstance(value, Mapping) and not whole
+            else value
         )
     return merged
 

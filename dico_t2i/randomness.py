@@ -38,7 +38,12 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
     for _ in range(10):
         # The product of two 32-bit words wraps in int64, which leaves its 64 bits intact.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
 

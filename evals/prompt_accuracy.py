@@ -77,14 +77,11 @@ def load_samples(folder: Path) -> tuple[NDArray[np.uint8], list[str]]:
             prompts.append(prompt)
     if not images:
         raise ValueError(
-            f"--images {folder}: none of {len(files)} PNG files has a text entry 'prompt',"
-            " and there is no prompts.json"
+            f"--images {folder}: none of {len(files)} PNG files has a text entry 'prompt', and there is no prompts.json"
         )
     shapes = sorted({image.shape[:2] for image in images})
     if len(shapes) > 1 or shapes[0][0] != shapes[0][1]:
-        raise ValueError(
-            f"--images {folder}: expected square images of one size, found height x width {shapes}"
-        )
+        raise ValueError(f"--images {folder}: expected square images of one size, found height x width {shapes}")
     return np.stack(images), prompts
 
 
@@ -92,11 +89,7 @@ def _listed_prompts(file: Path, expected: int) -> Sequence[str | None]:
     if not file.exists():
         return [None] * expected
     prompts = json.loads(file.read_text(encoding="utf-8"))
-    if (
-        not isinstance(prompts, list)
-        or len(prompts) != expected
-        or not all(isinstance(p, str) for p in prompts)
-    ):
+    if not isinstance(prompts, list) or len(prompts) != expected or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"{file}: expected a list of {expected} prompts, one for each PNG in order of names")
     return prompts
 
@@ -135,29 +128,17 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if result["skipped"]:
-        console.print(
-            f"{result['skipped']} prompts skipped, the first: {result['first_skipped'][0]}", markup=False
-        )
+        console.print(f"{result['skipped']} prompts skipped, the first: {result['first_skipped'][0]}", markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--images", type=Path, metavar="DIR", help="folder of PNG samples with their prompts")
-    action.add_argument(
-        "--write-prompts", type=Path, metavar="FILE", help="write held-out prompts, one a line"
-    )
-    parser.add_argument(
-        "--count", type=int, default=240, help="prompts to write (default: 240, each scene twice)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of prompts and renderings (default: 0)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON result (default: prompt_accuracy.json in the images' folder)"
-    )
+    action.add_argument("--write-prompts", type=Path, metavar="FILE", help="write held-out prompts, one a line")
+    parser.add_argument("--count", type=int, default=240, help="prompts to write (default: 240, each scene twice)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts and renderings (default: 0)")
+    parser.add_argument("--out", type=Path, help="JSON result (default: prompt_accuracy.json in the images' folder)")
     args = parser.parse_args(argv)
     if args.write_prompts:
         if args.count < 1:

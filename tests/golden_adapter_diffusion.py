@@ -28,9 +28,7 @@ def q_sample(d: IDDPM, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return d.q_sample(x_start, t, noise)
 
 
-def training_losses(
-    d: IDDPM, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor
-) -> dict[str, Tensor]:
+def training_losses(d: IDDPM, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
     return d.training_losses(model_fn, x_start, t, noise)
 
 
@@ -48,9 +46,7 @@ def p_sample(d: IDDPM, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool, nois
     return d.p_sample(model_fn, x, t, noise, clip)
 
 
-def ddim_sample(
-    d: IDDPM, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool, eta: float, noise: Tensor
-) -> Tensor:
+def ddim_sample(d: IDDPM, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool, eta: float, noise: Tensor) -> Tensor:
     return d.ddim_sample(model_fn, x, t, noise, eta, clip)
 
 

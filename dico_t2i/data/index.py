@@ -2,8 +2,7 @@
 
 A dataset is a folder of plain tars in webdataset's layout. Beside ``shard-000000.tar`` lies
 ``shard-000000.tar.index`` (safetensors), and one ``index.json`` names the shards, their sample counts and the
-dataset's meta data. With them a sample is read by position, without walking the tar. Run as a command,
-``python -m dico_t2i.data.index DIR``, this module indexes a folder anew.
+dataset's meta data. With them a sample is read by position, without walking the tar.
 """
 
 from __future__ import annotations
@@ -94,9 +93,7 @@ class ShardIndex:
             )
             version = int(meta["version"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ShardError(
-                f"{path}: not a readable shard index ({error}); {_remedy(path.parent)}"
-            ) from None
+            raise ShardError(f"{path}: not a readable shard index ({error}); {_remedy(path.parent)}") from None
         if version != VERSION:
             raise ShardError(f"{path}: index version {version}, expected {VERSION}; {_remedy(path.parent)}")
         index._check(path)
@@ -172,7 +169,8 @@ def write_index(
     stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         _show_progress(pool.map(_index_and_save, stale), len(stale))
-    entries, found = [], set()
+    entries: list[dict[str, Any]] = []
+    found: set[str] = set()
     for tar in tars:
         shard = ShardIndex.load(_index_path(tar))
         entries.append(_entry(tar, shard))
@@ -185,6 +183,17 @@ def write_index(
     content = {"version": VERSION, "kind": kind, "shards": entries, "meta": dict(meta or {})}
     _write_atomically(root / "index.json", (json.dumps(content, indent=1) + "\n").encode())
     return _read_json(root)
+
+
+def rebuild_index(root: str | Path) -> DatasetIndex:
+    """Index every shard anew, keeping the kind and the meta data that ``index.json`` gives."""
+    root = Path(root)
+    kind, meta = None, None
+    if (root / "index.json").exists():
+        with suppress(DataError):
+            known = _read_json(root)
+            kind, meta = known.kind, known.meta
+    return write_index(root, kind, meta, rebuild=True)
 
 
 def index_shard(tar_path: str | Path) -> ShardIndex:
@@ -267,6 +276,8 @@ class ShardFile:
 
     def discard(self) -> None:
         """Throw away what was written."""
+        with suppress(OSError):  # a full disk, for one
+            self._tar.close()
         self._file.close()
         self._part.unlink(missing_ok=True)
 
@@ -419,16 +430,12 @@ def _read_json(root: Path) -> DatasetIndex:
         raise DataError(f"{path}: version {version!r}, kind {kind!r} is not known here; {_remedy(root)}")
     outside = [name for name in names if Path(name).name != name]
     if outside or not samples.sum():
-        raise DataError(
-            f"{path}: {f'shard name {outside[0]!r}' if outside else 'no samples'}; {_remedy(root)}"
-        )
+        raise DataError(f"{path}: {f'shard name {outside[0]!r}' if outside else 'no samples'}; {_remedy(root)}")
     return DatasetIndex(root, kind, names, samples, sizes, meta)
 
 
 def _check_sizes(index: DatasetIndex) -> None:
-    found = {
-        entry.name: entry.stat().st_size for entry in os.scandir(index.root) if entry.name.endswith(".tar")
-    }
+    found = {entry.name: entry.stat().st_size for entry in os.scandir(index.root) if entry.name.endswith(".tar")}
     wrong = [
         f"{name} ({found.get(name, 'missing')}, indexed {size} bytes)"
         for name, size in zip(index.names, index.bytes.tolist(), strict=True)
@@ -440,7 +447,7 @@ def _check_sizes(index: DatasetIndex) -> None:
 
 
 def _remedy(root: Path) -> str:
-    return f"index the folder anew: python -m dico_t2i.data.index {root}"
+    return f"index the folder anew: python -m dico_t2i.data {root}"
 
 
 def _index_path(tar: Path) -> Path:
@@ -500,23 +507,3 @@ def _show_progress(work: Iterable[None], total: int) -> None:
 
     for _ in track(work, "indexing shards", total=total, transient=True, disable=total < 2):
         pass
-
-
-def _main() -> None:
-    """Index the folder named on the command line anew, keeping the kind and meta data it has."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m dico_t2i.data.index", description=_main.__doc__)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    kind, meta = None, None
-    if (folder / "index.json").exists():
-        with suppress(DataError):
-            known = _read_json(folder)
-            kind, meta = known.kind, known.meta
-    index = write_index(folder, kind, meta, rebuild=True)
-    print(f"{folder}: {len(index)} samples in {len(index.names)} shards ({index.kind})")
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,9 +1,9 @@
 """Which sample comes when: a pure function of (seed, position). No I/O.
 
 An epoch permutes the shards, lays their samples end to end and cuts that sequence into equal runs, one for
-each stream. A stream walks through its run in blocks, each shuffled. Position p is entry q // streams of stream
-q % streams, with q = p % epoch_length. A rank owns whole streams, so it reads few shards, nearly in sequence,
-and any number of ranks that divides the streams sees the same global batches.
+each stream. A stream walks through its run in blocks, each shuffled. Position p is entry q // streams of
+stream q % streams, with q = p % epoch_length. A rank owns whole streams, so it reads few shards, nearly in
+sequence, and any number of ranks that divides the streams sees the same global batches.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ class Order:
     Raises DataError if there are fewer samples than streams.
     """
 
-    def __init__(
-        self, seed: int, shard_sizes: Sequence[int] | np.ndarray, streams: int, shuffle_block: int
-    ) -> None:
+    def __init__(self, seed: int, shard_sizes: Sequence[int] | np.ndarray, streams: int, shuffle_block: int) -> None:
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         samples = int(sizes.sum())
         if samples < streams:

@@ -6,10 +6,12 @@ import io
 import os
 import zlib
 from collections import OrderedDict
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from dico_t2i.data.index import DataError, DatasetIndex, ShardError, ShardIndex
 
@@ -46,7 +48,7 @@ class ShardReader:
         self.index, self.open_shards = index, open_shards
         self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
 
-    def read(self, shard: int, member: int) -> dict[str, bytes | str]:
+    def read(self, shard: int, member: int) -> dict[str, Any]:
         """The members of a sample by extension, and its key as ``__key__``.
 
         Raises SampleError if the shard cannot be read or a checksum is wrong.
@@ -55,7 +57,7 @@ class ShardReader:
         try:
             file, table = self._shard(shard)
             key = table.key(member)
-            sample: dict[str, bytes | str] = {"__key__": key}
+            sample: dict[str, Any] = {"__key__": key}
             for column, extension in enumerate(table.extensions):
                 offset, size = int(table.offsets[member, column]), int(table.sizes[member, column])
                 if offset < 0:
@@ -87,11 +89,11 @@ class ShardReader:
             self._open.pop(shard)[0].close()
 
 
-def decode_image(data: bytes, size: int, crop: Literal["center", "resize"]) -> np.ndarray:
+def decode_image(data: bytes, size: int, crop: Literal["center", "resize"]) -> Tensor:
     """Decode to a square of RGB: uint8 (3, size, size).
 
-    "center" cuts the middle square and resizes it, "resize" squeezes the whole image; both by Lanczos. The EXIF
-    orientation is applied; transparent parts are white; of an animation the first frame is taken. Raises
+    "center" cuts the middle square and resizes it, "resize" squeezes the whole image; both by Lanczos. The
+    EXIF orientation is applied; transparent parts are white; of an animation the first frame is taken. Raises
     SampleError if the bytes are no image that can be read, or one of more than 2^27 pixels.
     """
     try:
@@ -102,7 +104,7 @@ def decode_image(data: bytes, size: int, crop: Literal["center", "resize"]) -> n
         raise SampleError("", "", f"image cannot be decoded: {type(error).__name__}: {error}") from None
 
 
-def decode_moments(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+def decode_moments(data: bytes, shape: tuple[int, ...]) -> Tensor:
     """Posterior moments from the bytes of an ``.npy`` file: float16, of ``shape``.
 
     Raises SampleError for anything else, and for values that are not finite.
@@ -116,10 +118,10 @@ def decode_moments(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
         raise SampleError("", "", f"moments are {found}, expected float16 {shape}")
     if not np.isfinite(moments).all():
         raise SampleError("", "", "moments are not finite")
-    return moments
+    return torch.from_numpy(moments)
 
 
-def _decode(data: bytes, size: int, crop: Literal["center", "resize"]) -> np.ndarray:
+def _decode(data: bytes, size: int, crop: Literal["center", "resize"]) -> Tensor:
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise SampleError("", "", f"image of {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
@@ -133,7 +135,7 @@ def _decode(data: bytes, size: int, crop: Literal["center", "resize"]) -> np.nda
     square = rgb.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     if turn is not None:
         square = square.transpose(turn)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 def _orientation(image: Image.Image) -> int:

@@ -20,11 +20,11 @@ def guided(
 ) -> ModelFn:
     """The guided network as a function of x (N, C, H, W) and t (N,).
 
-    ``model_fn(x, t, **conditioning)`` runs once on a batch of 2N, conditional half first; ``cond`` and ``null``
-    hold its conditioning tensors, each (N, ...). Guidance applies to the C prediction channels; the variance
-    channels are the conditional ones. ``channels="three"`` guides channels 0..2 only, as the released code does.
-    scale 1 is no guidance and runs the N conditional samples alone. Results are float32 (or float64).
-    Raises ValueError if the two conditionings do not match.
+    ``model_fn(x, t, **conditioning)`` runs once on a batch of 2N, conditional half first; ``cond`` and
+    ``null`` hold its conditioning tensors, each (N, ...). Guidance applies to the C prediction channels; the
+    variance channels are the conditional ones. ``channels="three"`` guides channels 0..2 only, as the
+    released code does. scale 1 is no guidance and runs the N conditional samples alone. Results are float32
+    (or float64). Raises ValueError if the two conditionings do not match.
     """
     if scale == 1:
         return lambda x, t: full_precision(model_fn(x, t, **cond))
@@ -44,6 +44,4 @@ def guided(
 def _check_alike(cond: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> None:
     shapes, null_shapes = ({name: tuple(x.shape) for name, x in c.items()} for c in (cond, null))
     if shapes != null_shapes:
-        raise ValueError(
-            f"guidance needs a null conditioning shaped like the conditional one: {shapes} against {null_shapes}"
-        )
+        raise ValueError(f"guidance needs null conditioning of the same shapes: {null_shapes}, expected {shapes}")

@@ -1,9 +1,9 @@
 """iDDPM: forward process, training losses and single reverse steps.
 
 Sources: DDPM (Ho et al. 2020), learned-range variance and hybrid loss of iDDPM (Nichol and Dhariwal 2021),
-DDIM (Song et al. 2021). Timesteps ``t`` here count the kept steps of the schedule, (N,) int64; the network gets
-the original ones. Images and latents are (N, C, H, W). Arithmetic is float32, or float64 for float64 inputs:
-coefficients are looked up in float64, and half-precision network outputs are raised first.
+DDIM (Song et al. 2021). Timesteps ``t`` here count the kept steps of the schedule, (N,) int64; the network
+gets the original ones. Images and latents are (N, C, H, W). Arithmetic is float32, or float64 for float64
+inputs: coefficients are looked up in float64, and half-precision network outputs are raised first.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class StepDistribution(NamedTuple):
 class IDDPM:
     """A diffusion process and what the network predicts about it.
 
-    respacing keeps some of the ``diffusion_steps`` (see ``schedule.space_timesteps``). The network predicts the
-    noise, or x_0 with predict_xstart. With learn_sigma, its second C channels interpolate the log-variance between
-    the posterior's and beta (iDDPM, equation 15); without, the variance is beta, or the posterior's with sigma_small.
-    The loss is the mean squared error plus the variational bound of the variance; rescale_learned_sigmas weighs
-    the bound by steps/1000; use_kl makes the loss the whole bound, times the number of steps.
+    respacing keeps some of the ``diffusion_steps`` (see ``schedule.space_timesteps``). The network predicts
+    the noise, or x_0 with predict_xstart. With learn_sigma, its second C channels interpolate the
+    log-variance between the posterior's and beta (iDDPM, equation 15); without, the variance is beta, or the
+    posterior's with sigma_small. The loss is the mean squared error, plus the variational bound if the
+    variance is learned; rescale_learned_sigmas weighs the bound by (kept steps)/1000. use_kl makes the loss
+    the whole bound, times the number of kept steps.
     """
 
     diffusion_steps: int = 1000
@@ -68,25 +69,22 @@ class IDDPM:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of the forward process (DDPM, equation 4)."""
-        return self._times("sqrt_alphas_cumprod", t, x_start) + self._times(
-            "sqrt_one_minus_alphas_cumprod", t, noise
-        )
+        return self._times("sqrt_alphas_cumprod", t, x_start) + self._times("sqrt_one_minus_alphas_cumprod", t, noise)
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM, equation 7)."""
         return self._times("posterior_mean_coef1", t, x_start) + self._times("posterior_mean_coef2", t, x_t)
 
-    def training_losses(
-        self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of each sample, (N,): "loss", and its parts "mse" and "vb" (bits per dimension) where they exist.
+    def training_losses(self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Losses of each sample, (N,): "loss", and its parts "mse" and "vb" (bits per dimension) if any.
 
-        vb has no gradient into the prediction channels and mse none into the variance channels (iDDPM, section 3.1).
-        Nothing waits for the device. Raises ValueError if the network has the wrong number of channels.
+        Except with use_kl, vb has no gradient into the prediction channels and mse none into the variance
+        channels (iDDPM, section 3.1). Nothing waits for the device once the schedule is there.
+        Raises ValueError if the network has the wrong number of channels.
         """
         x_start, noise = full_precision(x_start), full_precision(noise)
         x_t = self.q_sample(x_start, t, noise)
-        prediction, variance_channels = self._apply(model_fn, x_t, t)
+        prediction, variance_channels = self.predict(model_fn, x_t, t)
         if self.use_kl:
             vb = self._vb(prediction, variance_channels, x_start, x_t, t)
             return {"loss": vb * self.num_timesteps, "vb": vb}
@@ -98,11 +96,9 @@ class IDDPM:
             vb = vb * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def p_mean_variance(
-        self, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool = False
-    ) -> StepDistribution:
+    def p_mean_variance(self, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool = False) -> StepDistribution:
         """p(x_{t-1} | x_t); clip clamps the estimate of x_0 to [-1, 1], which suits pixels, not latents."""
-        return self._distribution(*self._apply(model_fn, x, t), x, t, clip)
+        return self._distribution(*self.predict(model_fn, x, t), x, t, clip)
 
     def p_sample(self, model_fn: ModelFn, x: Tensor, t: Tensor, noise: Tensor, clip: bool = False) -> Tensor:
         """x_{t-1} by ancestral sampling; ``noise`` is standard normal, not added at the last step t = 0."""
@@ -122,9 +118,7 @@ class IDDPM:
         x_start = self.p_mean_variance(model_fn, x, t, clip).x_start
         sigma = eta * self._at("posterior_variance", t).sqrt()
         x_prev = self._towards("alphas_cumprod_prev", sigma, x_start, x, t)
-        if noise is None:
-            return x_prev
-        return x_prev + _unless_last(t, x_prev) * sigma.to(x_prev.dtype) * noise
+        return x_prev if noise is None else x_prev + sigma.to(x_prev.dtype) * noise
 
     def ddim_reverse(self, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool = False) -> Tensor:
         """x_{t+1} by the deterministic DDIM run backwards: encodes x_0 towards noise."""
@@ -132,14 +126,14 @@ class IDDPM:
         return self._towards("alphas_cumprod_next", torch.zeros_like(self._at("betas", t)), x_start, x, t)
 
     def _towards(self, alphas: str, sigma: Tensor, x_start: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The mean of DDIM's step from x_t to the noise level ``alphas``, leaving room for noise of std sigma."""
+        """The mean of DDIM's step from x_t to noise level ``alphas``, leaving room for noise of std sigma."""
         alpha = self._at(alphas, t)
         epsilon = self._times("sqrt_recip_alphas_cumprod", t, x) - x_start
         epsilon = epsilon / self._at("sqrt_recipm1_alphas_cumprod", t).to(x_start.dtype)
         direction = (1 - alpha - sigma**2).sqrt()
         return alpha.sqrt().to(x_start.dtype) * x_start + direction.to(x_start.dtype) * epsilon
 
-    def _apply(self, model_fn: ModelFn, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict(self, model_fn: ModelFn, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the network; its prediction (N, C, H, W) and variance channels (N, C, H, W) or None."""
         output = full_precision(model_fn(x, self._tables(t.device)["timestep_map"][t]))
         channels = x.shape[1]

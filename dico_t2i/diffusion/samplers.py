@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dico_t2i.config import DiffusionConfig, SamplerConfig
 from dico_t2i.diffusion.iddpm import IDDPM, ModelFn, build, full_precision
+from dico_t2i.diffusion.schedule import Schedule
 
 StepNoise = Callable[[int], Tensor]
 Progress = Callable[[int, int], None]
+
+# DPM-Solver starts here: noisier steps of the cosine schedule divide by a signal that is all but gone.
+_LOWEST_HALF_LOG_SNR = -5.1
 
 
 @torch.no_grad()
@@ -37,7 +42,7 @@ def sample(
     """
     x = full_precision(noise)
     if sampler.kind == "dpm++":
-        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, progress)
+        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress)
     if not 0 <= sampler.eta <= 1:
         raise ValueError(f"sampler.eta: {sampler.eta} must lie in 0..1")
     diffusion = build(diffusion_config, learn_sigma, respacing=str(sampler.steps))
@@ -68,12 +73,17 @@ def reverse_loop(
 
 
 def _dpm_solver(
-    config: DiffusionConfig, steps: int, model_fn: ModelFn, x: Tensor, progress: Progress | None
+    config: DiffusionConfig,
+    steps: int,
+    model_fn: ModelFn,
+    x: Tensor,
+    learn_sigma: bool,
+    progress: Progress | None,
 ) -> Tensor:
     """DPM-Solver++ of order 2 (Lu et al. 2022) on the prediction channels; its state is float32."""
     from diffusers import DPMSolverMultistepScheduler
 
-    diffusion = build(config, learn_sigma=False)
+    diffusion = build(config, learn_sigma)
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=config.steps,
         trained_betas=diffusion.schedule.betas.tolist(),
@@ -81,18 +91,30 @@ def _dpm_solver(
         solver_order=2,
         algorithm_type="dpmsolver++",
         final_sigmas_type="zero",  # ends at x_0 with a first-order step
-        lambda_min_clipped=-5.1,  # starts the cosine schedule where the signal is not yet lost in rounding
     )
-    scheduler.set_timesteps(steps)
-    timesteps: list[int] = scheduler.timesteps.tolist()
-    if len(set(timesteps)) < steps:
-        raise ValueError(
-            f"sampler.steps: dpm++ cannot take {steps} distinct steps of {config.steps}; use fewer"
-        )
-    scheduler.set_begin_index(0)
+    timesteps = log_snr_timesteps(diffusion.schedule, steps)
+    scheduler.set_timesteps(timesteps=timesteps)
     for k, t in enumerate(timesteps):
-        prediction = full_precision(model_fn(x, torch.full((len(x),), t, device=x.device)))[:, : x.shape[1]]
+        prediction, _ = diffusion.predict(model_fn, x, torch.full((len(x),), t, device=x.device))
         x = scheduler.step(prediction, t, x).prev_sample
         if progress:
             progress(k + 1, steps)
     return x
+
+
+def log_snr_timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """``steps`` distinct timesteps from noisy to clean, evenly spaced in log(alpha/sigma) up to rounding.
+
+    On Gaussian and mixture data with known solutions this spacing has several times less error at 20 steps
+    than even spacing in time. Raises ValueError if there are not that many usable timesteps.
+    """
+    half_log_snr = 0.5 * np.log(schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))
+    usable = int(np.count_nonzero(half_log_snr >= _LOWEST_HALF_LOG_SNR))
+    if not 2 <= steps <= usable:
+        raise ValueError(f"sampler.steps: dpm++ takes 2 to {usable} steps here, not {steps}")
+    targets = np.linspace(half_log_snr[0], half_log_snr[usable - 1], steps)
+    nearest = np.round(np.interp(-targets, -half_log_snr, np.arange(len(schedule))))
+    # Near the data one timestep is the nearest to several targets: push these apart, and never past the last.
+    order = np.arange(steps)
+    distinct = np.minimum(np.maximum.accumulate(nearest - order) + order, usable - steps + order)
+    return [int(t) for t in distinct[::-1]]

@@ -6,7 +6,6 @@ The learned variance and the cosine schedule are those of iDDPM (Nichol and Dhar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,8 @@ class Schedule:
     """Coefficients of the kept steps, all of shape (kept,), in ascending order of time, float64.
 
     timestep_map (int64) holds the original timestep of each kept step. ``posterior_*`` belong to
-    q(x_{t-1} | x_t, x_0) (DDPM, equations 6 and 7). Its variance is 0 at the first step, so the clipped logarithm
-    takes that of the second step there, and so does ``fixed_large_variance``, which is beta everywhere else.
+    q(x_{t-1} | x_t, x_0) (DDPM, equations 6 and 7). Its variance is 0 at the first step, so the clipped
+    logarithm takes the second step's there. So does ``fixed_large_variance``, which is beta everywhere else.
     """
 
     timestep_map: NDArray[np.int64]
@@ -52,17 +51,18 @@ def make_schedule(steps: int, name: str, respacing: str = "") -> Schedule:
     kept = np.array(space_timesteps(steps, respacing), dtype=np.int64)
     if len(kept) < 2:
         raise ValueError(f"a diffusion needs at least 2 timesteps, {len(kept)} of {steps} are kept")
-    return _schedule_of(np.cumprod(1 - noise_betas(steps, name))[kept], kept)
+    abar = np.cumprod(1 - noise_betas(steps, name), dtype=np.float64)
+    return _schedule_of(abar[kept], kept)
 
 
 def noise_betas(steps: int, name: str) -> Floats:
     """beta_t of the forward process, (steps,), float64.
 
-    "linear" runs from 1e-4 to 0.02 in 1000 steps; other numbers of steps scale it to reach the same final noise.
+    "linear" runs from 1e-4 to 0.02 in 1000 steps; other numbers of steps scale it, for the same final noise.
     "squaredcos_cap_v2" is iDDPM's equation 17.
     """
     if name == "linear":
-        betas = np.linspace(1e-4, 0.02, steps) * (1000 / steps)
+        betas: Floats = np.linspace(1e-4, 0.02, steps) * (1000 / steps)
         if betas[-1] >= 1:
             raise ValueError(f"a linear schedule needs more than 20 steps, not {steps} (beta would reach 1)")
         return betas
@@ -76,8 +76,8 @@ def noise_betas(steps: int, name: str) -> Floats:
 def space_timesteps(steps: int, spec: str) -> list[int]:
     """The timesteps of range(steps) that ``spec`` keeps, ascending.
 
-    "": all. "a,b,c": range(steps) is cut into equal sections, of which a, b and c steps are kept, evenly spaced,
-    first and last included. "ddimN": N steps at the smallest fixed stride that gives exactly N, from 0.
+    "": all. "a,b,c": range(steps) is cut into equal sections, of which a, b and c steps are kept, evenly
+    spaced, first and last included. "ddimN": N steps from 0, at the smallest fixed stride giving exactly N.
     Raises ValueError if there is no such choice.
     """
     if spec.startswith("ddim"):
@@ -102,7 +102,7 @@ def _even_offsets(size: int, count: int) -> list[int]:
     if not 0 <= count <= size:
         raise ValueError(f"cannot keep {count} timesteps of a section of {size}")
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
-    # Repeated addition, not a product: sampling with the released respacing means the same steps at exact ties.
+    # Repeated addition, not a product, as in the released respacing: rounding falls the same way at ties.
     offsets, position = [], 0.0
     for _ in range(count):
         offsets.append(round(position))
@@ -110,7 +110,7 @@ def _even_offsets(size: int, count: int) -> list[int]:
     return offsets
 
 
-def _schedule_of(kept_cumprod: Sequence[float] | Floats, timestep_map: NDArray[np.int64]) -> Schedule:
+def _schedule_of(kept_cumprod: Floats, timestep_map: NDArray[np.int64]) -> Schedule:
     """The process that passes through the given abar values, one step each."""
     before = np.append(1.0, kept_cumprod[:-1])
     betas = 1 - kept_cumprod / before

@@ -1,4 +1,4 @@
-"""The frozen map between images and latents: a KL autoencoder, a tiny deterministic one, or the pixels themselves.
+"""The frozen map between images and latents: a KL autoencoder, a tiny deterministic one, or pixels.
 
 All three speak of posterior moments, mean and log-variance, so that caches, training and sampling need not
 know which one they have; the deterministic two have a log-variance of -30, which is no noise in float32.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import AutoencoderConfig
-from dico_t2i.encoders.local import config_hash, file_hash, read_json, resolve
+from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, resolve
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
 _NO_NOISE = -30.0  # log-variance
@@ -22,8 +22,8 @@ _NO_NOISE = -30.0  # log-variance
 def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     """Scaled draws from the posterior: (mean + exp(logvar / 2) noise) scale, with logvar kept in -30..20.
 
-    moments: (N, 2C, h, w), mean then log-variance, fresh or cached, any float dtype. noise: (N, C, h, w) standard
-    normal. Returns (N, C, h, w) float32.
+    moments: (N, 2C, h, w), mean then log-variance, fresh or cached, any float dtype. noise: (N, C, h, w)
+    standard normal. Returns (N, C, h, w) float32.
     """
     mean, logvar = moments.float().chunk(2, dim=1)
     return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.float()) * scale
@@ -32,8 +32,8 @@ def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
 class Autoencoder(ABC):
     """Frozen; nothing here records gradients.
 
-    latent_channels: C. downscale: image pixels for one latent pixel, in height and width. scale: the factor between
-    the autoencoder's latents and those the network sees.
+    latent_channels: C. downscale: image pixels to a latent pixel, in height and in width. scale: what the
+    autoencoder's latents are multiplied by for the network.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Autoencoder(ABC):
     def decode(self, latents: Tensor, chunk: int = 16) -> Tensor:
         """Images of scaled latents, ``chunk`` at a time to bound memory.
 
-        (N, C, h, w) -> (N, 3, H, W) uint8 on the same device: 127.5 x + 128, clamped and truncated, as ADM's evaluator has it.
+        (N, C, h, w) -> (N, 3, H, W) uint8, on the autoencoder's device: 127.5 x + 128, clamped and
+        truncated, as in the released code.
         """
         return torch.cat([self._decode_chunk(part) for part in latents.split(chunk)])
 
@@ -90,10 +91,13 @@ class Autoencoder(ABC):
 
 
 class PixelAutoencoder(Autoencoder):
-    """The identity: the network sees images in -1..1. The scale is 1, whatever the config says."""
+    """The identity: the network sees images in -1..1. The scale is 1, whatever the config says.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(3, 1, 1.0, device, dtype)
+    Always in float32: bfloat16 cannot tell all 256 values of a pixel apart.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(3, 1, 1.0, device, torch.float32)
 
     def identity(self) -> dict[str, str]:
         return {"kind": "pixels", "scale": "1.0"}
@@ -136,13 +140,15 @@ class DiffusersAutoencoder(Autoencoder):
             )
         import diffusers
 
-        model, report = getattr(diffusers, self.class_name).from_pretrained(
-            self._settings_file.parent,
-            torch_dtype=dtype,
-            use_safetensors=self._weights_file.suffix == ".safetensors",
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with reading(self._weights_file):
+            model, report = getattr(diffusers, self.class_name).from_pretrained(
+                self._settings_file.parent,
+                torch_dtype=dtype,
+                use_safetensors=self._weights_file.suffix == ".safetensors",
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # else it warns when accelerate is not installed
+                output_loading_info=True,
+            )
         if report["missing_keys"]:  # diffusers would leave these at random values
             raise ValueError(f"{self._weights_file}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
         return model.eval().requires_grad_(False)
@@ -181,12 +187,12 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder of a config, in eval mode.
 
-    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they do
-    not fit.
+    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they
+    do not fit.
     """
     device = torch.device(device)
     if config.kind == "pixels":
-        return PixelAutoencoder(device, dtype)
+        return PixelAutoencoder(device)
     return (KlAutoencoder if config.kind == "kl" else TinyAutoencoder)(config, device, dtype)
 
 

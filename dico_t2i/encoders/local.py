@@ -1,4 +1,4 @@
-"""Where the files of a pretrained model come from: a local folder, the Hugging Face cache, or the hub if allowed.
+"""Where a pretrained model's files come from: a local folder, the Hugging Face cache, or the hub if allowed.
 
 The hub is asked only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no
 network and a connection that cannot be made takes minutes to fail.
@@ -9,7 +9,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
 
@@ -63,6 +65,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+@contextmanager
+def reading(weights: Path) -> Iterator[None]:
+    """Turns what libraries raise for a torn or foreign file of weights into a ValueError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
+        raise ValueError(f"{weights}: cannot be loaded, fetch it again if it is cut off: {error}") from error
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -80,12 +93,12 @@ def _places(name: str) -> Iterator[tuple[str, Finder]]:
     yield str(folder.absolute()), lambda file: path if (path := folder / file).is_file() else None
     if not _is_hub_id(name):
         return
-    import huggingface_hub as hub
+    from huggingface_hub import constants
 
-    cache = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     yield str(cache), lambda file: Path(path) if isinstance(path := _cached(name, file), str) else None
     if download_allowed():
-        yield f"{hub.constants.ENDPOINT}/{name}", lambda file: _download(name, file)
+        yield f"{constants.ENDPOINT}/{name}", lambda file: _download(name, file)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -112,7 +125,7 @@ def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequen
     lines = [f"{key}: no usable copy of {name!r}. Looked in:", *(f"  {line}" for line in looked)]
     if not _is_hub_id(name):
         return "\n".join([*lines, f"Set {key} to a folder with these files, or to a hub id."])
-    wanted = " ".join(names[0] for names in files)
+    wanted = " ".join(dict.fromkeys(names[0] for names in files))
     lines += [
         "On a machine with network run",
         f"  hf download {name} {wanted} --local-dir {name.split('/')[1]}",

@@ -1,16 +1,18 @@
 """Frozen CLIP text towers: captions to 77 token features and one pooled feature.
 
-Two libraries give the same features for the same weights and token ids, but they pad differently: after the end
-token open_clip writes 0, transformers repeats the end token. The network sees those positions, so tokenizer
-and pad id are part of an encoder's identity.
+Two libraries give the same features for the same weights and token ids, but they pad differently: after the
+end token open_clip writes 0, transformers repeats the end token. The network sees those positions, so
+tokenizer and pad id are part of an encoder's identity.
 """
 
 import gzip
+import hashlib
 import importlib.util
+import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import SeededTower, TextEncoderConfig
-from dico_t2i.encoders.local import config_hash, file_hash, read_json, resolve
+from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, resolve
 from dico_t2i.randomness import uniform
 
 TOKENS = 77
 VOCABULARY = 49408
-END = VOCABULARY - 1
+START, END = VOCABULARY - 2, VOCABULARY - 1
 
 # Data workers are forked, after which the threads of the tokenizers library would hang.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -79,45 +81,328 @@ class OpenClipTokenizer:
         return self._backend(list(captions), TOKENS)
 
 
-@dataclass(frozen=True)
 class TextEncoder:
     """A frozen text tower and its tokenizer.
 
-    tokenize: captions -> (N, 77) int64; hand it to data workers on its own, it does not hold the tower.
-    seeded: whether the tower is random, not pretrained. description: one line, to be printed with results.
+    tokenize: captions -> (N, 77) int64; hand it to data workers by itself, it does not hold the tower.
+    width, pooled_dim: sizes of the features. seeded: the tower is random, not pretrained. description: one
+    line, to be printed with results.
     """
 
-    tower: nn.Module
-    tokenize: Tokenizer
-    kind: str
-    width: int
-    pooled_dim: int
-    seeded: bool
-    description: str
-    device: torch.device
-    sources: dict[str, Path | str]
+    def __init__(self, config: TextEncoderConfig, tower: "_Tower", device: torch.device, dtype: torch.dtype) -> None:
+        self.kind = config.kind
+        self.seeded = config.weights == "seeded"
+        self.description = tower.description
+        self.tokenize = tower.tokenize
+        self._sources = tower.sources
+        self._module = tower.module.to(device, dtype).eval().requires_grad_(False)
+        self._device = device
+        self._null = self.encode(self.tokenize([""]))
+        self.width, self.pooled_dim = self._null.tokens.shape[-1], self._null.pooled.shape[-1]
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> TextFeatures:
-        """Features of token ids, in the tower's dtype. (N, 77) int64, any device."""
-        ids = ids.to(self.device, non_blocking=True)
+        """Features of token ids, in the tower's dtype. (N, 77) int64 on any device."""
+        ids = ids.to(self._device, non_blocking=True)
         if self.kind == "open_clip":
-            pooled, tokens = self.tower(ids)
+            pooled, tokens = self._module(ids)
             return TextFeatures(tokens, pooled)
-        output = self.tower(input_ids=ids)
-        return TextFeatures(output.last_hidden_state, output.get("text_embeds", output.get("pooler_output")))
+        output = self._module(input_ids=ids)
+        return TextFeatures(
+            output.last_hidden_state, output.text_embeds if "text_embeds" in output else output.pooler_output
+        )
 
     def null(self) -> TextFeatures:
         """Features of the empty caption, which guidance starts from; N = 1."""
-        return self.encode(self.tokenize([""]))
+        return self._null
 
     def identity(self) -> dict[str, str]:
-        """What cached features or a trained model depend on; equal for the same weights, tokenizer and padding."""
-        files = {key: file_hash(v) if isinstance(v, Path) else v for key, v in self.sources.items()}
+        """What features depend on, weights, tokenizer and padding among it. Reads the weights file."""
+        sources = {key: file_hash(v) if isinstance(v, Path) else v for key, v in self._sources.items()}
         return {
             "kind": self.kind,
+            "seeded": str(self.seeded).lower(),
             "tokenizer": self.tokenize.name,
             "pad_id": str(self.tokenize.pad_id),
-            "seeded": str(self.seeded).lower(),
-            **files,
+            **sources,
         }
+
+
+class _Tower(NamedTuple):
+    """A text tower as loaded. sources: parts of its identity; a path stands for the hash of its file."""
+
+    module: nn.Module
+    tokenize: Tokenizer
+    description: str
+    sources: dict[str, str | Path]
+
+
+def load_text_encoder(
+    config: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """The text encoder of a config, in eval mode.
+
+    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they
+    are not those of a CLIP text tower with 77 positions.
+    """
+    if config.weights == "seeded":
+        tower = _seeded_tower(config.kind, config.seeded)
+    else:
+        tower = _open_clip_tower(config) if config.kind == "open_clip" else _transformers_tower(config)
+    return TextEncoder(config, tower, torch.device(device), dtype)
+
+
+# --- transformers
+
+
+def _transformers_tower(config: TextEncoderConfig) -> _Tower:
+    files = (
+        ("config.json",),
+        ("model.safetensors", "pytorch_model.bin"),
+        # Either one file, or a vocabulary and its merges.
+        ("tokenizer.json", "vocab.json"),
+        ("tokenizer.json", "merges.txt"),
+    )
+    settings_file, weights, vocabulary, _ = resolve(config.model, files, "text_encoder.model")
+    settings = read_json(settings_file)
+    if settings.get("model_type") not in ("clip", "clip_text_model"):
+        raise ValueError(f"text_encoder.model: {settings_file} is of {settings.get('model_type')!r}, not of CLIP")
+    import transformers
+
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary.parent, local_files_only=True)
+    if len(tokenizer) != VOCABULARY:
+        raise ValueError(f"{vocabulary}: CLIP has {VOCABULARY} tokens, found {len(tokenizer)}; fetch it again")
+    plain = "CLIPTextModel" in settings.get("architectures", ())
+    model = transformers.CLIPTextModel if plain else transformers.CLIPTextModelWithProjection
+    with reading(weights), _quiet_transformers():
+        module, report = model.from_pretrained(
+            settings_file.parent,
+            dtype=torch.float32,
+            use_safetensors=weights.suffix == ".safetensors",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:  # transformers would leave these at random values
+        raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    _check_size(module.config.max_position_embeddings, module.config.vocab_size, "text_encoder.model", config.model)
+    return _Tower(
+        module,
+        TransformersTokenizer(tokenizer.backend_tokenizer),
+        f"pretrained text tower {config.model} (transformers)",
+        {"model": Path(config.model).name, "weights": weights, "config": config_hash(settings)},
+    )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """A checkpoint of a whole CLIP holds the image tower too: no progress bar and no report of unused weights."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _clip_tokenizer() -> TransformersTokenizer:
+    """CLIP's tokenizer, from the byte pair merges that open_clip comes with."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    lines = gzip.decompress((_open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    letters = sorted(ByteLevel.alphabet())
+    whole = [letter + "</w>" for letter in letters]
+    merges = lines[1 : 1 + VOCABULARY - 2 - 2 * len(letters)]  # the first line is a comment
+    joined = [merge.replace(" ", "") for merge in merges]
+    vocabulary = [*letters, *whole, *joined, "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    pairs = [tuple(merge.split()) for merge in merges]
+    return TransformersTokenizer(CLIPTokenizer(vocab=ids, merges=pairs).backend_tokenizer)
+
+
+# --- open_clip
+
+
+def _open_clip_tower(config: TextEncoderConfig) -> _Tower:
+    tag = _open_clip_tag(config.model, config.pretrained)
+    weights = _open_clip_weights(config, tag)
+    settings = _open_clip_settings(config.model, weights)
+    quick_gelu = bool(settings.get("quick_gelu") or tag.get("quick_gelu"))
+    activation = "quick GELU" if quick_gelu else "GELU"
+    module = _build_open_clip(settings["embed_dim"], settings["text_cfg"], quick_gelu)
+    with reading(weights):
+        module.load_state_dict(_open_clip_state(weights))
+    return _Tower(
+        module,
+        OpenClipTokenizer(),
+        f"pretrained text tower {config.model} {config.pretrained} (open_clip, {activation})",
+        {
+            "model": f"{config.model} {Path(config.pretrained).name}",
+            "weights": weights,
+            "config": config_hash({**settings, "quick_gelu": quick_gelu}),
+        },
+    )
+
+
+def _open_clip_tag(model: str, pretrained: str) -> dict[str, Any]:
+    """What open_clip knows of a tag of weights; empty if it is not a tag."""
+    tables = _open_clip_tables()
+    tag = tables.get_pretrained_cfg(model, pretrained)
+    if not tag and "/" not in pretrained and not Path(pretrained).exists():
+        raise ValueError(
+            f"text_encoder.pretrained: {pretrained!r} is no file, no folder, no hub id, and no tag of {model}"
+            f" (those are {', '.join(tables.list_pretrained_tags_by_model(model)) or 'none'})"
+        )
+    return tag
+
+
+def _open_clip_weights(config: TextEncoderConfig, tag: dict[str, Any]) -> Path:
+    if Path(config.pretrained).is_file():
+        return Path(config.pretrained)
+    name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
+    names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return resolve(name, [names], "text_encoder.pretrained")[0]
+
+
+def _open_clip_settings(model: str, weights: Path) -> dict[str, Any]:
+    """The architecture: what stands beside the weights, else what open_clip has under that name."""
+    beside = weights.with_name("open_clip_config.json")
+    packaged = _open_clip_folder() / "model_configs" / f"{model}.json"
+    if not beside.is_file() and not packaged.is_file():
+        raise ValueError(f"text_encoder.model: open_clip has no architecture {model!r}; ViT-L-14 is one")
+    settings = read_json(beside)["model_cfg"] if beside.is_file() else read_json(packaged)
+    text = settings["text_cfg"]
+    if "hf_model_name" in text or text.get("embed_cls"):
+        raise ValueError(f"text_encoder.model: the text tower of {model} is not CLIP's")
+    _check_size(text.get("context_length", TOKENS), text.get("vocab_size", VOCABULARY), "text_encoder.model", model)
+    return settings
+
+
+def _open_clip_state(weights: Path) -> dict[str, Tensor]:
+    """The text tower's part of a file of weights, whichever way open_clip laid it out."""
+    if weights.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(weights)
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    parts = {"token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"}
+    named = {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in named.items() if name.split(".")[0] in parts}
+
+
+def _build_open_clip(embed_dim: int | None, settings: dict[str, Any], quick_gelu: bool) -> nn.Module:
+    from open_clip.model import _build_text_tower
+
+    return _build_text_tower(embed_dim, {**settings, "output_tokens": True}, quick_gelu)
+
+
+def _open_clip_folder() -> Path:
+    spec = importlib.util.find_spec("open_clip")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _open_clip_tables() -> ModuleType:
+    """open_clip's module of pretrained tags, without the seconds that importing all of open_clip takes.
+
+    So a missing model is reported at once. It is imported as part of a package of another name over the same
+    folder.
+    """
+    package = ModuleType("_open_clip_tables")
+    package.__path__ = [str(_open_clip_folder())]
+    sys.modules.setdefault(package.__name__, package)
+    return import_module(f"{package.__name__}.pretrained")
+
+
+def _check_size(positions: int, vocabulary: int, key: str, name: str) -> None:
+    if (positions, vocabulary) != (TOKENS, VOCABULARY):
+        raise ValueError(
+            f"{key}: {name} has {positions} positions and {vocabulary} tokens;"
+            f" needed are CLIP's {TOKENS} and {VOCABULARY}"
+        )
+
+
+# --- seeded
+
+
+# Spread of the random weights, by a part of the parameter's name: of an embedding's values, of other values
+# times sqrt(fan-in). Far from the usual start of training: what attention gathers from the words has to
+# outweigh the end token's own embedding, or all captions would look alike there.
+_SPREADS = {
+    "token_embedding": 1.0,
+    "position": 0.1,
+    "in_proj": 0.8,  # open_clip's queries, keys and values
+    "q_proj": 0.8,
+    "k_proj": 0.8,
+    "v_proj": 0.8,
+    "out_proj": 4.0,
+    "c_fc": 1.0,
+    "fc1": 1.0,
+    "c_proj": 0.2,
+    "fc2": 0.2,
+}
+
+
+def _seeded_tower(kind: str, size: SeededTower) -> _Tower:
+    if size.width % size.heads:
+        raise ValueError(f"text_encoder.seeded: width {size.width} is not divisible by heads {size.heads}")
+    with torch.random.fork_rng(devices=[]):  # the libraries' own start, overwritten below, draws from it
+        module, tokenize = _seeded_open_clip(size) if kind == "open_clip" else _seeded_transformers(size)
+    _fill(module, size.seed)
+    text = f"width {size.width}, {size.layers} layers, {size.heads} heads, seed {size.seed}"
+    sources: dict[str, str | Path] = {"model": f"seeded, {text}", "weights": _state_hash(module)}
+    return _Tower(module, tokenize, f"seeded (random, untrained) text tower: {text}", sources)
+
+
+def _seeded_open_clip(size: SeededTower) -> tuple[nn.Module, Tokenizer]:
+    settings = {"width": size.width, "heads": size.heads, "layers": size.layers}
+    return _build_open_clip(None, settings, quick_gelu=False), OpenClipTokenizer()
+
+
+def _seeded_transformers(size: SeededTower) -> tuple[nn.Module, Tokenizer]:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    settings = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=TOKENS,
+        hidden_act="gelu",
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    return CLIPTextModel(settings), _clip_tokenizer()
+
+
+@torch.no_grad()
+def _fill(tower: nn.Module, seed: int) -> None:
+    """Weights from the seed, uniform, by integer arithmetic: the same bits on every machine."""
+    for name, weight in tower.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        rows, columns = weight.shape
+        spread = next(value for part, value in _SPREADS.items() if part in name)
+        if "embedding" not in name:
+            spread /= math.sqrt(columns)
+        numbers = uniform(seed, f"text tower {name}", torch.arange(rows), (columns,))
+        weight.copy_((2 * numbers - 1) * (math.sqrt(3) * spread))
+
+
+def _state_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().numpy().tobytes())
+    return digest.hexdigest()

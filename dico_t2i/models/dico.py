@@ -34,12 +34,21 @@ class DiCo(nn.Module):
         super().__init__()
         self.config = config
         D = config.hidden_size
-        self.widths = {"encoder1": D, "encoder2": 2 * D, "middle": 4 * D, "decoder2": 2 * D, "decoder1": 2 * D}
+        self.widths = {
+            "encoder1": D,
+            "encoder2": 2 * D,
+            "middle": 4 * D,
+            "decoder2": 2 * D,
+            "decoder1": 2 * D,
+        }
         self.stem = Conv3x3(config.in_channels, D)
         self.time_embeddings = nn.ModuleList(TimestepEmbedding(width) for width in (D, 2 * D, 4 * D))
         self.condition_embeddings = nn.ModuleList(_condition_embedding(config, w) for w in (D, 2 * D, 4 * D))
         self.stages = nn.ModuleDict(
-            {stage: _stage(config, self.widths[stage], depth) for stage, depth in zip(STAGES, config.depths, strict=True)}
+            {
+                stage: _stage(config, self.widths[stage], depth)
+                for stage, depth in zip(STAGES, config.depths, strict=True)
+            }
         )
         shared_text = config.condition == "text" and config.text_projection == "stage"
         self.stage_text = nn.ModuleDict(
@@ -78,7 +87,9 @@ class DiCo(nn.Module):
         """The adaLN inputs, after SiLU, of the three widths: (N, D), (N, 2D), (N, 4D)."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
-            raise ValueError("this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)")
+            raise ValueError(
+                "this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)"
+            )
         conditions = []
         for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
             embedded = time(t)
@@ -116,7 +127,9 @@ def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
         return None
     if config.text_fusion == "cross_attention":
         return CrossAttention(config.text_dim, width)
-    return TextConvolution(TextProjection(config.text_dim, width) if config.text_projection == "block" else None)
+    return TextConvolution(
+        TextProjection(config.text_dim, width) if config.text_projection == "block" else None
+    )
 
 
 def _starts_at_zero(name: str) -> bool:

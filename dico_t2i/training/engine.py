@@ -8,7 +8,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dico_t2i.config import OptimizerConfig, TrainConfig
+from dico_t2i.training.checkpoint import Piece
 from dico_t2i.training.distributed import World
 from dico_t2i.training.optimizer import WEIGHT, AdamWEMA
 
@@ -31,27 +31,12 @@ __compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The range [start, start + numel) of a flattened parameter, in fp32, as views of what this rank holds."""
-
-    name: str
-    start: int
-    tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq", "ema_<decay>": (numel,)
-
-    @property
-    def numel(self) -> int:
-        return self.tensors[WEIGHT].numel()
-
-    def narrow(self, start: int, stop: int) -> "Piece":
-        """The part of this piece from ``start`` to ``stop``, relative to its own start."""
-        return Piece(self.name, self.start + start, {k: v[start:stop] for k, v in self.tensors.items()})
-
-
 class Engine:
     """A model in training: forward, backward, step, and access to its fp32 state."""
 
-    def __init__(self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, world: World
+    ) -> None:
         self.world, self.stage = world, train.zero_stage
         self.clip = optimizer.clip
         self.shapes = {name: p.shape for name, p in model.named_parameters()}

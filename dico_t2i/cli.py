@@ -1,0 +1,136 @@
+"""The ``dico`` command. Heavy imports happen inside the commands, so that --help answers at once."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and run; exits with 0, 2 (something to correct, said in one message) or a command's own code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        sys.exit(parsed.run(parsed))
+    except (
+        ValueError
+    ) as error:  # ConfigError, DataError, MissingModelError, CheckpointError: the user's to mend
+        print(f"dico {parsed.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dico", description="Train, sample and export DiCo.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a run, or go on with it where it stopped")
+    train.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
+    train.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)"
+    )
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="make images from prompts or class labels")
+    sample.add_argument(
+        "--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export"
+    )
+    what = sample.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", help="a text; may be given several times")
+    what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
+    what.add_argument("--labels", type=int, nargs="+", help="class numbers")
+    sample.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; the others count up from it"
+    )
+    sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
+    sample.add_argument("--sampler", choices=("iddpm", "ddim", "dpm++"), help="default: the config's")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
+    sample.add_argument(
+        "--weights", help="weight, or an average such as ema_0.9999 (default: the first average)"
+    )
+    sample.add_argument("--batch", type=int, default=16)
+    sample.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="write the averaged weights and the config into one folder")
+    export.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
+    export.add_argument(
+        "--weights", help="weight, or an average such as ema_0.9999 (default: the first average)"
+    )
+    export.add_argument("--out", required=True, type=Path)
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dico_t2i.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from dico_t2i.training.trainer import train
+
+    return train(config, arguments.runs)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.progress import Progress
+
+    from dico_t2i.sampling import load_pipeline, save_images
+
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
+    conditions = _conditions(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    pipeline = load_pipeline(
+        arguments.checkpoint, arguments.weights, device, torch.bfloat16 if dtype == "bf16" else torch.float32
+    )
+    kind = "text" if arguments.labels is None else "class"
+    if pipeline.config.model.condition != kind:
+        raise ValueError(
+            f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that"
+        )
+    changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
+    sampler = type(pipeline.config.sampler).model_validate(
+        {**pipeline.config.sampler.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
+    )
+    conditions = [c for c in conditions for _ in range(arguments.per_prompt)]
+    seeds = list(range(arguments.seed, arguments.seed + len(conditions)))
+    encoder = pipeline.conditioner.text_encoder
+    if encoder is not None and encoder.seeded:
+        print(f"text encoder: {encoder.description}", file=sys.stderr)
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"sampling {len(conditions)} images", total=None)
+        images = pipeline.generate(
+            conditions,
+            seeds,
+            sampler,
+            arguments.batch,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    save_images(images, [str(c) for c in conditions], seeds, arguments.out)
+    print(f"{len(images)} images and grid.png in {arguments.out}")
+    return 0
+
+
+def _conditions(arguments: argparse.Namespace) -> list[str] | list[int]:
+    if arguments.labels is not None:
+        return list(arguments.labels)
+    if arguments.prompt:
+        return list(arguments.prompt)
+    if not arguments.prompts.is_file():
+        raise ValueError(f"--prompts {arguments.prompts}: no such file")
+    prompts = [
+        line.strip() for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    if not prompts:
+        raise ValueError(f"--prompts {arguments.prompts}: has no prompts")
+    return prompts
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dico_t2i.export import export
+
+    export(arguments.checkpoint, arguments.weights, arguments.out)
+    print(f"exported to {arguments.out}")
+    return 0

@@ -1,0 +1,247 @@
+"""Micro-batches: endless, from any step on, the same for any number of ranks and workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dico_t2i import randomness
+from dico_t2i.config import DataConfig
+from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex
+from dico_t2i.data.order import Order, rank_positions
+from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_REPLACEMENTS = 100  # in a row, for one position
+PREFETCH = 4  # micro-batches per worker
+
+_MAX_OPEN_SHARDS = 256
+_MAX_LABEL_DIGITS = 9
+
+
+class BadSample(NamedTuple):
+    """A sample that was replaced: the position it was wanted for, and what was wrong with it."""
+
+    position: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass
+class Batch:
+    """A micro-batch of n samples, at CPU.
+
+    positions: int64 (n,). images: uint8 (n, 3, H, W), or moments: float16 (n, 2C, h, w). captions and tokens
+    (what the tokenizer made of them) with texts, labels int64 (n,) with classes. bad: the samples replaced.
+    """
+
+    positions: Tensor
+    keys: list[str]
+    images: Tensor | None = None
+    moments: Tensor | None = None
+    captions: list[str] | None = None
+    labels: Tensor | None = None
+    tokens: Tensor | None = None
+    bad: list[BadSample] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """A copy whose tensors are in page-locked memory; the DataLoader calls it."""
+        pinned = {name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**{**vars(self), **pinned})
+
+
+def make_loader(
+    data: DataConfig,
+    index: DatasetIndex,
+    order: Order,
+    *,
+    seed: int,
+    condition: Literal["class", "text"],
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start_step: int,
+    tokenize: Callable[[list[str]], Tensor] | None,
+) -> Iterable[Batch]:
+    """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut evenly.
+
+    Raises DataError if sizes do not divide, or the latents in the index are not those of the config.
+    """
+    positions_of = partial(rank_positions, global_batch=global_batch, streams=order.streams, rank=rank, world=world)
+    per_rank = len(positions_of(start_step))
+    if per_rank % micro_batch:
+        raise DataError(f"micro-batch {micro_batch} does not divide the {per_rank} samples of a rank and step")
+    shape = _moments_shape(data, index) if index.kind == "latents" else None
+    # A block of a stream spans a few shards; all streams' shards should stay open.
+    reader = ShardReader(index, min(_MAX_OPEN_SHARDS, 4 * order.streams // world))
+    samples = _Samples(data, reader, order, seed, condition, tokenize, shape)
+    return DataLoader(
+        _MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step),
+        batch_size=None,
+        num_workers=data.workers,
+        prefetch_factor=PREFETCH if data.workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
+    )
+
+
+@dataclass
+class _MicroBatches(IterableDataset[Batch]):
+    """Worker w of n makes micro-batches w, w + n, ...; the DataLoader takes them from the workers in turn."""
+
+    samples: _Samples
+    positions_of: Callable[[int], np.ndarray]
+    micro_batch: int
+    per_step: int
+    start_step: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in count(self.start_step * self.per_step + first, stride):
+            step, part = divmod(number, self.per_step)
+            low = part * self.micro_batch
+            yield self.samples.batch(self.positions_of(step)[low : low + self.micro_batch])
+
+
+class _Sample(NamedTuple):
+    key: str
+    pixels: Tensor  # image or moments
+    captions: list[str]
+    label: int
+
+
+@dataclass
+class _Samples:
+    """Turns positions into a batch."""
+
+    data: DataConfig
+    reader: ShardReader
+    order: Order
+    seed: int
+    condition: Literal["class", "text"]
+    tokenize: Callable[[list[str]], Tensor] | None
+    moments_shape: tuple[int, ...] | None  # as stored; None: images
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        index = torch.from_numpy(positions)
+        flips = [False] * len(positions)
+        if self.data.flip:
+            flips = (randomness.uniform(self.seed, "flip", index) < 0.5).tolist()
+        bad: list[BadSample] = []
+        shards, members = (values.tolist() for values in self.order.locate(positions))
+        places = zip(positions.tolist(), shards, members, flips, strict=True)
+        samples = [self._usable(*place, bad=bad) for place in places]
+        batch = Batch(index, [sample.key for sample in samples], bad=bad)
+        pixels = torch.stack([sample.pixels for sample in samples])
+        if self.moments_shape is None:
+            batch.images = pixels
+        else:
+            batch.moments = pixels
+        if self.condition == "class":
+            batch.labels = torch.tensor([sample.label for sample in samples])
+            return batch
+        counts = torch.tensor([len(sample.captions) for sample in samples])
+        choices = randomness.integers(self.seed, "caption", index, counts).tolist()
+        batch.captions = [sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)]
+        batch.tokens = self.tokenize(batch.captions) if self.tokenize else None
+        return batch
+
+    def _usable(self, position: int, shard: int, member: int, flip: bool, bad: list[BadSample]) -> _Sample:
+        """The sample of a position, or the next one of its stream that can be used."""
+        names = self.reader.index.names
+        for attempt in range(1, MAX_REPLACEMENTS + 2):
+            try:
+                return self._load(shard, member, flip)
+            except SampleError as error:
+                bad.append(BadSample(position, names[shard], error.key, error.reason))
+            successor = self.order.successor(position, attempt)
+            shard, member = (int(values[0]) for values in self.order.locate(np.array([successor])))
+        raise DataError(
+            f"{self.reader.index.root / bad[-1].shard}: more than {MAX_REPLACEMENTS} bad samples in a row,"
+            f" the last: {bad[-1].key!r}, {bad[-1].reason}; check the data with data_prep/verify.py"
+        )
+
+    def _load(self, shard: int, member: int, flip: bool) -> _Sample:
+        sample = self.reader.read(shard, member)
+        key = sample["__key__"]
+        try:
+            captions = _captions(sample) if self.condition == "text" else []
+            label = _label(sample) if self.condition == "class" else -1
+            return _Sample(key, self._pixels(sample, flip), captions, label)
+        except SampleError as error:
+            raise SampleError(self.reader.index.names[shard], key, error.reason) from None
+
+    def _pixels(self, sample: dict[str, Any], flip: bool) -> Tensor:
+        if self.moments_shape is not None:
+            moments = decode_moments(_member(sample, MOMENTS), self.moments_shape)
+            return moments[int(flip)] if moments.ndim == 4 else moments
+        image = decode_image(_member(sample, *IMAGE_EXTENSIONS), self.data.image_size, self.data.crop)
+        return image.flip(-1) if flip else image
+
+
+def _moments_shape(data: DataConfig, index: DatasetIndex) -> tuple[int, ...]:
+    """The shape of stored moments. Raises DataError if they are not of the config's images."""
+    path, meta = index.root / "index.json", index.meta
+    try:
+        channels, size = int(meta["latent_channels"]), int(meta["latent_size"])
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{path}: does not give latent_channels and latent_size; encode again with data_prep/latents.py"
+        ) from None
+    for name in ("image_size", "crop"):
+        if meta.get(name) != getattr(data, name):
+            raise DataError(
+                f"{path}: latents were made with {name}: {meta.get(name)}, but the config has"
+                f" data.{name}: {getattr(data, name)}; change the config or encode again"
+            )
+    shape = (2 * channels, size, size)
+    return (2, *shape) if meta.get("mirrored") else shape
+
+
+def _member(sample: dict[str, Any], *extensions: str) -> bytes:
+    """The first of these members that a sample has. Raises SampleError."""
+    for extension in extensions:
+        if extension in sample:
+            return sample[extension]
+    raise SampleError("", "", f"has no {' or '.join(extensions)}")
+
+
+def _captions(sample: dict[str, Any]) -> list[str]:
+    """The captions in the sample's json, or else its txt, as one. Raises SampleError if there are none."""
+    try:
+        found = json.loads(sample.get("json", b"{}")).get("captions")
+        if found is None:
+            found = [_member(sample, "txt").decode()]
+        captions = [text for text in found if text.strip()]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise SampleError("", "", f"captions cannot be read: {error}") from None
+    if not captions:
+        raise SampleError("", "", "has no caption")
+    return captions
+
+
+def _label(sample: dict[str, Any]) -> int:
+    """The class in the sample's cls member. Raises SampleError."""
+    digits = _member(sample, "cls").strip()
+    if not digits.isdigit() or len(digits) > _MAX_LABEL_DIGITS:
+        raise SampleError("", "", f"cls is no class number: {digits[:20]!r}")
+    return int(digits)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave signals to the training process: workers end when it closes their queue, or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,193 @@
+"""From weights and prompts to images."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dico_t2i import randomness
+from dico_t2i.config import Config, ConfigError, SamplerConfig, load_config
+from dico_t2i.diffusion import guided, sample
+from dico_t2i.encoders import Autoencoder, load_autoencoder, load_text_encoder
+from dico_t2i.encoders.conditioner import Conditioner
+from dico_t2i.models import DiCo
+from dico_t2i.training.checkpoint import CheckpointError, candidates, open_checkpoint, read_weights
+from dico_t2i.training.optimizer import WEIGHT, ema_name
+
+Progress = Callable[[int, int], None]
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass
+class Pipeline:
+    """Everything that turns prompts or labels into images."""
+
+    config: Config
+    model: nn.Module
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    device: torch.device
+
+    def generate(
+        self,
+        conditions: Sequence[str] | Sequence[int],
+        seeds: Sequence[int],
+        sampler: SamplerConfig,
+        batch: int = 16,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Images (N, 3, H, W) uint8 on the host, one for each prompt or label and its seed.
+
+        An image's noise depends on its own seed only, whatever the batch. ``progress(done, total)`` counts steps
+        over all batches.
+        """
+        chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
+        images = []
+        for number, chunk in enumerate(chunks):
+
+            def report(done: int, steps: int, number: int = number) -> None:
+                if progress:
+                    progress(number * steps + done, len(chunks) * steps)
+
+            latents = self._latents(conditions[chunk], seeds[chunk], sampler, report)
+            images.append(self.autoencoder.decode(latents).cpu())
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def _latents(
+        self,
+        conditions: Sequence[str] | Sequence[int],
+        seeds: Sequence[int],
+        sampler: SamplerConfig,
+        report: Progress,
+    ) -> Tensor:
+        index = torch.tensor(seeds, device=self.device)
+        size = self.config.latent_size
+        shape = (self.config.model.in_channels, size, size)
+        cond = self._conditioning(conditions)
+        null = self.conditioner.null(len(seeds)) if sampler.guidance != 1 else {}
+        return sample(
+            self.config.diffusion,
+            sampler,
+            guided(self.model, cond, null, sampler.guidance, sampler.guidance_channels),
+            randomness.normal(0, "initial noise", index, shape),
+            lambda step: randomness.normal(0, f"step noise {step}", index, shape),
+            self.config.model.learn_sigma,
+            report,
+        )
+
+    def _conditioning(self, conditions: Sequence[str] | Sequence[int]) -> dict[str, Tensor]:
+        if self.config.model.condition == "text":
+            return self.conditioner.of_prompts([str(c) for c in conditions])
+        return self.conditioner.of_labels(torch.tensor([int(c) for c in conditions]))
+
+
+def load_encoders(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[Autoencoder, Conditioner]:
+    """The frozen parts of a config. Raises MissingModelError or ConfigError before anything else is done."""
+    text = load_text_encoder(config.text_encoder, device, dtype) if config.model.condition == "text" else None
+    conditioner = Conditioner(config.model, text, device)
+    autoencoder = load_autoencoder(config.autoencoder, device, dtype)
+    if autoencoder.latent_channels != config.model.in_channels:
+        raise ConfigError(
+            f"model.in_channels: {config.model.in_channels}, but the autoencoder's latents have"
+            f" {autoencoder.latent_channels} channels"
+        )
+    return autoencoder, conditioner
+
+
+def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """From a run, one of its checkpoints, or an exported folder.
+
+    weights: "weight" or an average such as "ema_0.9999"; None is the first average of the config, or else the
+    weights. Raises ValueError (CheckpointError, ConfigError, MissingModelError) saying what is missing.
+    """
+    config, fill = _find_weights(path, weights)
+    autoencoder, conditioner = load_encoders(config, device, dtype)
+    model = DiCo(config.model)
+    fill(model)
+    return Pipeline(
+        config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device
+    )
+
+
+def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[DiCo], None]]:
+    if not path.exists():
+        raise ValueError(f"{path}: no such run or exported folder")
+    if (path / WEIGHTS_FILE).exists():
+        return load_config(path / "config.yaml"), lambda model: _fill(
+            model, load_file(path / WEIGHTS_FILE), path
+        )
+    is_checkpoint = path.parent.name == "checkpoints"
+    run = path.parent.parent if is_checkpoint else path
+    if not (run / "config.yaml").exists():
+        raise ValueError(
+            f"{path}: neither a run (config.yaml, checkpoints/) nor an exported folder ({WEIGHTS_FILE})"
+        )
+    found = [path] if is_checkpoint else candidates(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run}: this run has no complete checkpoint yet")
+    config, checkpoint = load_config(run / "config.yaml"), open_checkpoint(found[0])
+    kind = weights or default_weights(config)
+    return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+
+
+def default_weights(config: Config) -> str:
+    """The first average of the weights, or the weights themselves where none is kept."""
+    return ema_name(config.optimizer.ema[0]) if config.optimizer.ema else WEIGHT
+
+
+def _fill(model: DiCo, state: dict[str, Tensor], source: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source}: not weights of the model in its config: {str(error).splitlines()[1]}"
+        ) from None
+
+
+def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
+    """Single PNGs, numbered, their prompt and seed as metadata, and a grid. images (N, 3, H, W) uint8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
+        info = PngInfo()
+        info.add_itxt("prompt", caption)
+        info.add_text("seed", str(seed))
+        _to_pil(image).save(folder / f"{number:05d}.png", pnginfo=info)
+    make_grid(images, captions).save(folder / "grid.png")
+
+
+def make_grid(images: Tensor, captions: Sequence[str], most: int = 64) -> Image.Image:
+    """The first images side by side, at least 128 pixels each, with their captions underneath."""
+    images = images[:most]
+    scale = max(1, -(-128 // images.shape[-1]))
+    H, W = images.shape[2] * scale, images.shape[3] * scale
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    line, lines = 11, 4
+    grid = Image.new("RGB", (columns * (W + 4), rows * (H + line * lines + 4)), "white")
+    draw = ImageDraw.Draw(grid)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=False)):
+        x, y = number % columns * (W + 4), number // columns * (H + line * lines + 4)
+        grid.paste(_to_pil(image).resize((W, H), Image.Resampling.NEAREST), (x, y))
+        for row, text in enumerate(_wrap(caption, W // 6)[:lines]):
+            draw.text(
+                (x, y + H + row * line), text.encode("ascii", "replace").decode(), fill="black", font_size=10
+            )
+    return grid
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(8, width))

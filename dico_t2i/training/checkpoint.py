@@ -1,0 +1,331 @@
+"""Checkpoints: parameter-keyed fp32 pieces in safetensors, valid once their manifest is there.
+
+    checkpoints/
+      step-00001000/
+        shard-00000.safetensors   what rank 0 owned: "<kind>:<parameter>:<start>" -> (numel,) fp32
+        shard-00000.json          its size and hash, written after it
+        manifest.json             written last, by rank 0: the mark that makes the checkpoint valid
+      latest                      the name of the newest valid one, switched by atomic rename
+
+Any number of ranks under any ZeRO stage reads the ranges it needs. Saving copies the pieces to host memory and
+writes them in a thread while training goes on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from dico_t2i.training.optimizer import WEIGHT
+
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The range [start, start + numel) of a flattened parameter, in fp32, as views of what this rank holds."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq", "ema_<decay>": (numel,)
+
+    @property
+    def numel(self) -> int:
+        return self.tensors[WEIGHT].numel()
+
+    def narrow(self, start: int, stop: int) -> "Piece":
+        """The part of this piece from ``start`` to ``stop``, relative to its own start."""
+        return Piece(self.name, self.start + start, {k: v[start:stop] for k, v in self.tensors.items()})
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest has been read."""
+
+    path: Path
+    step: int  # optimizer steps tried, skipped ones included
+    position: int  # samples consumed: where the data goes on
+    optimizer_steps: int  # updates made
+    world: int
+    shapes: dict[str, tuple[int, ...]]
+    kinds: tuple[str, ...]
+    files: dict[str, dict[str, Any]]
+    pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
+
+
+class CheckpointWriter:
+    """Saves in the background, one at a time. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self, folder: Path, rank: int, world: int, keep_last: int, keep_every_steps: int | None
+    ) -> None:
+        self.folder, self.rank, self.world = folder, rank, world
+        self.keep_last, self.keep_every = keep_last, keep_every_steps
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def prepare(self, step: int) -> None:
+        """Make the new folder. Rank 0 only; the others must wait for it before ``save``."""
+        target = self.folder / _name(step)
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+
+    def save(
+        self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, int]
+    ) -> None:
+        """Copy the pieces to host memory and start writing them. ``state``: position and optimizer_steps."""
+        self.wait()
+        host = [(p.name, p.start, {kind: _to_host(t) for kind, t in p.tensors.items()}) for p in pieces]
+        meta = {"version": VERSION, "step": step, "world": self.world, **state}
+        meta["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+        self._thread = threading.Thread(target=self._write, args=(step, host, meta), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk. Raises CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointError(f"saving to {self.folder} failed: {error}") from error
+
+    def _write(
+        self, step: int, host: list[tuple[str, int, dict[str, np.ndarray]]], meta: dict[str, Any]
+    ) -> None:
+        target = self.folder / _name(step)
+        try:
+            _write_shard(target, self.rank, host)
+            if self.rank == 0:
+                _commit(target, self.world, meta)
+                _write_atomic(self.folder / LATEST, target.name)
+                self._retire(step)
+        except Exception as error:
+            self._error = error
+
+    def _retire(self, newest: int) -> None:
+        """Delete what retention no longer covers, and the remains of saves that were cut off."""
+        valid = [
+            path for path in _folders(self.folder) if (path / MANIFEST).exists() and _step(path) <= newest
+        ]
+        for path in valid[: -self.keep_last]:
+            if not (self.keep_every and _step(path) % self.keep_every == 0):
+                (path / MANIFEST).unlink()
+                shutil.rmtree(path)
+        for path in _folders(self.folder):
+            if not (path / MANIFEST).exists() and _step(path) < newest:
+                shutil.rmtree(path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a manifest. Raises CheckpointError if there is none or its version is newer than this code."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST}, so this checkpoint was never completed") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from None
+    if manifest.get("version", 0) > VERSION:
+        raise CheckpointError(f"{path}: written by a newer version ({manifest['version']}); update dico_t2i")
+    pieces: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for file, entry in manifest["files"].items():
+        for name, start, numel in entry["pieces"]:
+            pieces[name].append((file, start, numel))
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        position=manifest["position"],
+        optimizer_steps=manifest["optimizer_steps"],
+        world=manifest["world"],
+        shapes={name: tuple(shape) for name, shape in manifest["shapes"].items()},
+        kinds=tuple(manifest["kinds"]),
+        files={file: {"size": e["size"], "sha256": e["sha256"]} for file, e in manifest["files"].items()},
+        pieces=dict(pieces),
+    )
+
+
+def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
+    """Compare sizes and hashes of some or all files. Raises CheckpointError naming the first that differs."""
+    for file in checkpoint.files if files is None else files:
+        expected, path = checkpoint.files[file], checkpoint.path / file
+        if not path.exists():
+            raise CheckpointError(f"{path}: missing")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{path}: {size} bytes, should be {expected['size']}")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: content does not match its hash")
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Checkpoints to try when resuming, best first: the one ``latest`` names, then newer to older."""
+    paths = [path for path in reversed(_folders(folder)) if (path / MANIFEST).exists()]
+    latest = folder / LATEST
+    named = folder / latest.read_text().strip() if latest.exists() else None
+    return sorted(paths, key=lambda path: path != named)
+
+
+def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
+    """Read into each piece what the checkpoint holds of its range.
+
+    Raises CheckpointError when a parameter, a range or a kind is missing. An average that was not kept before
+    starts from the checkpoint's weights.
+    """
+    with _Shards(checkpoint) as shards:
+        for piece in pieces:
+            if piece.name not in checkpoint.shapes:
+                raise CheckpointError(f"{checkpoint.path}: has no parameter {piece.name}")
+            for kind, tensor in piece.tensors.items():
+                source = kind if kind in checkpoint.kinds else WEIGHT
+                shards.read(source, piece.name, piece.start, tensor)
+
+
+def check_shapes(checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> None:
+    """Raise CheckpointError when the checkpoint is not one of this model, naming the first differences."""
+    ours = {name: tuple(shape) for name, shape in shapes.items()}
+    differences = [
+        f"{name}: {checkpoint.shapes.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the config"
+        for name in sorted(ours.keys() | checkpoint.shapes.keys())
+        if checkpoint.shapes.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model ({len(differences)} parameters differ):"
+            f" {'; '.join(differences[:3])}. Use the config it was trained with, or another run name"
+        )
+
+
+def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Whole fp32 parameters of one kind ("weight", "ema_0.9999"), one at a time.
+
+    Raises CheckpointError when the kind is not there, naming those that are.
+    """
+    if kind not in checkpoint.kinds:
+        raise CheckpointError(f"{checkpoint.path}: no {kind}; it holds {', '.join(checkpoint.kinds)}")
+    with _Shards(checkpoint) as shards:
+        for name, shape in checkpoint.shapes.items():
+            whole = torch.empty(shape)
+            shards.read(kind, name, 0, whole.view(-1))
+            yield name, whole
+
+
+class _Shards:
+    """Open shard files of a checkpoint, and reading ranges that may span several."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.open: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Shards":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.open.clear()
+
+    def read(self, kind: str, name: str, start: int, target: Tensor) -> None:
+        """Fill target (numel,) with the parameter's elements from ``start`` on."""
+        stop, filled = start + target.numel(), 0
+        for file, piece_start, numel in self.checkpoint.pieces.get(name, ()):
+            begin, end = max(start, piece_start), min(stop, piece_start + numel)
+            if begin < end:
+                piece = self._file(file).get_slice(f"{kind}:{name}:{piece_start}")
+                target[begin - start : end - start].copy_(piece[begin - piece_start : end - piece_start])
+                filled += end - begin
+        if filled != target.numel():
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {kind} of {name} has {filled} of the {target.numel()} elements from {start}"
+            )
+
+    def _file(self, file: str) -> Any:
+        if file not in self.open:
+            self.open[file] = safe_open(self.checkpoint.path / file, framework="pt")
+        return self.open[file]
+
+
+def _write_shard(target: Path, rank: int, host: list[tuple[str, int, dict[str, np.ndarray]]]) -> None:
+    tensors = {f"{kind}:{name}:{start}": a for name, start, arrays in host for kind, a in arrays.items()}
+    path = target / f"shard-{rank:05d}.safetensors"
+    save_file(tensors, path)
+    _flush(path)
+    entry = {
+        "size": path.stat().st_size,
+        "sha256": _sha256(path),
+        "kinds": sorted({kind for _, _, arrays in host for kind in arrays}),
+        "pieces": [[name, start, next(iter(arrays.values())).size] for name, start, arrays in host],
+    }
+    _write_atomic(path.with_suffix(".json"), json.dumps(entry))
+
+
+def _commit(target: Path, world: int, meta: dict[str, Any], patience_s: float = 3600) -> None:
+    """Wait for every rank's shard, then write the manifest."""
+    sidecars = [target / f"shard-{rank:05d}.json" for rank in range(world)]
+    deadline = time.monotonic() + patience_s
+    while missing := [path.name for path in sidecars if not path.exists()]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{target}: {len(missing)} ranks did not finish writing, the first is {missing[0]}"
+            )
+        time.sleep(0.02)
+    entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
+    kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
+    _write_atomic(target / MANIFEST, json.dumps({**meta, "kinds": kinds, "files": entries}))
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_host(tensor: Tensor) -> np.ndarray:
+    return np.array(tensor.detach().float().cpu().numpy(), copy=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, complete or not, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=_step)

@@ -1,0 +1,139 @@
+"""Where the numbers of a run go: metrics.jsonl always, Weights & Biases if wished, the terminal."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dico_t2i.config import Config
+
+
+class Reporter:
+    """Writes on rank 0; silent on the others."""
+
+    def __init__(self, config: Config, folder: Path, total_steps: int, enabled: bool) -> None:
+        self.enabled, self.folder = enabled, folder
+        if not enabled:
+            return
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._wandb = _start_wandb(config, folder)
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task(config.name, total=total_steps, numbers="")
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to ``step``."""
+        if self.enabled:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One report of numbers."""
+        if not self.enabled:
+            return
+        self._write({"step": step, "time": time.time(), **values})
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        numbers = "  ".join(
+            f"{key} {_short(values[key])}" for key in ("loss", "grad_norm", "images_per_s") if key in values
+        )
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        if self._progress.disable:
+            self._console.print(
+                f"step {step}  {numbers}  left {_clock(values.get('eta_s'))}", highlight=False
+            )
+
+    def event(self, step: int, kind: str, message: str, **details: Any) -> None:
+        """Something that happened; printed, and a line in metrics.jsonl."""
+        if not self.enabled:
+            return
+        self._write({"step": step, "time": time.time(), "event": kind, "message": message, **details})
+        self._console.print(f"[{kind}] {message}", highlight=False, markup=False)
+
+    def image(self, step: int, path: Path) -> None:
+        """A picture that was saved in the run folder."""
+        self.event(
+            step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder))
+        )
+        if self.enabled and self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._progress.stop()
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish(quiet=True)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _start_wandb(config: Config, folder: Path) -> Any:
+    """A wandb run that resumes under the same id; None when it is off or fails, which never stops training."""
+    mode = config.log.wandb
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if mode == "off":
+        return None
+    try:
+        import wandb
+
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        return wandb.init(
+            project=config.log.wandb_project,
+            name=config.name,
+            id=identity.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            config=config.model_dump(mode="json", exclude_none=True),
+            settings=wandb.Settings(silent=True),
+        )
+    except Exception as error:
+        print(f"wandb is off for this run: {error}", file=sys.stderr)
+        return None
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,380 @@
+"""The training loop: one for every model, data kind and ZeRO stage."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dico_t2i import randomness
+from dico_t2i.config import Config, ConfigError, Span
+from dico_t2i.data import Batch, DatasetIndex, Order, load_index, make_loader
+from dico_t2i.diffusion import build
+from dico_t2i.models import DiCo
+from dico_t2i.sampling import Pipeline, default_weights, load_encoders, make_grid
+from dico_t2i.training import checkpoint as ckpt
+from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
+from dico_t2i.training.engine import Engine
+from dico_t2i.training.metrics import Reporter, peak_memory_bytes
+from dico_t2i.training.optimizer import learning_rate
+from dico_t2i.training.run import RunFolder
+from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
+
+WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def train(config: Config, runs: Path) -> int:
+    """Train, or go on with, the run of this config. Returns the exit code: 0 done, 75 stopped by a signal.
+
+    Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
+    """
+    index = load_index(config.data.path)
+    check_data(config, index)
+    world = join_world()
+    config.check_world(world.size)
+    run = RunFolder(runs, config.name)
+    changes = run.changes(config)
+    dist.barrier()  # every rank has compared before rank 0 writes
+    if not world.is_main:
+        return Trainer(config, index, run, world).fit()
+    with run.locked():
+        run.write_config(config)
+        return Trainer(config, index, run, world, changes).fit()
+
+
+def check_data(config: Config, index: DatasetIndex) -> None:
+    """Raise ConfigError if the shards have not what the config needs."""
+    if len(index) < config.data.streams:
+        raise ConfigError(
+            f"data.streams: {config.data.streams} streams need at least as many samples; {index.root} has {len(index)}"
+        )
+    extensions = set(index.shard(0).extensions)
+    needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
+    if not extensions & needed:
+        raise ConfigError(
+            f"model.condition: {config.model.condition} needs a .{' or .'.join(sorted(needed))} member in each sample;"
+            f" {index.path(0)} has {', '.join(sorted(extensions))}"
+        )
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        index: DatasetIndex,
+        run: RunFolder,
+        world: World,
+        changes: list[str] | None = None,
+    ) -> None:
+        self.config, self.index, self.run, self.world = config, index, run, world
+        train, seed = config.train, config.seed
+        self.stop = StopFlag()
+        self.stop.install()
+        dtype = WORKING_DTYPE[train.precision]
+        self.autoencoder, self.conditioner = load_encoders(config, world.device, dtype)
+        self._check_latents()
+        self.diffusion = build(config.diffusion, config.model.learn_sigma)
+        torch.manual_seed(seed)
+        self.engine = Engine(DiCo(config.model), train, config.optimizer, world)
+        self.accumulation = config.check_world(world.size)
+        sizes = index.samples.tolist()
+        self.order = Order(seed, sizes, config.data.streams, config.data.shuffle_block)
+        self.total_steps = self._steps(train.duration)
+        self.warmup = self._steps(config.optimizer.warmup) if config.optimizer.warmup else 0
+        keep_every = config.checkpoint.keep_every
+        self.writer = ckpt.CheckpointWriter(
+            run.checkpoints,
+            world.rank,
+            world.size,
+            config.checkpoint.keep_last,
+            self._steps(keep_every) if keep_every else None,
+        )
+        self.report = Reporter(config, run.path, self.total_steps, world.is_main)
+        for line in changes or ():
+            self.report.event(0, "config", f"changed since the last start: {line}")
+        self.step, self.position, self.bad_samples = 0, 0, 0
+        self._resume()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def fit(self) -> int:
+        """Train to the end of the duration or to a signal; saves on both. Returns the exit code."""
+        self._announce()
+        meter = Meter(self)
+        batches = iter(self._loader())
+        self.engine.model.train()
+        while self.step < self.total_steps:
+            started = time.monotonic()
+            losses, norm = self._train_step(batches, meter)
+            self.step += 1
+            self.position += self.config.train.global_batch
+            meter.add(losses, norm, self.engine.skipped, time.monotonic() - started)
+            self.report.advance(self.step)
+            if self._due(self.config.log.every):
+                meter.report()
+            if self._due(self.config.preview.every) and (
+                self.config.preview.prompts or self.config.preview.labels
+            ):
+                meter.excluded(self._preview)
+            stopping = any_rank(self.stop.signal is not None, self.world.device)
+            if stopping or self._save_due():
+                meter.excluded(self._save)
+            if stopping:
+                return self._finish(REQUEUE_EXIT_CODE)
+        if self.step > self.saved_step:
+            self._save()
+        return self._finish(0)
+
+    def _train_step(self, batches: Iterator[Batch], meter: "Meter") -> tuple[Tensor, float]:
+        """One update. Returns the mean losses (loss, mse, vb) of this rank's samples and the gradient norm."""
+        total = torch.zeros(3, device=self.world.device)
+        rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
+        norm = math.nan
+        for _ in range(self.accumulation):
+            batch = meter.waiting(batches)
+            losses = self._losses(batch)
+            self.engine.backward(losses["loss"].mean())
+            norm = self.engine.step(rate)
+            parts = [
+                losses[key].mean() if key in losses else torch.zeros_like(total[0])
+                for key in ("loss", "mse", "vb")
+            ]
+            total += torch.stack(parts).detach() / self.accumulation
+            self._note_bad(batch)
+        return total, norm
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Per-sample losses. Every draw is a function of the seed and the sample's position."""
+        seed, position = self.config.seed, batch.positions.to(self.world.device, non_blocking=True)
+        latents = self._latents(batch, position)
+        conditioning = self._conditioning(batch, position)
+        t = randomness.integers(seed, "timestep", position, self.config.diffusion.steps)
+        noise = randomness.normal(seed, "noise", position, latents.shape[1:])
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self.engine.model(x, t, **conditioning)  # type: ignore[no-any-return]
+
+        return self.diffusion.training_losses(network, latents, t, noise)
+
+    def _latents(self, batch: Batch, position: Tensor) -> Tensor:
+        if batch.moments is not None:
+            moments = batch.moments.to(self.world.device, non_blocking=True)
+        else:
+            assert batch.images is not None
+            moments = self.autoencoder.moments(batch.images.to(self.world.device, non_blocking=True))
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        return self.autoencoder.latents(
+            moments, randomness.normal(self.config.seed, "latent", position, shape)
+        )
+
+    @torch.no_grad()
+    def _conditioning(self, batch: Batch, position: Tensor) -> dict[str, Tensor]:
+        if batch.labels is not None:
+            conditioning = self.conditioner.of_labels(batch.labels)
+        else:
+            assert batch.tokens is not None
+            conditioning = self.conditioner.of_tokens(batch.tokens)
+        dropped = randomness.uniform(self.config.seed, "drop", position) < self.config.model.dropout_prob
+        return self.conditioner.drop(conditioning, dropped)
+
+    def _loader(self) -> Iterator[Batch]:
+        encoder = self.conditioner.text_encoder
+        return iter(
+            make_loader(
+                self.config.data,
+                self.index,
+                self.order,
+                seed=self.config.seed,
+                condition=self.config.model.condition,
+                global_batch=self.config.train.global_batch,
+                micro_batch=self.config.train.micro_batch,
+                rank=self.world.rank,
+                world=self.world.size,
+                start_step=self.position // self.config.train.global_batch,
+                tokenize=encoder.tokenize if encoder else None,
+            )
+        )
+
+    def _note_bad(self, batch: Batch) -> None:
+        """Record replaced samples; past the limit, save and stop."""
+        for bad in batch.bad:
+            self.report.event(
+                self.step, "bad sample", f"{bad.shard} {bad.key}: {bad.reason}; another took its place"
+            )
+        self.bad_samples += len(batch.bad)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that is whole; say which, and which were not."""
+        found = ckpt.candidates(self.run.checkpoints)
+        for path in found:
+            problem = ""
+            try:
+                checkpoint = ckpt.open_checkpoint(path)
+                ckpt.verify(checkpoint, sorted(checkpoint.files)[self.world.rank :: self.world.size])
+            except ckpt.CheckpointError as error:
+                problem = str(error)
+            if any_rank(bool(problem), self.world.device):
+                self.report.event(
+                    self.step, "bad checkpoint", f"{path} is passed over: {problem or 'a file is damaged'}"
+                )
+                continue
+            ckpt.check_shapes(checkpoint, self.engine.shapes)
+            self.engine.materialize(checkpoint.optimizer_steps)
+            ckpt.fill(checkpoint, self.engine.pieces())
+            self.engine.publish_weights()
+            self.step, self.position = checkpoint.step, checkpoint.position
+            self.report.event(self.step, "resume", f"resumed from {path}", ranks=self.world.size)
+            return
+        if found:
+            raise ckpt.CheckpointError(
+                f"{self.run.checkpoints}: none of {len(found)} checkpoints is whole; restore one, or remove the folder"
+                " to start over"
+            )
+        self.engine.materialize(0)
+
+    def _save(self) -> None:
+        self.writer.wait()
+        if self.world.is_main:
+            self.writer.prepare(self.step)
+        dist.barrier()
+        state = {"position": self.position, "optimizer_steps": self.engine.optimizer_steps}
+        self.writer.save(self.step, self.engine.owned_pieces(), self.engine.shapes, state)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _save_due(self) -> bool:
+        every = self.config.checkpoint.every
+        if every.minutes is None:
+            return self._due(every)
+        return any_rank(time.monotonic() - self.saved_at >= 60 * every.minutes, self.world.device)
+
+    def _preview(self) -> None:
+        """Sample the fixed prompts or labels, spread over the ranks, with the averaged weights."""
+        preview = self.config.preview
+        conditions = list(preview.prompts or preview.labels)
+        model = DiCo(self.config.model).to(self.world.device)
+        with torch.no_grad():
+            parameters = dict(model.named_parameters())
+            for name, value in self.engine.gather(default_weights(self.config)):
+                parameters[name].copy_(value)
+        model = model.to(WORKING_DTYPE[self.config.train.precision]).eval()
+        pipeline = Pipeline(self.config, model, self.autoencoder, self.conditioner, self.world.device)
+        share = -(-len(conditions) // self.world.size)
+        padded = [conditions[i % len(conditions)] for i in range(share * self.world.size)]
+        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        images = pipeline.generate(padded[mine], list(range(len(padded)))[mine], preview.sampler)
+        gathered = [torch.empty_like(images, device=self.world.device) for _ in range(self.world.size)]
+        dist.all_gather(gathered, images.to(self.world.device))
+        if self.world.is_main:
+            self.run.samples.mkdir(exist_ok=True)
+            path = self.run.samples / f"step-{self.step:08d}.png"
+            make_grid(torch.cat(gathered).cpu()[: len(conditions)], [str(c) for c in conditions]).save(path)
+            self.report.image(self.step, path)
+
+    def _finish(self, code: int) -> int:
+        self.writer.wait()
+        dist.barrier()  # nobody leaves before rank 0 has committed
+        if code:
+            name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
+            self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to go on")
+        else:
+            self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
+        self.report.close()
+        return code
+
+    def _announce(self) -> None:
+        config, encoder = self.config, self.conditioner.text_encoder
+        parameters = sum(shape.numel() for shape in self.engine.shapes.values())
+        text = f"; text: {encoder.description}" if encoder else ""
+        self.report.event(
+            self.step,
+            "start",
+            f"{config.name}: {parameters / 1e6:.1f}M parameters, {len(self.index)} samples, {self.world.size} ranks x"
+            f" {config.train.micro_batch} x {self.accumulation} = batch {config.train.global_batch},"
+            f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
+        )
+
+    def _check_latents(self) -> None:
+        """Cached latents must come from the autoencoder of the config."""
+        if self.index.kind != "latents":
+            return
+        made, ours = self.index.meta.get("encoder"), self.autoencoder.identity()
+        if made != ours:
+            raise ConfigError(
+                f"{self.index.root} holds latents of another autoencoder: {made}, the config has {ours};"
+                " set autoencoder to it, or encode again with data_prep/latents.py"
+            )
+
+    def _steps(self, span: Span) -> int:
+        steps = span.in_steps(self.config.train.global_batch, len(self.index))
+        if steps is None:
+            raise ConfigError(
+                "minutes are understood for checkpoint.every only; give steps, images or epochs"
+            )
+        return steps
+
+    def _due(self, every: Span | None) -> bool:
+        return every is not None and self.step % self._steps(every) == 0
+
+
+class Meter:
+    """Sums what happens between two reports."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._reset()
+
+    def waiting(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the wait is counted."""
+        started = time.monotonic()
+        batch = next(batches)
+        self.wait += time.monotonic() - started
+        return batch
+
+    def excluded(self, work: object) -> None:
+        """Do work that is not training: its time is reported apart and left out of images/s."""
+        started = time.monotonic()
+        work()  # type: ignore[operator]
+        self.other += time.monotonic() - started
+
+    def add(self, losses: Tensor, norm: float, skipped: bool, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.norm, self.skipped = norm, self.skipped + skipped
+        self.losses += losses
+
+    def report(self) -> None:
+        """Write the means over the ranks since the last report; collective."""
+        trainer, config = self.trainer, self.trainer.config
+        shares = torch.tensor([self.wait, self.seconds, self.other], device=trainer.world.device)
+        loss, mse, vb, wait, seconds, other = mean_over_ranks(
+            torch.cat((self.losses / self.steps, shares))
+        ).tolist()
+        values = {
+            "loss": loss,
+            "mse": mse,
+            "vb": vb,
+            "grad_norm": self.norm,
+            "lr": trainer.engine.adam.param_groups[0]["lr"],
+            "images": trainer.position,
+            "epoch": trainer.position / len(trainer.index),
+            "images_per_s": self.steps * config.train.global_batch / seconds,
+            "step_s": seconds / self.steps,
+            "data_wait": wait / seconds,
+            "other_s": other,
+            "skipped_steps": self.skipped,
+            "bad_samples": trainer.bad_samples,
+            "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
+            "eta_s": (trainer.total_steps - trainer.step) * seconds / self.steps,
+        }
+        trainer.report.log(trainer.step, values)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps, self.skipped = 0, 0
+        self.wait = self.seconds = self.other = 0.0
+        self.norm = math.nan
+        self.losses = torch.zeros(3, device=self.trainer.world.device)

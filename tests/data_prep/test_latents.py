@@ -1,0 +1,136 @@
+"""Latent shards: what is in them, restarts, parts and bad images; with a small real autoencoder."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep import latents
+from dico_t2i.config import AutoencoderConfig
+from dico_t2i.data.index import ShardWriter, load_index
+from dico_t2i.data.reader import ShardReader, decode_image, decode_moments
+from dico_t2i.encoders import load_autoencoder
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    model = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def _png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((56, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Ten images in shards of four, number 5 of which is cut."""
+    with ShardWriter(tmp_path / "images", samples_per_shard=4, kind="images") as writer:
+        for i in range(10):
+            image = _png(i) if i != 5 else _png(i)[:200]
+            writer.write({"__key__": f"{i:03d}", "png": image, "json": {"captions": [f"number {i}"]}, "cls": i})
+    return tmp_path / "images"
+
+
+def _arguments(data: Path, autoencoder: Path) -> list[str]:
+    out = data.parent / "latents"
+    paths = ["--data", str(data), "--out", str(out), "--autoencoder", str(autoencoder)]
+    return [*paths, "--size", str(SIZE), "--batch", "3", "--device", "cpu"]
+
+
+def _samples(out: Path) -> dict[str, dict[str, Any]]:
+    index = load_index(out)
+    reader = ShardReader(index)
+    places = [(shard, member) for shard, n in enumerate(index.samples.tolist()) for member in range(n)]
+    samples = [reader.read(shard, member) for shard, member in places]
+    return {sample["__key__"]: sample for sample in samples}
+
+
+def test_moments_of_images_and_mirror_images(data: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert latents.main(_arguments(data, autoencoder)) == 0
+    out = data.parent / "latents"
+    samples = _samples(out)
+    assert list(samples) == [f"{i:03d}" for i in range(10) if i != 5]
+    encoder = load_autoencoder(AutoencoderConfig(path=str(autoencoder)), "cpu")
+    for key, sample in samples.items():
+        image = decode_image(_png(int(key)), SIZE, "center")[None]
+        expected = torch.cat((encoder.moments(image), encoder.moments(image.flip(-1))))
+        stored = decode_moments(sample["moments.npy"], (2, 8, SIZE // 8, SIZE // 8))
+        torch.testing.assert_close(torch.as_tensor(stored).float(), expected, rtol=2e-3, atol=2e-3)
+        assert json.loads(sample["json"]) == {"captions": [f"number {int(key)}"]}
+        assert int(sample["cls"]) == int(key)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+
+    index = load_index(out)
+    assert index.kind == "latents"
+    assert index.samples.tolist() == [4, 3, 2]
+    assert index.meta["autoencoder"] == encoder.identity()
+    described = {name: index.meta[name] for name in ("latent_channels", "latent_size", "image_size", "mirrored")}
+    assert described == {"latent_channels": 4, "latent_size": 4, "image_size": SIZE, "mirrored": True}
+    (skipped,) = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["key"] == "005"
+    assert "9 latents of 10 images, 1 skipped" in capsys.readouterr().out
+
+
+def test_restart_makes_only_what_is_missing(data: Path, autoencoder: Path) -> None:
+    arguments = _arguments(data, autoencoder)
+    assert latents.main(arguments) == 0
+    out = data.parent / "latents"
+    whole = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".tar"}
+    (out / "index.json").unlink()
+    (out / "shard-000001.tar").unlink()
+    (out / ".shard-000001.tar.dead.part").write_bytes(b"of a killed run")
+    kept = (out / "shard-000000.tar").stat()
+    assert latents.main(arguments) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".tar"} == whole
+    assert (out / "shard-000000.tar").stat() == kept
+    assert not list(out.glob("*.part"))
+    with pytest.raises(ValueError, match="another crop"):
+        latents.main([*arguments, "--crop", "resize"])
+
+
+def test_parts_share_the_shards(data: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*_arguments(data, autoencoder), "--no-mirror"]
+    out = data.parent / "latents"
+    assert latents.main([*arguments, "--part", "0/2"]) == 0
+    assert "1 of 3 shards are left to other parts" in capsys.readouterr().out
+    assert sorted(path.name for path in out.glob("*.tar")) == ["shard-000000.tar", "shard-000002.tar"]
+    assert not (out / "index.json").exists()
+    assert latents.main([*arguments, "--part", "1/2"]) == 0
+    assert len(load_index(out)) == 9
+    assert decode_moments(_samples(out)["000"]["moments.npy"], (8, 4, 4)) is not None
+
+
+def test_bad_input_is_refused(data: Path, autoencoder: Path) -> None:
+    arguments = _arguments(data, autoencoder)
+    with pytest.raises(ValueError, match="--size 36: must be divisible by 8"):
+        latents.main([*arguments, "--size", "36"])
+    (data.parent / "latents").mkdir()
+    (data.parent / "latents" / "precious").write_text("x")
+    with pytest.raises(ValueError, match="other files"):
+        latents.main(arguments)
+    with pytest.raises(SystemExit) as stop:
+        latents.main([*arguments, "--part", "2/2"])
+    assert stop.value.code == 2

@@ -1,0 +1,223 @@
+"""Autoencoders saved on the spot in diffusers' own formats, and read back by the real code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dico_t2i.config import AutoencoderConfig
+from dico_t2i.encoders import load_autoencoder, sample_latents
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count: int = 3, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def save_kl(folder: Path, widths: tuple[int, ...] = (4, 4, 4, 4)) -> Any:
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_tiny(folder: Path) -> Any:
+    from diffusers import AutoencoderTiny
+
+    widths, blocks = (4, 4, 4, 4), (1, 1, 1, 1)
+    model = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def load(folder: Path, kind: str = "kl", **settings: Any) -> Any:
+    return load_autoencoder(AutoencoderConfig.model_validate({"kind": kind, "path": str(folder), **settings}), "cpu")
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("models") / "kl"
+    return folder, save_kl(folder)
+
+
+@torch.no_grad()
+def test_kl_is_the_saved_model(kl: tuple[Path, Any]) -> None:
+    folder, model = kl
+    autoencoder, pixels = load(folder), images()
+    assert (autoencoder.latent_channels, autoencoder.downscale, autoencoder.scale) == (4, 8, 0.18215)
+    moments = autoencoder.moments(pixels)
+    posterior = model.encode(pixels.float() / 127.5 - 1).latent_dist
+    assert moments.shape == (3, 8, 4, 4)
+    torch.testing.assert_close(moments, torch.cat((posterior.mean, posterior.logvar), 1))
+
+    noise = normal(3, 4, 4, 4)
+    latents = autoencoder.latents(moments, noise)
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise) * 0.18215)
+    expected = (127.5 * model.decode(latents / 0.18215).sample + 128).clamp(0, 255).to(torch.uint8)
+    assert (autoencoder.decode(latents).int() - expected.int()).abs().max() <= 1  # a rounding apart
+
+
+@torch.no_grad()
+def test_tiny_is_the_saved_model_and_has_no_noise(tmp_path: Path) -> None:
+    model, pixels = save_tiny(tmp_path), images()
+    autoencoder = load(tmp_path, "tiny", scale=1.0)
+    assert (autoencoder.latent_channels, autoencoder.downscale, autoencoder.scale) == (4, 8, 1.0)
+    expected = model.encode(pixels.float() / 127.5 - 1).latents
+    moments = autoencoder.moments(pixels)
+    assert moments.shape == (3, 8, 4, 4)
+    torch.testing.assert_close(autoencoder.latents(moments, 3 * normal(3, 4, 4, 4)), expected)
+    decoded = (127.5 * model.decode(expected).sample + 128).clamp(0, 255).to(torch.uint8)
+    assert (autoencoder.decode(expected).int() - decoded.int()).abs().max() <= 1
+
+
+def test_pixels_survive_the_round_trip() -> None:
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    autoencoder = load_autoencoder(AutoencoderConfig(kind="pixels"), "cpu", torch.bfloat16)
+    assert (autoencoder.latent_channels, autoencoder.downscale, autoencoder.scale) == (3, 1, 1.0)
+    latents = autoencoder.latents(autoencoder.moments(every), normal(2, 3, 16, 16))
+    assert (latents.min().item(), latents.max().item()) == pytest.approx((-1, 1))
+    assert torch.equal(autoencoder.decode(latents), every)
+
+
+def test_draws_have_the_moments_asked_for() -> None:
+    logvar = torch.tensor([-2.0, 0.0, 1.5])
+    mean = torch.tensor([0.5, -1.0, 2.0])
+    moments = torch.cat((mean, logvar))[None, :, None, None].expand(1, 6, 200, 200)
+    draws = sample_latents(moments, normal(1, 3, 200, 200), 0.5).double()
+    deviation = (0.5 * logvar).exp() * 0.5
+    # 40,000 draws: the mean's standard error is deviation / 200, the deviation's about deviation / 283.
+    assert ((draws.mean((0, 2, 3)) - mean * 0.5).abs() < 4 * deviation / 200).all()
+    assert ((draws.std((0, 2, 3)) / deviation - 1).abs() < 4 / 283).all()
+
+
+def test_draws_are_float32_and_bounded() -> None:
+    moments = torch.tensor([0.0, 0.0, -100.0, 100.0]).reshape(1, 4, 1, 1)
+    draws = sample_latents(moments.half(), torch.ones(1, 2, 1, 1), 1.0).flatten()
+    assert draws.dtype == torch.float32
+    torch.testing.assert_close(draws, torch.tensor([-15.0, 10.0]).exp())
+
+
+def test_decoding_in_chunks_changes_nothing(kl: tuple[Path, Any]) -> None:
+    autoencoder, latents = load(kl[0]), normal(5, 4, 2, 2)
+    whole = autoencoder.decode(latents, chunk=5)
+    assert whole.shape == (5, 3, 16, 16)
+    for chunk in (1, 2):
+        assert (autoencoder.decode(latents, chunk).int() - whole.int()).abs().max() <= 1
+    assert whole.float().std() > 1
+
+
+def test_decoded_values_are_clamped_and_truncated() -> None:
+    autoencoder = load_autoencoder(AutoencoderConfig(kind="pixels"), "cpu")
+    latents = torch.tensor([-2.0, 2.0, 0.0]).reshape(1, 3, 1, 1)
+    assert autoencoder.decode(latents).flatten().tolist() == [0, 255, 128]
+    assert autoencoder.decode(torch.full((1, 3, 1, 1), 0.0078)).flatten().tolist() == [128] * 3  # 128.99
+
+
+def test_nothing_is_trainable(kl: tuple[Path, Any]) -> None:
+    autoencoder = load(kl[0])
+    assert not autoencoder.moments(images(1)).requires_grad
+    assert not autoencoder.decode(normal(1, 4, 2, 2).requires_grad_()).requires_grad
+    assert not autoencoder._model.training
+    assert not any(weight.requires_grad for weight in autoencoder._model.parameters())
+
+
+def test_bfloat16_runs_and_stays_near(kl: tuple[Path, Any]) -> None:
+    full = load(kl[0]).moments(images())
+    config = AutoencoderConfig(path=str(kl[0]))
+    half = load_autoencoder(config, torch.device("cpu"), torch.bfloat16).moments(images())
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32), "uint8"),
+        (torch.zeros(1, 1, 32, 32, dtype=torch.uint8), r"\(N, 3, H, W\)"),
+        (torch.zeros(1, 3, 32, 36, dtype=torch.uint8), "not divisible by 8"),
+    ],
+)
+def test_unfit_images_are_refused(kl: tuple[Path, Any], bad: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(kl[0]).moments(bad)
+
+
+def test_identity_follows_weights_config_scale_and_kind(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    save_kl(folder)
+    first = load(folder).identity()
+    assert first == load(folder).identity()
+    assert first["kind"] == "kl"
+    assert first["name"] == "vae"
+    assert load(folder, scale=0.23010).identity() == {**first, "scale": "0.2301"}
+
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "_diffusers_version": "0.1"}))
+    assert load(folder).identity() == first
+    (folder / "config.json").write_text(json.dumps({**settings, "sample_size": 512}))
+    assert {k for k, v in load(folder).identity().items() if v != first[k]} == {"config"}
+
+    state = load_file(folder / WEIGHTS)
+    state["encoder.conv_in.bias"] += 1e-3
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert {k for k, v in load(folder).identity().items() if v != first[k]} == {"weights"}
+    assert load_autoencoder(AutoencoderConfig(kind="pixels"), "cpu").identity() == {"kind": "pixels", "scale": "1.0"}
+
+
+def test_older_files_load_the_same(kl: tuple[Path, Any], tmp_path: Path) -> None:
+    """The released autoencoder names its attention as diffusers once did, and also comes as .bin."""
+    folder, model = kl
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, weight in model.state_dict().items():
+        for new_part, old_part in names.items():
+            name = name.replace(new_part, old_part)
+        old[name] = weight.clone()
+    assert set(old) != set(model.state_dict())
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    torch.save(old, tmp_path / "diffusion_pytorch_model.bin")
+    assert torch.equal(load(tmp_path).moments(images()), load(folder).moments(images()))
+
+
+def test_unfit_folders_are_refused(kl: tuple[Path, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"autoencoder\.kind: tiny needs an AutoencoderTiny.*AutoencoderKL"):
+        load(kl[0], "tiny")
+
+    save_kl(tmp_path / "shallow", (4, 4, 4))
+    with pytest.raises(ValueError, match="down by 4, not by 8"):
+        load(tmp_path / "shallow")
+
+    folder = tmp_path / "vae"
+    save_kl(folder)
+    state = load_file(folder / WEIGHTS)
+    del state["encoder.conv_in.bias"]
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}.*encoder\.conv_in\.bias"):
+        load(folder)
+
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: cannot be loaded"):
+        load(folder)
