@@ -33,8 +33,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 SHAPES: dict[str, Callable[[Plane, Plane], NDArray[np.bool_]]] = {
     "circle": lambda x, y: x * x + y * y <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.92,
-    "triangle": lambda x, y: (y <= 0.95) & (abs(x) <= (y + 0.95) / 1.9 * 1.1),
-    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.36) & (np.maximum(abs(x), abs(y)) <= 1.08),
+    "triangle": lambda x, y: (y <= 0.95) & (abs(x) <= (y + 0.95) / 1.9 * 1.05),
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.36) & (np.maximum(abs(x), abs(y)) <= 1.05),
 }
 SIZES: dict[str, float] = {"small": 0.17, "large": 0.24}  # radius
 PLACES: dict[str, tuple[float, float]] = {

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -10,9 +11,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = _parser().parse_args(arguments)
     try:
         sys.exit(parsed.run(parsed))
-    except (
-        ValueError
-    ) as error:  # ConfigError, DataError, MissingModelError, CheckpointError: the user's to mend
+    except ValueError as error:  # ConfigError, DataError, MissingModelError, CheckpointError: the user's to mend
         print(f"dico {parsed.command}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -23,40 +22,30 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a run, or go on with it where it stopped")
     train.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
-    train.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)"
-    )
+    train.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     train.set_defaults(run=_train)
 
     sample = commands.add_parser("sample", help="make images from prompts or class labels")
-    sample.add_argument(
-        "--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export"
-    )
+    sample.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
     what = sample.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text; may be given several times")
     what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
     what.add_argument("--labels", type=int, nargs="+", help="class numbers")
     sample.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
-    sample.add_argument(
-        "--seed", type=int, default=0, help="seed of the first image; the others count up from it"
-    )
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
     sample.add_argument("--sampler", choices=("iddpm", "ddim", "dpm++"), help="default: the config's")
     sample.add_argument("--steps", type=int)
     sample.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
-    sample.add_argument(
-        "--weights", help="weight, or an average such as ema_0.9999 (default: the first average)"
-    )
+    sample.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     sample.add_argument("--batch", type=int, default=16)
     sample.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     sample.set_defaults(run=_sample)
 
     export = commands.add_parser("export", help="write the averaged weights and the config into one folder")
     export.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
-    export.add_argument(
-        "--weights", help="weight, or an average such as ema_0.9999 (default: the first average)"
-    )
+    export.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     export.add_argument("--out", required=True, type=Path)
     export.set_defaults(run=_export)
     return parser
@@ -79,7 +68,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
-    conditions = _conditions(arguments)
+    conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     pipeline = load_pipeline(
@@ -87,14 +76,11 @@ def _sample(arguments: argparse.Namespace) -> int:
     )
     kind = "text" if arguments.labels is None else "class"
     if pipeline.config.model.condition != kind:
-        raise ValueError(
-            f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that"
-        )
+        raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
     changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
     sampler = type(pipeline.config.sampler).model_validate(
         {**pipeline.config.sampler.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
     )
-    conditions = [c for c in conditions for _ in range(arguments.per_prompt)]
     seeds = list(range(arguments.seed, arguments.seed + len(conditions)))
     encoder = pipeline.conditioner.text_encoder
     if encoder is not None and encoder.seeded:
@@ -113,16 +99,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _conditions(arguments: argparse.Namespace) -> list[str] | list[int]:
+def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
     if arguments.labels is not None:
         return list(arguments.labels)
     if arguments.prompt:
         return list(arguments.prompt)
     if not arguments.prompts.is_file():
         raise ValueError(f"--prompts {arguments.prompts}: no such file")
-    prompts = [
-        line.strip() for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    prompts = [line.strip() for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {arguments.prompts}: has no prompts")
     return prompts

@@ -176,7 +176,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     duration: Span
     global_batch: Positive = 256
-    micro_batch: Positive = 32  # samples per rank and pass; the rest is gradient accumulation
+    micro_batch: Positive = 32  # at most this many samples per rank and pass; the rest is gradient accumulation
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
 
@@ -209,6 +209,12 @@ class PreviewConfig(Section):
     labels: tuple[NonNegative, ...] = ()
     sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)
 
+    @model_validator(mode="after")
+    def _something_to_sample(self) -> PreviewConfig:
+        if self.every is not None and not self.prompts and not self.labels:
+            raise ValueError("every: give prompts or labels to sample as well")
+        return self
+
 
 class Config(Section):
     """A whole run."""
@@ -233,9 +239,7 @@ class Config(Section):
         if train.duration.minutes is not None:
             raise ValueError("train.duration: give steps, images or epochs (schedules need an end in images)")
         if train.global_batch % data.streams:
-            raise ValueError(
-                f"data.streams: {data.streams} does not divide train.global_batch: {train.global_batch}"
-            )
+            raise ValueError(f"data.streams: {data.streams} does not divide train.global_batch: {train.global_batch}")
         if self.autoencoder.kind == "pixels":
             size, unit = data.image_size, 4
         else:
@@ -259,20 +263,20 @@ class Config(Section):
         """Height and width of what the network sees."""
         return self.data.image_size // (1 if self.autoencoder.kind == "pixels" else 8)
 
-    def check_world(self, ranks: int) -> int:
-        """Gradient accumulation steps with this many ranks; ConfigError when it does not come out even."""
-        train, streams = self.train, self.data.streams
+    def batching(self, ranks: int) -> tuple[int, int]:
+        """Samples per rank and pass, and passes per step, on this many ranks.
+
+        The largest micro-batch up to train.micro_batch that comes out even. Raises ConfigError when the ranks do not
+        divide the streams.
+        """
+        streams = self.data.streams
         if streams % ranks:
             raise ConfigError(
                 f"data.streams: {streams} is not divisible by the {ranks} ranks; use a number of ranks that divides it"
             )
-        per_rank = train.global_batch // ranks
-        if per_rank % train.micro_batch:
-            raise ConfigError(
-                f"train.micro_batch: {train.micro_batch} does not divide the {per_rank} samples each of {ranks} ranks"
-                f" takes of train.global_batch: {train.global_batch}"
-            )
-        return per_rank // train.micro_batch
+        per_rank = self.train.global_batch // ranks
+        micro = max(m for m in range(1, min(per_rank, self.train.micro_batch) + 1) if per_rank % m == 0)
+        return micro, per_rank // micro
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -328,9 +332,7 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         whole = isinstance(value, Mapping) and value and set(value) <= _SPAN_KEYS
         merged[key] = (
-            _merge(old, value)
-            if isinstance(old, Mapping) and isinstance(value, Mapping) and not whole
-            else value
+            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not whole else value
         )
     return merged
 
@@ -372,13 +374,11 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     """The known key nearest to an unknown one."""
     import difflib
 
-    section: Any = Config
+    section: type[Section] = Config
     for part in loc[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-        if section is None:
-            return ""
+        annotation: Any = section.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]  # a section, or one or None
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
     known = list(section.model_fields) + (["variant"] if section is DiCoConfig else [])
     near = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"

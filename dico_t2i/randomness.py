@@ -31,9 +31,7 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
     tag = zlib.crc32(purpose.encode())
     index = index.to(torch.int64)[:, None]
     block = torch.arange(blocks, device=index.device)[None, :]
-    c0, c1, c2, c3 = torch.broadcast_tensors(
-        block, torch.full_like(block, tag), index & _WORD, (index >> 32) & _WORD
-    )
+    c0, c1, c2, c3 = torch.broadcast_tensors(block, torch.full_like(block, tag), index & _WORD, (index >> 32) & _WORD)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # The product of two 32-bit words wraps in int64, which leaves its 64 bits intact.

@@ -18,7 +18,7 @@ from dico_t2i.diffusion import guided, sample
 from dico_t2i.encoders import Autoencoder, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.models import DiCo
-from dico_t2i.training.checkpoint import CheckpointError, candidates, open_checkpoint, read_weights
+from dico_t2i.training.checkpoint import Checkpoint, CheckpointError, candidates, open_checkpoint, read_weights
 from dico_t2i.training.optimizer import WEIGHT, ema_name
 
 Progress = Callable[[int, int], None]
@@ -37,7 +37,7 @@ class Pipeline:
 
     def generate(
         self,
-        conditions: Sequence[str] | Sequence[int],
+        conditions: Sequence[str | int],
         seeds: Sequence[int],
         sampler: SamplerConfig,
         batch: int = 16,
@@ -63,7 +63,7 @@ class Pipeline:
     @torch.no_grad()
     def _latents(
         self,
-        conditions: Sequence[str] | Sequence[int],
+        conditions: Sequence[str | int],
         seeds: Sequence[int],
         sampler: SamplerConfig,
         report: Progress,
@@ -83,15 +83,13 @@ class Pipeline:
             report,
         )
 
-    def _conditioning(self, conditions: Sequence[str] | Sequence[int]) -> dict[str, Tensor]:
+    def _conditioning(self, conditions: Sequence[str | int]) -> dict[str, Tensor]:
         if self.config.model.condition == "text":
             return self.conditioner.of_prompts([str(c) for c in conditions])
         return self.conditioner.of_labels(torch.tensor([int(c) for c in conditions]))
 
 
-def load_encoders(
-    config: Config, device: torch.device, dtype: torch.dtype
-) -> tuple[Autoencoder, Conditioner]:
+def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Autoencoder, Conditioner]:
     """The frozen parts of a config. Raises MissingModelError or ConfigError before anything else is done."""
     text = load_text_encoder(config.text_encoder, device, dtype) if config.model.condition == "text" else None
     conditioner = Conditioner(config.model, text, device)
@@ -114,30 +112,30 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
     autoencoder, conditioner = load_encoders(config, device, dtype)
     model = DiCo(config.model)
     fill(model)
-    return Pipeline(
-        config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device
-    )
+    return Pipeline(config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device)
 
 
 def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[DiCo], None]]:
+    if (path / WEIGHTS_FILE).exists():
+        return load_config(path / "config.yaml"), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
+    run, checkpoint = locate_checkpoint(path)
+    config = load_config(run / "config.yaml")
+    kind = weights or default_weights(config)
+    return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+
+
+def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
+    """The run folder and the checkpoint that a path stands for: itself, or the newest complete one of a run."""
     if not path.exists():
         raise ValueError(f"{path}: no such run or exported folder")
-    if (path / WEIGHTS_FILE).exists():
-        return load_config(path / "config.yaml"), lambda model: _fill(
-            model, load_file(path / WEIGHTS_FILE), path
-        )
     is_checkpoint = path.parent.name == "checkpoints"
     run = path.parent.parent if is_checkpoint else path
     if not (run / "config.yaml").exists():
-        raise ValueError(
-            f"{path}: neither a run (config.yaml, checkpoints/) nor an exported folder ({WEIGHTS_FILE})"
-        )
+        raise ValueError(f"{path}: neither a run (config.yaml, checkpoints/) nor an exported folder ({WEIGHTS_FILE})")
     found = [path] if is_checkpoint else candidates(run / "checkpoints")
     if not found:
         raise CheckpointError(f"{run}: this run has no complete checkpoint yet")
-    config, checkpoint = load_config(run / "config.yaml"), open_checkpoint(found[0])
-    kind = weights or default_weights(config)
-    return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+    return run, open_checkpoint(found[0])
 
 
 def default_weights(config: Config) -> str:
@@ -149,9 +147,7 @@ def _fill(model: DiCo, state: dict[str, Tensor], source: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
-            f"{source}: not weights of the model in its config: {str(error).splitlines()[1]}"
-        ) from None
+        raise ValueError(f"{source}: not weights of the model in its config: {str(error).splitlines()[1]}") from None
 
 
 def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
@@ -179,9 +175,7 @@ def make_grid(images: Tensor, captions: Sequence[str], most: int = 64) -> Image.
         x, y = number % columns * (W + 4), number // columns * (H + line * lines + 4)
         grid.paste(_to_pil(image).resize((W, H), Image.Resampling.NEAREST), (x, y))
         for row, text in enumerate(_wrap(caption, W // 6)[:lines]):
-            draw.text(
-                (x, y + H + row * line), text.encode("ascii", "replace").decode(), fill="black", font_size=10
-            )
+            draw.text((x, y + H + row * line), text.encode("ascii", "replace").decode(), fill="black", font_size=10)
     return grid
 
 

@@ -18,6 +18,8 @@ from data_prep.shapes_scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, 
 MIN_CONTRAST = 40.0  # RGB distance; objects and backgrounds are at least 100 apart
 MIN_OVERLAP = 0.5  # intersection over union; the shapes least alike, cross and square, reach 0.53
 
+RADII = (0.5 * min(SIZES.values()), 1.5 * max(SIZES.values()))  # a speck or a filled image is no shape
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -43,7 +45,7 @@ def read(image: NDArray[np.uint8]) -> Reading:
     mask = _soft_mask(pixels, ground, paint)
     fits = {shape: _fit(mask, shape) for shape in SHAPES}
     shape, (overlap, centre, radius) = max(fits.items(), key=lambda item: item[1][0])
-    if overlap < MIN_OVERLAP:
+    if overlap < MIN_OVERLAP or not RADII[0] <= radius <= RADII[1]:
         return Reading(background, colour)
     place = min(PLACES, key=lambda name: float(np.linalg.norm(np.subtract(PLACES[name], centre))))
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
@@ -63,14 +65,17 @@ def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int
 def _soft_mask(
     pixels: NDArray[np.float64], ground: NDArray[np.float64], paint: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Share of the object's paint in each pixel, (size, size), by projection on the line between the colours.
+    """Share of an object in each pixel, (size, size), by projection on the line between the two colours.
 
-    Pixels that do not touch a mostly painted one are 0, so that faint noise over the image is no area.
+    Pixels of any other colour, as far from the ground as the paint, count as object too: a second object is part
+    of the mask. Pixels that do not touch a mostly covered one are 0, so that faint noise is no area.
     """
     line = paint - ground
     share = (pixels - ground) @ line / (line @ line)
-    near = binary_dilation(share > 0.5, structure=np.ones((3, 3)))
-    return np.where(near, np.clip(share, 0, 1), 0)
+    contrast = np.linalg.norm(pixels - ground, axis=-1) / np.linalg.norm(line)
+    mask = np.clip(np.where(contrast > 0.5, contrast, share), 0, 1)
+    near = binary_dilation(mask > 0.5, structure=np.ones((3, 3)))
+    return np.where(near, mask, 0)
 
 
 def _fit(mask: NDArray[np.float64], shape: str) -> tuple[float, tuple[float, float], float]:

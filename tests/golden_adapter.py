@@ -125,6 +125,5 @@ def init_state(config, seed):
     torch.manual_seed(seed)
     model = DiCo(dico_config(config))
     return {
-        official_key(n): np.asarray(p.detach()).reshape(official_shape(n, p.shape))
-        for n, p in model.named_parameters()
+        official_key(n): np.asarray(p.detach()).reshape(official_shape(n, p.shape)) for n, p in model.named_parameters()
     }

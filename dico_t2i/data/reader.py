@@ -128,13 +128,13 @@ def _decode(data: bytes, size: int, crop: Literal["center", "resize"]) -> Tensor
         image.draft(None, (2 * size, 2 * size))  # JPEG only: decodes at 1/2, 1/4 or 1/8 where that is enough
         turn = _TURNS.get(_orientation(image))
         rgb = _to_rgb(image)
-    side = min(rgb.size)
-    left, top = ((rgb.width - side) / 2, (rgb.height - side) / 2) if crop == "center" else (0, 0)
-    box = (left, top, rgb.width - left, rgb.height - top)
-    # Cutting the middle and squeezing to a square commute with turning, which is cheapest on the small image.
-    square = rgb.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     if turn is not None:
-        square = square.transpose(turn)
+        rgb = rgb.transpose(turn)
+    if crop == "center":
+        side = min(rgb.size)
+        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+        rgb = rgb.crop((left, top, left + side, top + side))
+    square = rgb.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 

@@ -98,9 +98,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         N, H, W, C = x.shape
         query = self.query(x).reshape(N, H * W, -1, self.head_dim).transpose(1, 2)
-        key, value = (
-            self.key_value(text).reshape(N, text.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        )
+        key, value = self.key_value(text).reshape(N, text.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).reshape(N, H, W, C))
 
@@ -117,9 +115,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, text: Tensor | None = None) -> Tensor:
         """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) -> (N, H, W, C)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None, None].chunk(
-            6, dim=-1
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None, None].chunk(6, dim=-1)
         x = x + gate1 * self.conv(modulate(channel_norm(x), shift1, scale1))
         if self.text is not None:
             x = x + self.text(channel_norm(x), text)

@@ -1,5 +1,8 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,9 +90,7 @@ class DiCo(nn.Module):
         """The adaLN inputs, after SiLU, of the three widths: (N, D), (N, 2D), (N, 4D)."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
-            raise ValueError(
-                "this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)"
-            )
+            raise ValueError("this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)")
         conditions = []
         for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
             embedded = time(t)
@@ -102,11 +103,9 @@ class DiCo(nn.Module):
         if stage in self.stage_text:
             text = self.stage_text[stage](text)
         recompute = self.training and stage in self.config.checkpoint_stages
-        for block in self.stages[stage]:
-            if recompute:
-                x = checkpoint(block, x, condition, text, use_reentrant=False)
-            else:
-                x = block(x, condition, text)
+        for block in cast(nn.ModuleList, self.stages[stage]):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = run(x, condition, text)
         return x
 
 
@@ -127,9 +126,7 @@ def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
         return None
     if config.text_fusion == "cross_attention":
         return CrossAttention(config.text_dim, width)
-    return TextConvolution(
-        TextProjection(config.text_dim, width) if config.text_projection == "block" else None
-    )
+    return TextConvolution(TextProjection(config.text_dim, width) if config.text_projection == "block" else None)
 
 
 def _starts_at_zero(name: str) -> bool:

@@ -110,15 +110,11 @@ def infer_config(state: Mapping[str, Tensor]) -> DiCoConfig:
     try:
         stem, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table_0.weight"]
         out = state["final_layer.out_proj.weight"]
-        depths = [
-            len({k.split(".")[1] for k in state if k.startswith(f"{s}.")}) for s in _STAGE_NAMES.values()
-        ]
+        depths = [len({k.split(".")[1] for k in state if k.startswith(f"{s}.")}) for s in _STAGE_NAMES.values()]
         blocks = [k for k in state if k.endswith("conv4.weight")]
         hidden, width = state[blocks[0]].shape[:2]
     except (KeyError, IndexError):
-        raise ValueError(
-            "not a released DiCo state dict: its stem, label tables, head or blocks are missing"
-        ) from None
+        raise ValueError("not a released DiCo state dict: its stem, label tables, head or blocks are missing") from None
     return DiCoConfig(
         hidden_size=stem.shape[0],
         depths=depths,  # type: ignore[arg-type]

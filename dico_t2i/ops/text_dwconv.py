@@ -14,9 +14,10 @@ PADDING = KERNEL_SIZE // 2
 def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
     """Convolve each channel of each sample with the kernel that its text tokens spell.
 
-    x (N, C, H, W) in any memory format; context (N, T, C), 1 <= T <= 81, cast to x's dtype. The last token
-    repeats up to 81, token 9i + j of channel c is tap (i, j) of the kernel of channel c. Cross-correlation,
-    stride 1, zero padding 4. Returns (N, C, H, W) in x's memory format; differentiable once in both.
+    x (N, C, H, W) in any memory format; context (N, T, C), 1 <= T <= 81, in any dtype. The last token repeats
+    up to 81, token 9i + j of channel c is tap (i, j) of the kernel of channel c. Cross-correlation, stride 1, zero
+    padding 4. Computed in x's dtype, or in autocast's. Returns (N, C, H, W) in x's memory format; differentiable
+    once in both.
     Raises ValueError when the shapes do not fit.
     """
     N, C = x.shape[:2]
@@ -25,7 +26,9 @@ def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
             f"text_dwconv: x (N, C, H, W) and context (N, 1 to {TAPS} tokens, C) expected,"
             f" got {tuple(x.shape)} and {tuple(context.shape)}"
         )
-    return _TextConvolution.apply(x, context.to(x.dtype))  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        return _TextConvolution.apply(x.to(dtype), context.to(dtype))
 
 
 class _TextConvolution(torch.autograd.Function):

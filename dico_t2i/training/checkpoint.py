@@ -75,9 +75,7 @@ class Checkpoint:
 class CheckpointWriter:
     """Saves in the background, one at a time. All ranks make the same calls in the same order."""
 
-    def __init__(
-        self, folder: Path, rank: int, world: int, keep_last: int, keep_every_steps: int | None
-    ) -> None:
+    def __init__(self, folder: Path, rank: int, world: int, keep_last: int, keep_every_steps: int | None) -> None:
         self.folder, self.rank, self.world = folder, rank, world
         self.keep_last, self.keep_every = keep_last, keep_every_steps
         self._thread: threading.Thread | None = None
@@ -90,13 +88,11 @@ class CheckpointWriter:
             shutil.rmtree(target)
         target.mkdir(parents=True)
 
-    def save(
-        self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, int]
-    ) -> None:
+    def save(self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, int]) -> None:
         """Copy the pieces to host memory and start writing them. ``state``: position and optimizer_steps."""
         self.wait()
         host = [(p.name, p.start, {kind: _to_host(t) for kind, t in p.tensors.items()}) for p in pieces]
-        meta = {"version": VERSION, "step": step, "world": self.world, **state}
+        meta: dict[str, Any] = {"version": VERSION, "step": step, "world": self.world, **state}
         meta["shapes"] = {name: list(shape) for name, shape in shapes.items()}
         self._thread = threading.Thread(target=self._write, args=(step, host, meta), name="checkpoint")
         self._thread.start()
@@ -110,9 +106,7 @@ class CheckpointWriter:
         if error is not None:
             raise CheckpointError(f"saving to {self.folder} failed: {error}") from error
 
-    def _write(
-        self, step: int, host: list[tuple[str, int, dict[str, np.ndarray]]], meta: dict[str, Any]
-    ) -> None:
+    def _write(self, step: int, host: list[tuple[str, int, dict[str, np.ndarray]]], meta: dict[str, Any]) -> None:
         target = self.folder / _name(step)
         try:
             _write_shard(target, self.rank, host)
@@ -125,9 +119,7 @@ class CheckpointWriter:
 
     def _retire(self, newest: int) -> None:
         """Delete what retention no longer covers, and the remains of saves that were cut off."""
-        valid = [
-            path for path in _folders(self.folder) if (path / MANIFEST).exists() and _step(path) <= newest
-        ]
+        valid = [path for path in _folders(self.folder) if (path / MANIFEST).exists() and _step(path) <= newest]
         for path in valid[: -self.keep_last]:
             if not (self.keep_every and _step(path) % self.keep_every == 0):
                 (path / MANIFEST).unlink()
@@ -282,9 +274,7 @@ def _commit(target: Path, world: int, meta: dict[str, Any], patience_s: float = 
     deadline = time.monotonic() + patience_s
     while missing := [path.name for path in sidecars if not path.exists()]:
         if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"{target}: {len(missing)} ranks did not finish writing, the first is {missing[0]}"
-            )
+            raise TimeoutError(f"{target}: {len(missing)} ranks did not finish writing, the first is {missing[0]}")
         time.sleep(0.02)
     entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
     kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})

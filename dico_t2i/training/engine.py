@@ -28,34 +28,32 @@ from deepspeed.ops import __compatible_ops__
 
 # On CPU its start-up would compile an operator for shared-memory collectives; gloo does without.
 __compatible_ops__["deepspeed_shm_comm"] = False
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of any optimizer it does not know
 
 
 class Engine:
     """A model in training: forward, backward, step, and access to its fp32 state."""
 
     def __init__(
-        self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, world: World
+        self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
     ) -> None:
+        """batching: samples per rank and pass, passes per step."""
         self.world, self.stage = world, train.zero_stage
-        self.clip = optimizer.clip
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         model.to(world.device)
         self.adam = AdamWEMA(model.parameters(), optimizer)
-        accumulation = train.global_batch // (train.micro_batch * world.size)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
-            config=_deepspeed_config(train, optimizer, accumulation),
+            config=_deepspeed_config(train, optimizer, batching),
             dist_init_required=False,
         )
-        self.autocast = train.precision == "bf16" and train.zero_stage == 0
         self.skipped = False
 
     @property
     def model(self) -> nn.Module:
         """What to call in the forward pass."""
-        return self.engine  # type: ignore[no-any-return]
+        return self.engine
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
@@ -142,7 +140,7 @@ class Engine:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
-    def _locate(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+    def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
         """Where this rank keeps a parameter's fp32 copy: (flat tensor, offset in it, start in the parameter, count)."""
         if self.stage == 0:
             return parameter, 0, 0, parameter.numel()
@@ -153,7 +151,7 @@ class Engine:
             start = self.world.rank * share
             numel = min(share, parameter.ds_numel - start)
             return (zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        mapping = parameter._hp_mapping
         if mapping is None:
             return None
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -161,10 +159,10 @@ class Engine:
         return flat, source.start, target.start, source.numel
 
 
-def _deepspeed_config(train: TrainConfig, optimizer: OptimizerConfig, accumulation: int) -> dict[str, Any]:
+def _deepspeed_config(train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int]) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": batching[0],
+        "gradient_accumulation_steps": batching[1],
         "gradient_clipping": optimizer.clip,
         "zero_optimization": {"stage": train.zero_stage},
         "zero_allow_untested_optimizer": True,

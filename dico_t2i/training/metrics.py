@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ class Reporter:
         )
         self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
-            self._console.print(
-                f"step {step}  {numbers}  left {_clock(values.get('eta_s'))}", highlight=False
-            )
+            self._console.print(f"step {step}  {numbers}  left {_clock(values.get('eta_s'))}", highlight=False)
 
     def event(self, step: int, kind: str, message: str, **details: Any) -> None:
         """Something that happened; printed, and a line in metrics.jsonl."""
@@ -74,9 +73,7 @@ class Reporter:
 
     def image(self, step: int, path: Path) -> None:
         """A picture that was saved in the run folder."""
-        self.event(
-            step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder))
-        )
+        self.event(step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder)))
         if self.enabled and self._wandb is not None:
             import wandb
 
@@ -112,14 +109,14 @@ def _start_wandb(config: Config, folder: Path) -> Any:
 
         identity = folder / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(uuid.uuid4().hex[:8])
         return wandb.init(
             project=config.log.wandb_project,
             name=config.name,
             id=identity.read_text().strip(),
             resume="allow",
             dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             config=config.model_dump(mode="json", exclude_none=True),
             settings=wandb.Settings(silent=True),
         )

@@ -68,8 +68,4 @@ def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int) -
     if config.schedule == "constant":
         return config.lr
     progress = (step - warmup) / max(1, total - warmup)
-    return (
-        config.lr
-        * 0.5
-        * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, progress), dtype=torch.float64)).item())
-    )
+    return config.lr * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, progress), dtype=torch.float64)).item())

@@ -86,8 +86,9 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
+                holder = file.read().strip()
                 raise ConfigError(
-                    f"{self.path}: in use by another job ({file.read().strip()}); stop it, or give this run another name"
+                    f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
                 ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

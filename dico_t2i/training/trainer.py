@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def train(config: Config, runs: Path) -> int:
     index = load_index(config.data.path)
     check_data(config, index)
     world = join_world()
-    config.check_world(world.size)
+    config.batching(world.size)
     run = RunFolder(runs, config.name)
     changes = run.changes(config)
     dist.barrier()  # every rank has compared before rank 0 writes
@@ -80,8 +80,8 @@ class Trainer:
         self._check_latents()
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
         torch.manual_seed(seed)
-        self.engine = Engine(DiCo(config.model), train, config.optimizer, world)
-        self.accumulation = config.check_world(world.size)
+        self.micro_batch, self.accumulation = config.batching(world.size)
+        self.engine = Engine(DiCo(config.model), train, config.optimizer, (self.micro_batch, self.accumulation), world)
         sizes = index.samples.tolist()
         self.order = Order(seed, sizes, config.data.streams, config.data.shuffle_block)
         self.total_steps = self._steps(train.duration)
@@ -116,9 +116,7 @@ class Trainer:
             self.report.advance(self.step)
             if self._due(self.config.log.every):
                 meter.report()
-            if self._due(self.config.preview.every) and (
-                self.config.preview.prompts or self.config.preview.labels
-            ):
+            if self._due(self.config.preview.every):
                 meter.excluded(self._preview)
             stopping = any_rank(self.stop.signal is not None, self.world.device)
             if stopping or self._save_due():
@@ -140,8 +138,7 @@ class Trainer:
             self.engine.backward(losses["loss"].mean())
             norm = self.engine.step(rate)
             parts = [
-                losses[key].mean() if key in losses else torch.zeros_like(total[0])
-                for key in ("loss", "mse", "vb")
+                losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in ("loss", "mse", "vb")
             ]
             total += torch.stack(parts).detach() / self.accumulation
             self._note_bad(batch)
@@ -156,7 +153,7 @@ class Trainer:
         noise = randomness.normal(seed, "noise", position, latents.shape[1:])
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.engine.model(x, t, **conditioning)  # type: ignore[no-any-return]
+            return self.engine.model(x, t, **conditioning)
 
         return self.diffusion.training_losses(network, latents, t, noise)
 
@@ -167,9 +164,7 @@ class Trainer:
             assert batch.images is not None
             moments = self.autoencoder.moments(batch.images.to(self.world.device, non_blocking=True))
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        return self.autoencoder.latents(
-            moments, randomness.normal(self.config.seed, "latent", position, shape)
-        )
+        return self.autoencoder.latents(moments, randomness.normal(self.config.seed, "latent", position, shape))
 
     @torch.no_grad()
     def _conditioning(self, batch: Batch, position: Tensor) -> dict[str, Tensor]:
@@ -191,7 +186,7 @@ class Trainer:
                 seed=self.config.seed,
                 condition=self.config.model.condition,
                 global_batch=self.config.train.global_batch,
-                micro_batch=self.config.train.micro_batch,
+                micro_batch=self.micro_batch,
                 rank=self.world.rank,
                 world=self.world.size,
                 start_step=self.position // self.config.train.global_batch,
@@ -202,9 +197,7 @@ class Trainer:
     def _note_bad(self, batch: Batch) -> None:
         """Record replaced samples; past the limit, save and stop."""
         for bad in batch.bad:
-            self.report.event(
-                self.step, "bad sample", f"{bad.shard} {bad.key}: {bad.reason}; another took its place"
-            )
+            self.report.event(self.step, "bad sample", f"{bad.shard} {bad.key}: {bad.reason}; another took its place")
         self.bad_samples += len(batch.bad)
 
     def _resume(self) -> None:
@@ -254,7 +247,7 @@ class Trainer:
     def _preview(self) -> None:
         """Sample the fixed prompts or labels, spread over the ranks, with the averaged weights."""
         preview = self.config.preview
-        conditions = list(preview.prompts or preview.labels)
+        conditions: Sequence[str | int] = preview.prompts or preview.labels
         model = DiCo(self.config.model).to(self.world.device)
         with torch.no_grad():
             parameters = dict(model.named_parameters())
@@ -293,7 +286,7 @@ class Trainer:
             self.step,
             "start",
             f"{config.name}: {parameters / 1e6:.1f}M parameters, {len(self.index)} samples, {self.world.size} ranks x"
-            f" {config.train.micro_batch} x {self.accumulation} = batch {config.train.global_batch},"
+            f" {self.micro_batch} x {self.accumulation} = batch {config.train.global_batch},"
             f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
         )
 
@@ -311,9 +304,7 @@ class Trainer:
     def _steps(self, span: Span) -> int:
         steps = span.in_steps(self.config.train.global_batch, len(self.index))
         if steps is None:
-            raise ConfigError(
-                "minutes are understood for checkpoint.every only; give steps, images or epochs"
-            )
+            raise ConfigError("minutes are understood for checkpoint.every only; give steps, images or epochs")
         return steps
 
     def _due(self, every: Span | None) -> bool:
@@ -322,6 +313,14 @@ class Trainer:
 
 class Meter:
     """Sums what happens between two reports."""
+
+    wait: float  # seconds spent waiting for data
+    seconds: float  # seconds of training steps, waiting included
+    other: float  # seconds of previews and saves
+    steps: int
+    skipped: int
+    norm: float
+    losses: Tensor
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -334,10 +333,10 @@ class Meter:
         self.wait += time.monotonic() - started
         return batch
 
-    def excluded(self, work: object) -> None:
+    def excluded(self, work: Callable[[], None]) -> None:
         """Do work that is not training: its time is reported apart and left out of images/s."""
         started = time.monotonic()
-        work()  # type: ignore[operator]
+        work()
         self.other += time.monotonic() - started
 
     def add(self, losses: Tensor, norm: float, skipped: bool, seconds: float) -> None:
@@ -350,9 +349,7 @@ class Meter:
         """Write the means over the ranks since the last report; collective."""
         trainer, config = self.trainer, self.trainer.config
         shares = torch.tensor([self.wait, self.seconds, self.other], device=trainer.world.device)
-        loss, mse, vb, wait, seconds, other = mean_over_ranks(
-            torch.cat((self.losses / self.steps, shares))
-        ).tolist()
+        loss, mse, vb, wait, seconds, other = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
         values = {
             "loss": loss,
             "mse": mse,
@@ -375,6 +372,6 @@ class Meter:
 
     def _reset(self) -> None:
         self.steps, self.skipped = 0, 0
-        self.wait = self.seconds = self.other = 0.0
+        self.wait, self.seconds, self.other = 0.0, 0.0, 0.0
         self.norm = math.nan
         self.losses = torch.zeros(3, device=self.trainer.world.device)

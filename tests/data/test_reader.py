@@ -1,4 +1,7 @@
+import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -64,7 +67,8 @@ def test_a_flipped_byte_is_found_and_named(index):
 
 
 def test_a_shard_cut_absent_or_without_index_is_a_sample_error(index):
-    index.path(0).write_bytes(index.path(0).read_bytes()[:2000])
+    end = int(index.shard(0).offsets[2].max())
+    index.path(0).write_bytes(index.path(0).read_bytes()[:end])
     index.path(1).unlink()
     index.path(2).with_name("shard-000002.tar.index").write_bytes(b"broken")
     reader = ShardReader(index)
@@ -82,7 +86,8 @@ def test_center_crop_takes_the_middle_square():
     assert solid(decode_image(encoded(image), 16, "center"), GREEN, 0)
     assert solid(decode_image(encoded(image.transpose(Image.Transpose.ROTATE_90)), 16, "center"), GREEN, 0)
     squeezed = decode_image(encoded(image), 48, "resize")
-    assert solid(squeezed[:, :, :12], RED) and solid(squeezed[:, :, -12:], RED)
+    assert solid(squeezed[:, :, :12], RED)
+    assert solid(squeezed[:, :, -12:], RED)
     assert solid(squeezed[:, :, 20:28], GREEN)
 
 
@@ -91,13 +96,6 @@ def test_an_image_of_the_right_size_is_unchanged():
     decoded = decode_image(encoded(Image.fromarray(pixels)), 32, "center")
     assert (decoded.shape, decoded.dtype) == ((3, 32, 32), torch.uint8)
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), pixels)
-
-
-def test_odd_margins_are_cut_symmetrically():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 37, 3), dtype=np.uint8)
-    one = decode_image(encoded(Image.fromarray(pixels)), 16, "center")
-    other = decode_image(encoded(Image.fromarray(pixels[:, ::-1])), 16, "center")
-    assert (one.int() - other.flip(-1).int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -113,11 +111,12 @@ def test_exif_orientation_is_applied(orientation, crop):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     decoded = decode_image(data, 20, crop)
     expected = decode_image(encoded(upright), 20, crop)
-    assert (decoded.int() - expected.int()).abs().max() <= 1
+    assert torch.equal(decoded, expected)
     if orientation > 1:
         assert (decoded.int() - decode_image(encoded(image), 20, crop).int()).abs().max() > 20
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_spoil_an_image():
     data = encoded(Image.new("RGB", (16, 16), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert solid(decode_image(data, 16, "center"), RED)
@@ -127,7 +126,8 @@ def test_broken_exif_does_not_spoil_an_image():
 def test_transparent_parts_are_white(form):
     image = halves((255, 0, 0, 255), (0, 0, 255, 0), mode="RGBA")
     decoded = decode_image(encoded(image, form, lossless=True), 64, "center")
-    assert solid(decoded[:, :, :30], RED) and solid(decoded[:, :, 34:], WHITE)
+    assert solid(decoded[:, :, :30], RED)
+    assert solid(decoded[:, :, 34:], WHITE)
     half = decode_image(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), form), 8, "center")
     assert solid(half, (127, 127, 127))
 
@@ -136,9 +136,11 @@ def test_transparency_of_palettes_and_grey_is_white():
     palette = halves(RED, BLUE).convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
     transparent = palette.getpixel((60, 0))
     decoded = decode_image(encoded(palette, transparency=transparent), 64, "center")
-    assert solid(decoded[:, :, :30], RED) and solid(decoded[:, :, 34:], WHITE)
+    assert solid(decoded[:, :, :30], RED)
+    assert solid(decoded[:, :, 34:], WHITE)
     grey = decode_image(encoded(halves((100, 255), (0, 0), mode="LA")), 64, "center")
-    assert solid(grey[:, :, :30], (100, 100, 100)) and solid(grey[:, :, 34:], WHITE)
+    assert solid(grey[:, :, :30], (100, 100, 100))
+    assert solid(grey[:, :, 34:], WHITE)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
@@ -177,13 +179,16 @@ def test_large_jpegs_decode_like_large_pngs():
     assert (jpeg.int() - png.int()).abs().max() <= 4
 
 
-def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
-    image = Image.new("1", (30_000, 5_000))
+def test_too_many_pixels_are_refused_before_decoding():
+    def png_header(width, height):
+        start = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + start + struct.pack(">I", zlib.crc32(start))
+        return head + struct.pack(">I", 9) + b"IDAT"
+
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(SampleError, match="30000x5000"):
-        decode_image(encoded(image), 16, "center")
-    bomb = Image.new("1", (30_000, 30_000))
+        decode_image(png_header(30_000, 5_000), 16, "center")
     with pytest.raises(SampleError, match="DecompressionBomb"):
-        decode_image(encoded(bomb), 16, "center")
+        decode_image(png_header(2**30, 2**30), 16, "center")
 
 
 def test_what_is_no_image_is_refused():
@@ -201,10 +206,8 @@ def test_damaged_images_never_raise_anything_else(seed, form):
     pixels = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
     data = np.frombuffer(encoded(Image.fromarray(pixels), form), np.uint8).copy()
     data[rng.integers(0, len(data), 5)] = rng.integers(0, 256, 5)
-    try:
+    with contextlib.suppress(SampleError):
         assert decode_image(data.tobytes(), 16, "center").shape == (3, 16, 16)
-    except SampleError:
-        pass
 
 
 def npy(array, **options):

@@ -118,6 +118,8 @@ def test_variances_interpolate_between_the_posterior_and_beta() -> None:
     torch.testing.assert_close(small.log_variance, column(s.posterior_log_variance_clipped))
     large = IDDPM().p_mean_variance(constant(high), x, T)
     torch.testing.assert_close(large.variance, column(s.betas))
+    beyond = IDDPM().p_mean_variance(constant(torch.cat((x, 3 * torch.ones_like(x)), 1)), x, T)  # not clamped
+    torch.testing.assert_close(beyond.log_variance, 2 * large.log_variance - small.log_variance)
     fixed = IDDPM(learn_sigma=False, sigma_small=True).p_mean_variance(constant(x), x, T)
     torch.testing.assert_close(fixed.variance, column(s.posterior_variance))
 

@@ -1,0 +1,39 @@
+# Two commands do everything on a bare checkout with Python 3.11 or newer:
+#   make quickstart    environment, data, training, samples, prompt accuracy (CPU, under 20 minutes)
+#   make test          environment, all tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env quickstart test lint lock clean
+
+env: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "This Python cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+quickstart: env
+	$(BIN)/python evals/quickstart.py
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Resolve the newest versions that pyproject.toml allows.
+lock: env
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate \
+		--quiet --output-file requirements.lock
+
+clean:
+	rm -rf .venv build *.egg-info
