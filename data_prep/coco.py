@@ -141,6 +141,9 @@ def make_sample(record: Record, *, size: int, crop: Crop, quality: int) -> dict[
 def make_samples(records: Sequence[Record], workers: int, **settings: Any) -> Iterator[dict[str, Any] | str]:
     """``make_sample`` of every record, in order, by ``workers`` processes."""
     job = partial(make_sample, **settings)
+    if workers == 1:
+        yield from map(job, records)
+        return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         window = 64 * workers  # bounds what waits in memory
         for start in range(0, len(records), window):

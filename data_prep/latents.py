@@ -200,6 +200,15 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
         print("  {shard}: {key}: {reason}".format(**json.loads(line)))
 
 
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 def _part(text: str) -> tuple[int, int]:
     number, slash, parts = text.partition("/")
     if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
@@ -228,10 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = load_index(args.data)
     if source.kind != "images":
         raise DataError(f"--data {args.data}: holds {source.kind}, expected images")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     config = AutoencoderConfig(kind=args.kind, path=args.autoencoder, scale=args.scale)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    autoencoder = load_autoencoder(config, device, dtype)
+    autoencoder = load_autoencoder(config, _device(args.device), dtype)
     if args.size % autoencoder.downscale:
         raise ValueError(f"--size {args.size}: must be divisible by {autoencoder.downscale}")
     encode_dataset(source, autoencoder, args)

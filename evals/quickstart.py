@@ -35,7 +35,7 @@ def stages(overrides: list[str]) -> list[tuple[str, list[str]]]:
             ["-m", "dico_t2i", "sample", "--checkpoint", str(RUN), "--prompts", str(PROMPTS)]
             + ["--out", samples, "--batch", "60"],
         ),
-        ("evaluate", [*accuracy, "--images", samples, "--json", str(RESULT)]),
+        ("evaluate", [*accuracy, "--images", samples, "--out", str(RESULT)]),
     ]
 
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from golden_adapter_diffusion import *  # noqa: F403
 
+from dico_t2i.diffusion import guided
 from dico_t2i.models import DiCo, DiCoConfig, count_macs, count_parameters
 from dico_t2i.models.blocks import Block, Downsample, Head, Upsample, channel_norm
 from dico_t2i.models.conditioning import TimestepEmbedding
@@ -38,13 +39,12 @@ def make_model(config, params, dtype):
 
 
 def forward_with_cfg(model, x, t, y, scale):
-    from dico_t2i.diffusion.guidance import guided
-
+    """The release's: both halves carry the guided channels 0..2, and their own values in all others."""
     half = len(x) // 2
-    both = torch.cat((x[:half], x[:half]))
-    out = model(both, t, y)
-    guidance = guided(model, {"cond": y[:half]}, {"cond": y[half:]}, scale, "three")
-    return guidance, both, out
+    guide = guided(model, {"cond": y[:half]}, {"cond": y[half:]}, scale, "three")
+    conditional = guide(x[:half], t[:half])
+    unconditional = model(x[:half], t[half:], y[half:])
+    return torch.cat((conditional, torch.cat((conditional[:, :3], unconditional[:, 3:]), dim=1)))
 
 
 def get_param(model, key):

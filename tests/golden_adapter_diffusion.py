@@ -1,17 +1,26 @@
 """The diffusion half of the adapter that `check.py` of the golden numbers drives."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dico_t2i.diffusion import IDDPM, ModelFn, guided
+from dico_t2i.diffusion import IDDPM, ModelFn
 from dico_t2i.diffusion.samplers import reverse_loop
 from dico_t2i.diffusion.schedule import space_timesteps
 
-__all__ = ["space_timesteps"]
+__all__ = [
+    "ddim_sample",
+    "make_diffusion",
+    "p_mean_variance",
+    "p_sample",
+    "q_sample",
+    "sample_loop",
+    "schedule",
+    "space_timesteps",
+    "training_losses",
+]
 
 
 def make_diffusion(**kwargs: Any) -> IDDPM:
@@ -56,19 +65,3 @@ def sample_loop(
     if kind == "p":
         return reverse_loop(d, lambda x, t, k: d.p_sample(model_fn, x, t, noises[k], clip), z)
     return reverse_loop(d, lambda x, t, k: d.ddim_sample(model_fn, x, t, noises[k], eta, clip), z)
-
-
-def forward_with_cfg(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, y: Tensor, scale: float
-) -> Tensor:
-    """The released guidance: both halves of the output, from the first half of x."""
-
-    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return model(x, t, y)
-
-    half = len(x) // 2
-    cond, null = {"y": y[:half]}, {"y": y[half:]}
-    # The unguided channels of the second half are the unconditional ones: the same formula, roles exchanged.
-    first = guided(run, cond, null, scale, "three")(x[:half], t[:half])
-    second = guided(run, null, cond, 1 - scale, "three")(x[:half], t[:half])
-    return torch.cat((first, second))

@@ -26,9 +26,15 @@ def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
             f"text_dwconv: x (N, C, H, W) and context (N, 1 to {TAPS} tokens, C) expected,"
             f" got {tuple(x.shape)} and {tuple(context.shape)}"
         )
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        return _TextConvolution.apply(x.to(dtype), context.to(dtype))
+    dtype = _working_dtype(x)
+    return _TextConvolution.apply(x.to(dtype), context.to(dtype))
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """autocast's dtype where it is on, so that forward and backward see the same one; else that of x."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class _TextConvolution(torch.autograd.Function):

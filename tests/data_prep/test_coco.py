@@ -85,7 +85,7 @@ def test_whole_images_are_packed_and_the_rest_is_listed(
 
 def test_crop_none_keeps_the_bytes_and_the_parent_will_do(made_up: list[str], tmp_path: Path) -> None:
     made_up[1] = str(tmp_path / "coco")
-    assert coco.main([*made_up, "--crop", "none"]) == 0
+    assert coco.main([*made_up, "--crop", "none", "--workers", "2"]) == 0
     assert [sample["jpg"] for sample in _samples(tmp_path / "out")] == [_jpeg(1), _jpeg(2), _jpeg(3)]
 
 

@@ -127,6 +127,8 @@ def test_bad_input_is_refused(data: Path, autoencoder: Path) -> None:
     arguments = _arguments(data, autoencoder)
     with pytest.raises(ValueError, match="--size 36: must be divisible by 8"):
         latents.main([*arguments, "--size", "36"])
+    with pytest.raises(ValueError, match="--device abacus"):
+        latents.main([*arguments, "--device", "abacus"])
     (data.parent / "latents").mkdir()
     (data.parent / "latents" / "precious").write_text("x")
     with pytest.raises(ValueError, match="other files"):

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dico_t2i.config import ConfigError, dump_config, load_config, parse_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if not path.name.startswith("base"))
+MINIMAL = {
+    "name": "test",
+    "model": {"variant": "DiCo-S"},
+    "data": {"path": "data/x"},
+    "train": {"duration": {"steps": 10}},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_is_valid_and_survives_saving(name):
+    config = load_config(CONFIGS / name)
+    assert parse_config(yaml.safe_load(dump_config(config)), name) == config
+    assert config.batching(1)[0] <= config.train.micro_batch
+
+
+def test_the_papers_settings():
+    h = load_config(CONFIGS / "dico_h_imagenet256.yaml")
+    assert (h.optimizer.betas, h.optimizer.lr, h.train.global_batch) == ((0.99, 0.99), 2e-4, 1024)
+    assert h.optimizer.warmup is not None
+    assert h.optimizer.warmup.steps == 5000
+    xl = load_config(CONFIGS / "dico_xl_imagenet512.yaml")
+    assert (xl.optimizer.lr, xl.optimizer.ema, xl.train.duration.steps) == (1e-4, (0.9999,), 3_000_000)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean lr?"),
+        ("model.varient=DiCo-S", "model.varient: unknown key; did you mean variant?"),
+        ("train.global_batch=many", "train.global_batch: "),
+        ("train.global_batch=1.5", "train.global_batch: "),
+        ("train.zero_stage=4", "train.zero_stage: "),
+        ("data.streams=7", "data.streams: 7 does not divide train.global_batch: 256"),
+        ("data.image_size=100", "data.image_size: 100 must be divisible by 32"),
+        ("train.duration.minutes=5", "train.duration: give steps, images or epochs"),
+        ("model.hidden_size=64", "variant: DiCo-S already sets hidden_size"),
+        ("autoencoder.kind=pixels", "model.in_channels: must be 3"),
+        ("preview.prompts=[a]", "preview.prompts: a class-conditional model takes preview.labels"),
+        ("preview.every.steps=5", "give prompts or labels"),
+        ("nonsense", "expected key.path=value"),
+        ("name.x=3", "is a value, not a section"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, override, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [override])
+    assert message in str(error.value)
+
+
+def test_extends_merges_sections_and_replaces_spans(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**MINIMAL, "optimizer": {"lr": 3e-4, "clip": 1.0}}))
+    (tmp_path / "top.yaml").write_text(
+        "extends: base.yaml\nname: top\noptimizer: {clip: 2.0}\ntrain: {duration: {epochs: 2}}\n"
+    )
+    config = load_config(tmp_path / "top.yaml")
+    assert (config.optimizer.lr, config.optimizer.clip) == (3e-4, 2.0)
+    assert config.train.duration.epochs == 2
+    assert config.train.duration.in_steps(256, 2560) == 20
+
+
+def test_extending_in_a_circle_is_an_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "\x00"])
+def test_a_file_that_is_no_config_is_named(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(path)
+
+
+def test_ranks_must_divide_the_streams_and_the_micro_batch_adapts():
+    config = parse_config({**MINIMAL, "data": {"path": "x", "streams": 64}}, "test")
+    assert config.batching(1) == (32, 8)
+    assert config.batching(16) == (16, 1)
+    with pytest.raises(ConfigError, match="64 is not divisible by the 3 ranks"):
+        config.batching(3)

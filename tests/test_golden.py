@@ -1,0 +1,20 @@
+"""Parity with the released DiCo and its diffusion, through the golden numbers' own checker."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden numbers (../shared/golden) are not here")
+def test_every_golden_number_is_exact():
+    checker = [sys.executable, str(GOLDEN / "check.py"), "--dir", str(GOLDEN)]
+    adapter = Path(__file__).with_name("golden_adapter.py")
+    result = subprocess.run([*checker, "--adapter", str(adapter)], capture_output=True, text=True, check=False)
+    counts = {k: int(v) for k, v in re.findall(r"'(EXACT|LOOSE|FAIL|SKIP)': (\d+)", result.stdout)}
+    assert counts.pop("EXACT", 0) > 300, result.stdout + result.stderr
+    assert counts == {"LOOSE": 0, "FAIL": 0, "SKIP": 0}, result.stdout
