@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,9 +93,10 @@ def make_loader(
         _MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step),
         batch_size=None,
         num_workers=data.workers,
+        multiprocessing_context="fork" if data.workers else None,
         prefetch_factor=PREFETCH if data.workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_set_up_worker,
     )
 
 
@@ -241,7 +244,19 @@ def _label(sample: dict[str, Any]) -> int:
     return int(digits)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave signals to the training process: workers end when it closes their queue, or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+def _set_up_worker(worker: int) -> None:
+    """Leave signals to the training process: only its own SIGTERM, sent at its exit, ends a worker.
+
+    A scheduler signals all processes of a job, and the trainer still wants its data to finish and save.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Threads started later inherit the mask, so SIGTERM reaches nobody but the waiting thread.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

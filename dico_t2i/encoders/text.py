@@ -227,6 +227,8 @@ def _clip_tokenizer() -> TransformersTokenizer:
 
 # --- open_clip
 
+_CARD = "open_clip_config.json"
+
 
 def _open_clip_tower(config: TextEncoderConfig) -> _Tower:
     tag = _open_clip_tag(config.model, config.pretrained)
@@ -266,12 +268,15 @@ def _open_clip_weights(config: TextEncoderConfig, tag: dict[str, Any]) -> Path:
         return Path(config.pretrained)
     name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
     names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    return resolve(name, [names], "text_encoder.pretrained")[0]
+    # A folder has to say what its weights are made for (quick GELU or not). Of a tag that is known, so that a cache
+    # which open_clip filled, with the weights alone, will do.
+    card = (_CARD, *names) if tag else (_CARD,)
+    return resolve(name, [names, card], "text_encoder.pretrained")[0]
 
 
 def _open_clip_settings(model: str, weights: Path) -> dict[str, Any]:
     """The architecture: what stands beside the weights, else what open_clip has under that name."""
-    beside = weights.with_name("open_clip_config.json")
+    beside = weights.with_name(_CARD)
     packaged = _open_clip_folder() / "model_configs" / f"{model}.json"
     if not beside.is_file() and not packaged.is_file():
         raise ValueError(f"text_encoder.model: open_clip has no architecture {model!r}; ViT-L-14 is one")

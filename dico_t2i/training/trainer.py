@@ -294,7 +294,7 @@ class Trainer:
         """Cached latents must come from the autoencoder of the config."""
         if self.index.kind != "latents":
             return
-        made, ours = self.index.meta.get("encoder"), self.autoencoder.identity()
+        made, ours = self.index.meta.get("autoencoder"), self.autoencoder.identity()
         if made != ours:
             raise ConfigError(
                 f"{self.index.root} holds latents of another autoencoder: {made}, the config has {ours};"

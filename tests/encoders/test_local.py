@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -118,12 +120,24 @@ def test_a_missing_folder_is_not_taken_for_a_hub_id(cache: Path) -> None:
 def test_the_loaders_report_a_missing_model_without_the_network(
     cache: Path, connections: list[object], config: AutoencoderConfig | TextEncoderConfig, key: str
 ) -> None:
+    load: Any = load_autoencoder if isinstance(config, AutoencoderConfig) else load_text_encoder
     with pytest.raises(MissingModelError, match=key):
-        if isinstance(config, AutoencoderConfig):
-            load_autoencoder(config, "cpu")
-        else:
-            load_text_encoder(config, "cpu")
+        load(config, "cpu")
     assert connections == []
+
+
+def test_a_tag_of_open_clip_is_looked_up_by_its_hub_id(cache: Path) -> None:
+    """Weights alone, as open_clip caches them, are found; the advice for a bare machine includes their config."""
+    model = cache / "models--timm--vit_large_patch14_clip_224.openai"
+    config = TextEncoderConfig(kind="open_clip", model="ViT-L-14")
+    with pytest.raises(MissingModelError) as caught:
+        load_text_encoder(config, "cpu")
+    assert "open_clip_model.safetensors open_clip_config.json --local-dir" in str(caught.value)
+    fill(model / "refs")
+    (model / "refs" / "main").write_text("c0ffee")
+    weights = fill(model / "snapshots" / "c0ffee", "open_clip_model.safetensors") / "open_clip_model.safetensors"
+    with pytest.raises(ValueError, match=re.escape(f"{weights}: cannot be loaded")):
+        load_text_encoder(config, "cpu")
 
 
 def test_torn_files_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dico_t2i.config import SeededTower, TextEncoderConfig
+from dico_t2i.config import TextEncoderConfig
 from dico_t2i.encoders import TextEncoder, load_text_encoder
 from dico_t2i.encoders.text import OpenClipTokenizer, _clip_tokenizer
 
@@ -161,8 +161,9 @@ def test_transformers_tower_is_the_saved_model(clip: tuple[Path, Any]) -> None:
 
 
 def test_a_text_tower_alone_pools_without_projection(clip: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, model = clip
     from transformers import CLIPTextModel
+
+    folder, _ = clip
 
     CLIPTextModel.from_pretrained(folder).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
@@ -215,6 +216,13 @@ def test_open_clip_weights_of_either_layout_load(open_clip_folder: Path, tmp_pat
     assert torch.equal(one.encode(ids).tokens, other.encode(ids).tokens)
 
 
+def test_a_folder_of_open_clip_must_say_its_architecture(open_clip_folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes((open_clip_folder / "open_clip_model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"lacks open_clip_config\.json"):
+        open_clip(tmp_path)
+
+
 def test_unknown_names_of_open_clip_are_refused(open_clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text_encoder\.pretrained: 'opnai'.*no tag of ViT-L-14 .*openai"):
         load_text_encoder(TextEncoderConfig(kind="open_clip", model="ViT-L-14", pretrained="opnai"), "cpu")
@@ -226,7 +234,7 @@ def test_unknown_names_of_open_clip_are_refused(open_clip_folder: Path, tmp_path
         open_clip(weights, "roberta-ViT-B-32")
     with pytest.raises(ValueError, match="has 64 positions"):
         open_clip(weights, "ViT-B-16-SigLIP")
-    with pytest.raises(ValueError, match="open_clip_model.safetensors: cannot be loaded"):
+    with pytest.raises(ValueError, match=r"open_clip_model\.safetensors: cannot be loaded"):
         open_clip(weights, "ViT-B-32")  # weights of another size
 
 

@@ -1,0 +1,104 @@
+"""Run under torchrun: the engine at each ZeRO stage against a plain AdamW on the whole batch."""
+
+import copy
+import json
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+
+from dico_t2i.config import DiCoConfig, OptimizerConfig, Span, TrainConfig
+from dico_t2i.models import DiCo
+from dico_t2i.training.distributed import join_world
+from dico_t2i.training.engine import Engine
+
+MODEL = DiCoConfig(hidden_size=8, depths=(1, 1, 1, 1, 1), mlp_ratio=2.0, num_classes=10)
+OPTIMIZER = OptimizerConfig(lr=1e-3, ema=(0.9,), clip=0.5, weight_decay=0.1)
+BATCH, MICRO, STEPS = 8, 2, 4
+
+
+def model():
+    torch.manual_seed(0)
+    network = DiCo(MODEL)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 4, 8, 8, generator=generator)
+    if step == 2:
+        x[5] = math.nan  # a step to be skipped
+    return x, torch.randint(0, 1000, (BATCH,), generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
+
+
+def loss_of(network, x, t, y):
+    return (network(x, t, y).float() - 1).square().mean()
+
+
+def reference():
+    network = model()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.1)
+    ema = copy.deepcopy(network)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(network, *batch(step)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        if norm.isfinite():
+            optimizer.step()
+            for average, parameter in zip(ema.parameters(), network.parameters(), strict=True):
+                average.data.lerp_(parameter.data, 0.1)
+    return dict(network.named_parameters()), dict(ema.named_parameters())
+
+
+def engine_result(stage, precision, world):
+    accumulation = BATCH // MICRO // world.size
+    train = TrainConfig(
+        duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage
+    )
+    engine = Engine(model(), train, OPTIMIZER, (MICRO, accumulation), world)
+    engine.materialize(0)
+    skipped = []
+    for step in range(STEPS):
+        x, t, y = batch(step)
+        for part in range(accumulation):
+            rows = slice(*(MICRO * (world.rank * accumulation + part + i) for i in (0, 1)))
+            engine.backward(loss_of(engine.model, x[rows], t[rows], y[rows]))
+            engine.step(1e-3)
+        skipped.append(engine.skipped)
+    owned = torch.tensor(sum(piece.numel for piece in engine.owned_pieces()))
+    dist.all_reduce(owned)
+    return dict(engine.gather("weight")), dict(engine.gather("ema_0.9")), skipped, owned.item(), engine.optimizer_steps
+
+
+def largest_difference(ours, expected):
+    return max((ours[name] - expected[name].detach()).abs().max().item() for name in expected)
+
+
+def main():
+    torch.set_num_threads(1)
+    world = join_world()
+    weights, averages = reference()
+    results = []
+    for case in sys.argv[1:]:
+        stage, precision = case.split(":")
+        ours, ema, skipped, owned, steps = engine_result(int(stage), precision, world)
+        results.append(
+            {
+                "case": case,
+                "weight": largest_difference(ours, weights),
+                "ema": largest_difference(ema, averages),
+                "skipped": skipped,
+                "owned": owned,
+                "steps": steps,
+            }
+        )
+    if world.is_main:
+        print("RESULT", json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

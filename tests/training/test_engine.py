@@ -1,0 +1,36 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dico_t2i.config import DiCoConfig
+from dico_t2i.models import count_parameters
+
+from .conftest import launch
+
+SCRIPT = Path(__file__).with_name("engine_parity.py")
+PARAMETERS = count_parameters(DiCoConfig(hidden_size=8, depths=(1, 1, 1, 1, 1), mlp_ratio=2.0, num_classes=10))
+
+
+def parity(ranks, *cases):
+    process = launch(ranks, str(SCRIPT), *cases)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    line = next(line for line in output.splitlines() if line.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
+    for result in parity(ranks, "0:fp32", "1:fp32", "2:fp32", "3:fp32"):
+        assert result["weight"] < 2e-5, result
+        assert result["ema"] < 2e-5, result
+        assert result["skipped"] == [False, False, True, False], result
+        assert result["steps"] == 3, result
+        assert result["owned"] == PARAMETERS, result
+
+
+def test_bf16_follows_within_its_precision():
+    for result in parity(2, "0:bf16", "1:bf16", "2:bf16", "3:bf16"):
+        assert result["weight"] < 8e-3, result
+        assert result["skipped"] == [False, False, True, False], result
