@@ -125,7 +125,15 @@ class AutoencoderConfig(Section):
 
     kind: Literal["kl", "tiny", "pixels"] = "kl"
     path: str = "stabilityai/sd-vae-ft-ema"  # a local folder or a hub id
-    scale: PositiveFloat = 0.18215
+    scale: PositiveFloat = 0.18215  # latents times this are what the network sees; 1 for tiny and pixels
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_of_kind(cls, data: Any) -> Any:
+        """Only Stable Diffusion's autoencoders have latents that are not of unit size."""
+        if isinstance(data, Mapping) and data.get("kind", "kl") != "kl" and "scale" not in data:
+            return {**data, "scale": 1.0}
+        return data
 
 
 class SeededTower(Section):
@@ -189,7 +197,7 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     every: Span = Span(steps=50)
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
     wandb_project: str = "dico_t2i"
 
 
@@ -198,7 +206,7 @@ class SamplerConfig(Section):
     steps: Positive = 250
     guidance: NonNegativeFloat = 1.4  # w of uncond + w (cond - uncond); 1: no guidance
     guidance_channels: Literal["all", "three"] = "all"  # three: as the released code does
-    eta: NonNegativeFloat = 0.0  # ddim only
+    eta: Probability = 0.0  # ddim only
 
 
 class PreviewConfig(Section):

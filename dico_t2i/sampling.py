@@ -91,9 +91,9 @@ class Pipeline:
 
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Autoencoder, Conditioner]:
     """The frozen parts of a config. Raises MissingModelError or ConfigError before anything else is done."""
+    autoencoder = load_autoencoder(config.autoencoder, device, dtype)
     text = load_text_encoder(config.text_encoder, device, dtype) if config.model.condition == "text" else None
     conditioner = Conditioner(config.model, text, device)
-    autoencoder = load_autoencoder(config.autoencoder, device, dtype)
     if autoencoder.latent_channels != config.model.in_channels:
         raise ConfigError(
             f"model.in_channels: {config.model.in_channels}, but the autoencoder's latents have"

@@ -6,8 +6,9 @@ import resource
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,7 +32,7 @@ class Reporter:
         if not enabled:
             return
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._wandb = _start_wandb(config, folder)
+        self._wandb = WandbRun(config, folder)
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(
@@ -55,8 +56,7 @@ class Reporter:
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), **values})
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        self._wandb.log(step, values)
         numbers = "  ".join(
             f"{key} {_short(values[key])}" for key in ("loss", "grad_norm", "images_per_s") if key in values
         )
@@ -74,17 +74,14 @@ class Reporter:
     def image(self, step: int, path: Path) -> None:
         """A picture that was saved in the run folder."""
         self.event(step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder)))
-        if self.enabled and self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+        if self.enabled:
+            self._wandb.image(step, path)
 
     def close(self) -> None:
         if self.enabled:
             self._progress.stop()
             self._file.close()
-            if self._wandb is not None:
-                self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -97,20 +94,35 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _start_wandb(config: Config, folder: Path) -> Any:
-    """A wandb run that resumes under the same id; None when it is off or fails, which never stops training."""
-    mode = config.log.wandb
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    if mode == "off":
-        return None
-    try:
+class WandbRun:
+    """A run of Weights & Biases that resumes under the same id. A failure turns it off and never stops training."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._run: Any = None
+        wish = config.log.wandb
+        if wish == "disabled":
+            return
+        online = wish == "online" or (wish == "auto" and "WANDB_API_KEY" in os.environ)
+        self._guard(lambda: self._start(config, folder, "online" if online else "offline"))
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self._guard(lambda: self._run and self._run.log(values, step=step))
+
+    def image(self, step: int, path: Path) -> None:
+        import wandb
+
+        self._guard(lambda: self._run and self._run.log({"samples": wandb.Image(str(path))}, step=step))
+
+    def finish(self) -> None:
+        self._guard(lambda: self._run and self._run.finish())
+
+    def _start(self, config: Config, folder: Path, mode: Literal["online", "offline"]) -> None:
         import wandb
 
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:8])
-        return wandb.init(
+        self._run = wandb.init(
             project=config.log.wandb_project,
             name=config.name,
             id=identity.read_text().strip(),
@@ -120,9 +132,13 @@ def _start_wandb(config: Config, folder: Path) -> Any:
             config=config.model_dump(mode="json", exclude_none=True),
             settings=wandb.Settings(silent=True),
         )
-    except Exception as error:
-        print(f"wandb is off for this run: {error}", file=sys.stderr)
-        return None
+
+    def _guard(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._run = None
+            print(f"wandb is off from here on: {error}", file=sys.stderr)
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError, Span
-from dico_t2i.data import Batch, DatasetIndex, Order, load_index, make_loader
+from dico_t2i.data import Batch, DataError, DatasetIndex, Order, load_index, make_loader
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import Pipeline, default_weights, load_encoders, make_grid
@@ -118,11 +118,18 @@ class Trainer:
                 meter.report()
             if self._due(self.config.preview.every):
                 meter.excluded(self._preview)
-            stopping = any_rank(self.stop.signal is not None, self.world.device)
-            if stopping or self._save_due():
+            stop, spoilt, save = self._agree()
+            if stop or spoilt or save:
                 meter.excluded(self._save)
-            if stopping:
+            if stop:
                 return self._finish(REQUEUE_EXIT_CODE)
+            if spoilt:
+                self._finish(1)
+                raise DataError(
+                    f"more than data.max_bad_samples: {self.config.data.max_bad_samples} samples could not be used;"
+                    f" stopped with a checkpoint at step {self.step}. They are listed in {self.run.metrics};"
+                    " check the shards with data_prep/verify.py"
+                )
         if self.step > self.saved_step:
             self._save()
         return self._finish(0)
@@ -210,7 +217,7 @@ class Trainer:
                 ckpt.verify(checkpoint, sorted(checkpoint.files)[self.world.rank :: self.world.size])
             except ckpt.CheckpointError as error:
                 problem = str(error)
-            if any_rank(bool(problem), self.world.device):
+            if any_rank([bool(problem)], self.world.device)[0]:
                 self.report.event(
                     self.step, "bad checkpoint", f"{path} is passed over: {problem or 'a file is damaged'}"
                 )
@@ -238,11 +245,15 @@ class Trainer:
         self.writer.save(self.step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
-    def _save_due(self) -> bool:
+    def _agree(self) -> list[bool]:
+        """Whether any rank wants to stop, has had too many bad samples, or finds a save due; collective."""
         every = self.config.checkpoint.every
         if every.minutes is None:
-            return self._due(every)
-        return any_rank(time.monotonic() - self.saved_at >= 60 * every.minutes, self.world.device)
+            save = self._due(every)
+        else:
+            save = time.monotonic() - self.saved_at >= 60 * every.minutes
+        spoilt = self.bad_samples > self.config.data.max_bad_samples
+        return any_rank([self.stop.signal is not None, spoilt, save], self.world.device)
 
     def _preview(self) -> None:
         """Sample the fixed prompts or labels, spread over the ranks, with the averaged weights."""
@@ -270,10 +281,10 @@ class Trainer:
     def _finish(self, code: int) -> int:
         self.writer.wait()
         dist.barrier()  # nobody leaves before rank 0 has committed
-        if code:
+        if code == REQUEUE_EXIT_CODE:
             name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
             self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to go on")
-        else:
+        elif code == 0:
             self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
         self.report.close()
         return code
@@ -294,8 +305,8 @@ class Trainer:
         """Cached latents must come from the autoencoder of the config."""
         if self.index.kind != "latents":
             return
-        made, ours = self.index.meta.get("autoencoder"), self.autoencoder.identity()
-        if made != ours:
+        made, ours = self.index.meta.get("autoencoder", {}), self.autoencoder.identity()
+        if any(made.get(key) != ours.get(key) for key in ("kind", "weights", "config")):  # a folder may be renamed
             raise ConfigError(
                 f"{self.index.root} holds latents of another autoencoder: {made}, the config has {ours};"
                 " set autoencoder to it, or encode again with data_prep/latents.py"

@@ -31,7 +31,7 @@ TINY = {
     "optimizer": {"lr": 1e-3, "ema": [0.9, 0.99], "clip": 1.0, "warmup": {"steps": 3}},
     "train": {"duration": {"steps": 8}, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "zero_stage": 1},
     "checkpoint": {"every": {"steps": 100}},
-    "log": {"every": {"steps": 1}, "wandb": "off"},
+    "log": {"every": {"steps": 1}, "wandb": "disabled"},
 }
 
 
