@@ -248,10 +248,8 @@ class Trainer:
     def _agree(self) -> list[bool]:
         """Whether any rank wants to stop, has had too many bad samples, or finds a save due; collective."""
         every = self.config.checkpoint.every
-        if every.minutes is None:
-            save = self._due(every)
-        else:
-            save = time.monotonic() - self.saved_at >= 60 * every.minutes
+        minutes = (time.monotonic() - self.saved_at) / 60
+        save = self._due(every) if every.minutes is None else minutes >= every.minutes
         spoilt = self.bad_samples > self.config.data.max_bad_samples
         return any_rank([self.stop.signal is not None, spoilt, save], self.world.device)
 

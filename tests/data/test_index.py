@@ -197,6 +197,7 @@ def test_a_tar_cut_anywhere_keeps_its_whole_samples(tmp_path):
         complete = sum(end <= size for end in ends)
         # A cut exactly behind an image leaves a sample that lacks the rest; reading it will say so.
         assert complete <= len(shard) <= complete + 1
+        assert (shard.offsets + shard.sizes <= size).all()
         for member in range(complete):
             assert shard.key(member) == whole.key(member)
             assert member_bytes(cut, shard, member, "jpg") == member_bytes(tar, whole, member, "jpg")

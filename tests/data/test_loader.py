@@ -277,7 +277,7 @@ def children():
 def test_workers_leave_signals_to_the_trainer(index):
     before = children()
     batches = iter(loader(index, workers=2))
-    next(batches)
+    next(batches), next(batches)  # one from each worker: both are set up
     workers = children() - before
     assert len(workers) == 2
     for name in ("TERM", "USR1", "USR2", "INT"):

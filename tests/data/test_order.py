@@ -65,6 +65,8 @@ def test_epochs_seeds_and_leftovers_differ():
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert len({frozenset(epoch) for epoch in epochs}) > 1  # not always the same 96 of 103
     assert pairs(Order(1, sizes, 8, 16), np.arange(96)) != epochs[0]
+    single = Order(0, [64], 8, 8)
+    assert len({tuple(pairs(single, e * 64 + np.arange(64))) for e in range(4)}) == 4
 
 
 def test_a_stream_stays_within_its_run_and_blocks():
