@@ -193,6 +193,16 @@ class CheckpointConfig(Section):
     every: Span = Span(minutes=30)
     keep_last: Positive = 3
     keep_every: Span | None = None  # these are never deleted
+    keep_best: StrictBool = False  # nor the one with the lowest mean loss since the save before it
+    background: StrictBool = True  # write while training goes on
+
+
+class GuardConfig(Section):
+    """What to do about steps that would spoil the weights."""
+
+    spike: NonNegativeFloat = 0.0  # skip a gradient norm of more than so many times its running mean; 0: none
+    max_skipped: Positive = 10  # skipped steps in a row after which the run goes back to its last checkpoint
+    max_rollbacks: NonNegative = 1  # times it may do so; then it stops
 
 
 class LogConfig(Section):
@@ -237,6 +247,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     preview: PreviewConfig = PreviewConfig()
     sampler: SamplerConfig = SamplerConfig()  # the default of `dico sample` and of evaluations

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,10 +26,13 @@ from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_REPLACEMENTS = 100  # in a row, for one position
+NEIGHBOURS = 8  # of these so many are the next ones of the stream, the others lie anywhere in the epoch
 PREFETCH = 4  # micro-batches per worker
 
 _MAX_OPEN_SHARDS = 256
 _MAX_LABEL_DIGITS = 9
+_POLL_S = 1.0  # between two looks at the workers while a micro-batch is late
+_MAX_NAMED_SHARDS = 4
 
 
 class BadSample(NamedTuple):
@@ -76,10 +80,15 @@ def make_loader(
     world: int,
     start_step: int,
     tokenize: Callable[[list[str]], Tensor] | None,
+    retries: int = 0,
+    retry_wait_s: float = 0.5,
+    timeout_s: float = 0.0,
 ) -> Iterable[Batch]:
     """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut evenly.
 
-    Raises DataError if sizes do not divide, or the latents in the index are not those of the config.
+    retries, retry_wait_s: see ShardReader. timeout_s: the longest wait for a worker's micro-batch; 0 is for ever.
+    Raises DataError if sizes do not divide, or the latents in the index are not those of the config. While
+    iterating, raises DataError that names the worker if one died or is late.
     """
     positions_of = partial(rank_positions, global_batch=global_batch, streams=order.streams, rank=rank, world=world)
     per_rank = len(positions_of(start_step))
@@ -87,17 +96,23 @@ def make_loader(
         raise DataError(f"micro-batch {micro_batch} does not divide the {per_rank} samples of a rank and step")
     shape = _moments_shape(data, index) if index.kind == "latents" else None
     # A block of a stream spans a few shards; all streams' shards should stay open.
-    reader = ShardReader(index, min(_MAX_OPEN_SHARDS, 4 * order.streams // world))
+    open_shards = min(_MAX_OPEN_SHARDS, 4 * order.streams // world)
+    reader = ShardReader(index, open_shards, retries, retry_wait_s)
     samples = _Samples(data, reader, order, seed, condition, tokenize, shape)
-    return DataLoader(
-        _MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step),
+    plan = _MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step)
+    if not data.workers:
+        return DataLoader(plan, batch_size=None, pin_memory=torch.cuda.is_available())
+    loader = DataLoader(
+        plan,
         batch_size=None,
         num_workers=data.workers,
-        multiprocessing_context="fork" if data.workers else None,
-        prefetch_factor=PREFETCH if data.workers else None,
+        multiprocessing_context="fork",
+        prefetch_factor=PREFETCH,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_set_up_worker,
+        timeout=_POLL_S,
     )
+    return _Supervised(loader, plan, rank, timeout_s)
 
 
 @dataclass
@@ -113,10 +128,88 @@ class _MicroBatches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in count(self.start_step * self.per_step + first, stride):
-            step, part = divmod(number, self.per_step)
-            low = part * self.micro_batch
-            yield self.samples.batch(self.positions_of(step)[low : low + self.micro_batch])
+        for number in count(first, stride):
+            yield self.samples.batch(self.positions(number))
+
+    def step(self, number: int) -> int:
+        """The step that micro-batch ``number``, counted from the first, belongs to."""
+        return self.start_step + number // self.per_step
+
+    def positions(self, number: int) -> np.ndarray:
+        low = number % self.per_step * self.micro_batch
+        return self.positions_of(self.step(number))[low : low + self.micro_batch]
+
+    def shards(self, number: int) -> list[str]:
+        """Names of the shards that a micro-batch is read from."""
+        shards, _ = self.samples.order.locate(self.positions(number))
+        return [self.samples.reader.index.names[shard] for shard in np.unique(shards).tolist()]
+
+
+@dataclass
+class _Supervised(Iterable[Batch]):
+    """A DataLoader whose workers are named when they die or are late."""
+
+    loader: DataLoader[Batch]
+    plan: _MicroBatches
+    rank: int
+    timeout_s: float
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _Supervision(self)
+
+
+class _Supervision(Iterator[Batch]):
+    def __init__(self, source: _Supervised) -> None:
+        self.source, self.plan = source, source.plan
+        self.number = 0  # of the micro-batch that is next
+        before = signal.getsignal(signal.SIGCHLD)
+        self.batches: Any = iter(source.loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch's own handler would raise in the middle of a step or a save; here a death shows when data are due.
+            signal.signal(signal.SIGCHLD, before)
+
+    def __next__(self) -> Batch:
+        started = time.monotonic()
+        while True:
+            try:
+                batch = next(self.batches)
+            except (RuntimeError, OSError, EOFError) as error:
+                self._check_alive(error)
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            else:
+                self.number += 1
+                return batch
+            waited = time.monotonic() - started
+            if self.source.timeout_s and waited >= self.source.timeout_s:
+                worker = self.number % len(self.batches._workers)
+                # A stopped process would keep this one from leaving.
+                self.batches._workers[worker].kill()
+                raise DataError(f"{self._name(worker)} gave no data for {waited:.0f} s; {self._owed(worker)}")
+
+    def _check_alive(self, error: Exception) -> None:
+        for worker, process in enumerate(self.batches._workers):
+            if process.exitcode is not None:
+                message = f"{self._name(worker)} {_ending(process.exitcode)}; {self._owed(worker)}"
+                raise DataError(message) from error
+
+    def _name(self, worker: int) -> str:
+        return f"data worker {worker} (pid {self.batches._workers[worker].pid}) of rank {self.source.rank}"
+
+    def _owed(self, worker: int) -> str:
+        """The step and shards of the micro-batch that a worker has to give next."""
+        number = self.number + (worker - self.number) % len(self.batches._workers)
+        shards = self.plan.shards(number)
+        more = f" and {len(shards) - _MAX_NAMED_SHARDS} more" if len(shards) > _MAX_NAMED_SHARDS else ""
+        root = self.plan.samples.reader.index.root
+        return f"step {self.plan.step(number)} needs of it {', '.join(shards[:_MAX_NAMED_SHARDS])}{more} in {root}"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"left with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
 class _Sample(NamedTuple):
@@ -163,22 +256,34 @@ class _Samples:
         return batch
 
     def _usable(self, position: int, shard: int, member: int, flip: bool, bad: list[BadSample]) -> _Sample:
-        """The sample of a position, or the next one of its stream that can be used."""
+        """The sample of a position, or the first of its replacements that can be used.
+
+        Replacements whose shard is known to be lost are passed over in silence.
+        """
         names = self.reader.index.names
         for attempt in range(1, MAX_REPLACEMENTS + 2):
-            try:
-                return self._load(shard, member, flip)
-            except SampleError as error:
-                bad.append(BadSample(position, names[shard], error.key, error.reason))
-            successor = self.order.successor(position, attempt)
-            shard, member = (int(values[0]) for values in self.order.locate(np.array([successor])))
+            if attempt == 1 or not self.reader.is_lost(shard):
+                try:
+                    return self._load(shard, member, flip, patient=attempt == 1)
+                except SampleError as error:
+                    bad.append(BadSample(position, names[shard], error.key, error.reason))
+            replacement = self._replacement(position, attempt)
+            shard, member = (int(values[0]) for values in self.order.locate(np.array([replacement])))
         raise DataError(
             f"{self.reader.index.root / bad[-1].shard}: more than {MAX_REPLACEMENTS} bad samples in a row,"
             f" the last: {bad[-1].key!r}, {bad[-1].reason}; check the data with data_prep/verify.py"
         )
 
-    def _load(self, shard: int, member: int, flip: bool) -> _Sample:
-        sample = self.reader.read(shard, member)
+    def _replacement(self, position: int, attempt: int) -> int:
+        """Neighbours in the stream first; where they fail too the shard may be gone, so then any place of the epoch."""
+        if attempt <= NEIGHBOURS:
+            return self.order.successor(position, attempt)
+        length = self.order.epoch_length
+        draws = randomness.words(self.seed, "replacement", torch.tensor([position]), attempt)
+        return position - position % length + int(draws[0, -1]) % length
+
+    def _load(self, shard: int, member: int, flip: bool, patient: bool) -> _Sample:
+        sample = self.reader.read(shard, member, patient)
         key = sample["__key__"]
         try:
             captions = _captions(sample) if self.condition == "text" else []

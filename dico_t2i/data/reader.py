@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import zlib
 from collections import OrderedDict
 from typing import Any, BinaryIO, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 from dico_t2i.data.index import DataError, DatasetIndex, ShardError, ShardIndex
 
 MAX_PIXELS = 1 << 27
+LOOK_AGAIN_S = 60.0  # before a shard that was lost is tried again
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of the content, whatever the member's name says
 
 _ORIENTATION = 0x0112
@@ -41,34 +43,60 @@ class SampleError(DataError):
 class ShardReader:
     """Reads samples by (shard, member), keeping the ``open_shards`` last used shards open.
 
-    Reads are positional, so processes forked from one another may share a reader.
+    What the file system refuses is tried ``retries`` more times, the shard opened anew, after retry_wait_s, twice
+    that, four times that, ... seconds. A shard that stays out of reach is *lost*: its samples fail at once, and one
+    look a minute finds out whether it came back. Reads are positional, so processes forked from one another may
+    share a reader.
     """
 
-    def __init__(self, index: DatasetIndex, open_shards: int = 64) -> None:
-        self.index, self.open_shards = index, open_shards
+    def __init__(self, index: DatasetIndex, open_shards: int = 64, retries: int = 0, retry_wait_s: float = 0.5) -> None:
+        self.index, self.open_shards, self.retries, self.retry_wait_s = index, open_shards, retries, retry_wait_s
         self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
+        self._lost: dict[int, tuple[float, str]] = {}  # when to look again, and what was wrong
 
-    def read(self, shard: int, member: int) -> dict[str, Any]:
+    def read(self, shard: int, member: int, patient: bool = True) -> dict[str, Any]:
         """The members of a sample by extension, and its key as ``__key__``.
 
-        Raises SampleError if the shard cannot be read or a checksum is wrong.
+        patient: whether to retry. Raises SampleError if the shard cannot be read or a checksum is wrong.
         """
-        name, key = self.index.names[shard], ""
-        try:
-            file, table = self._shard(shard)
-            key = table.key(member)
-            sample: dict[str, Any] = {"__key__": key}
-            for column, extension in enumerate(table.extensions):
-                offset, size = int(table.offsets[member, column]), int(table.sizes[member, column])
-                if offset < 0:
-                    continue
-                data = os.pread(file.fileno(), size, offset)
-                if len(data) != size or zlib.crc32(data) != table.crc32[member, column]:
-                    raise SampleError(name, key, f"checksum of {extension} at byte {offset} is wrong")
-                sample[extension] = data
-        except (OSError, ShardError, IndexError) as error:
-            self._forget(shard)
-            raise SampleError(name, key, f"cannot be read: {error}") from error
+        if self.is_lost(shard):
+            raise SampleError(self.index.names[shard], "", f"cannot be read: {self._lost[shard][1]}")
+        retries = self.retries if patient and shard not in self._lost else 0
+        for attempt in range(retries + 1):
+            try:
+                sample = self._read(shard, member)
+            except (OSError, ShardError) as error:
+                self._forget(shard)
+                reason = str(error)
+            else:
+                self._lost.pop(shard, None)
+                return sample
+            if attempt < retries:
+                time.sleep(self.retry_wait_s * 2**attempt)
+        if patient:
+            self._lost[shard] = time.monotonic() + LOOK_AGAIN_S, reason
+        raise SampleError(self.index.names[shard], "", f"cannot be read: {reason}")
+
+    def is_lost(self, shard: int) -> bool:
+        """Whether all samples of the shard would fail for now."""
+        return shard in self._lost and time.monotonic() < self._lost[shard][0]
+
+    def _read(self, shard: int, member: int) -> dict[str, Any]:
+        name = self.index.names[shard]
+        file, table = self._shard(shard)
+        if member >= len(table):
+            raise SampleError(name, "", f"cannot be read: sample {member} is out of bounds for {len(table)} samples")
+        key = table.key(member)
+        sample: dict[str, Any] = {"__key__": key}
+        for column, extension in enumerate(table.extensions):
+            offset, size = int(table.offsets[member, column]), int(table.sizes[member, column])
+            if offset < 0:
+                continue
+            data = os.pread(file.fileno(), size, offset)
+            if len(data) != size or zlib.crc32(data) != table.crc32[member, column]:
+                self._forget(shard)  # the next read opens what has this name then
+                raise SampleError(name, key, f"checksum of {extension} at byte {offset} is wrong")
+            sample[extension] = data
         return sample
 
     def close(self) -> None:

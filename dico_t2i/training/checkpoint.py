@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from dico_t2i.training.optimizer import WEIGHT
 VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_MANIFEST_KEYS = {"version", "step", "position", "optimizer_steps", "world", "shapes", "kinds", "files"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Checkpoint:
     step: int  # optimizer steps tried, skipped ones included
     position: int  # samples consumed: where the data goes on
     optimizer_steps: int  # updates made
+    state: dict[str, Any]  # the rest of what was given to ``save``
     world: int
     shapes: dict[str, tuple[int, ...]]
     kinds: tuple[str, ...]
@@ -72,58 +73,96 @@ class Checkpoint:
     pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last ones, each N-th step, the one with the lowest loss."""
+
+    last: int
+    every_steps: int | None = None
+    best: bool = False
+
+    def expired(self, folder: Path) -> list[Path]:
+        """Complete checkpoints that may go, oldest first."""
+        complete = [path for path in _folders(folder) if (path / MANIFEST).exists()]
+        kept = set(complete[-self.last :])
+        if self.every_steps:
+            kept |= {path for path in complete if _step(path) % self.every_steps == 0}
+        if self.best:
+            kept.add(min(complete, key=lambda path: json.loads((path / MANIFEST).read_text())["loss"]))
+        return [path for path in complete if path not in kept]
+
+
 class CheckpointWriter:
     """Saves in the background, one at a time. All ranks make the same calls in the same order."""
 
-    def __init__(self, folder: Path, rank: int, world: int, keep_last: int, keep_every_steps: int | None) -> None:
+    def __init__(self, folder: Path, rank: int, world: int, retention: Retention, background: bool = True) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.keep_last, self.keep_every = keep_last, keep_every_steps
+        self.retention, self.background = retention, background
+        self.error: Exception | None = None  # of the save last finished
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._abandoned = threading.Event()
 
     def prepare(self, step: int) -> None:
-        """Make the new folder. Rank 0 only; the others must wait for it before ``save``."""
+        """Make the new folder, or set ``error``. Rank 0 only; the others must wait for it before ``save``."""
         target = self.folder / _name(step)
-        if target.exists():
-            shutil.rmtree(target)
-        target.mkdir(parents=True)
+        try:
+            if target.exists():
+                shutil.rmtree(target)
+            target.mkdir(parents=True)
+        except OSError as error:
+            self.error = error
 
-    def save(self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, int]) -> None:
-        """Copy the pieces to host memory and start writing them. ``state``: position and optimizer_steps."""
+    def save(self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, Any]) -> int:
+        """Copy the pieces to host memory and start writing them; returns their bytes.
+
+        ``state`` goes into the manifest: position, optimizer_steps, and what else a resume needs.
+        """
         self.wait()
+        self.error = None
         host = [(p.name, p.start, {kind: _to_host(t) for kind, t in p.tensors.items()}) for p in pieces]
         meta: dict[str, Any] = {"version": VERSION, "step": step, "world": self.world, **state}
         meta["shapes"] = {name: list(shape) for name, shape in shapes.items()}
         self._thread = threading.Thread(target=self._write, args=(step, host, meta), name="checkpoint")
         self._thread.start()
+        if not self.background:
+            self.wait()
+        return sum(array.nbytes for _, _, arrays in host for array in arrays.values())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Block until the save under way is on disk. Raises CheckpointError if it failed."""
+        """Block until the save under way is on disk, or has failed (see ``error``)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise CheckpointError(f"saving to {self.folder} failed: {error}") from error
+
+    def abandon(self, step: int) -> None:
+        """Give up a save that failed on some rank, and remove what is there of it."""
+        self._abandoned.set()
+        self.wait()
+        self._abandoned.clear()
+        if self.rank == 0:
+            shutil.rmtree(self.folder / _name(step), ignore_errors=True)
 
     def _write(self, step: int, host: list[tuple[str, int, dict[str, np.ndarray]]], meta: dict[str, Any]) -> None:
         target = self.folder / _name(step)
         try:
             _write_shard(target, self.rank, host)
             if self.rank == 0:
-                _commit(target, self.world, meta)
+                _commit(target, self.world, meta, self._abandoned)
                 _write_atomic(self.folder / LATEST, target.name)
                 self._retire(step)
         except Exception as error:
-            self._error = error
+            self.error = error
 
     def _retire(self, newest: int) -> None:
         """Delete what retention no longer covers, and the remains of saves that were cut off."""
-        valid = [path for path in _folders(self.folder) if (path / MANIFEST).exists() and _step(path) <= newest]
-        for path in valid[: -self.keep_last]:
-            if not (self.keep_every and _step(path) % self.keep_every == 0):
-                (path / MANIFEST).unlink()
-                shutil.rmtree(path)
+        for path in self.retention.expired(self.folder):
+            (path / MANIFEST).unlink()  # first: a folder half deleted must not count
+            shutil.rmtree(path)
         for path in _folders(self.folder):
             if not (path / MANIFEST).exists() and _step(path) < newest:
                 shutil.rmtree(path)
@@ -148,6 +187,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         step=manifest["step"],
         position=manifest["position"],
         optimizer_steps=manifest["optimizer_steps"],
+        state={key: manifest[key] for key in manifest if key not in _MANIFEST_KEYS},
         world=manifest["world"],
         shapes={name: tuple(shape) for name, shape in manifest["shapes"].items()},
         kinds=tuple(manifest["kinds"]),
@@ -268,14 +308,12 @@ def _write_shard(target: Path, rank: int, host: list[tuple[str, int, dict[str, n
     _write_atomic(path.with_suffix(".json"), json.dumps(entry))
 
 
-def _commit(target: Path, world: int, meta: dict[str, Any], patience_s: float = 3600) -> None:
+def _commit(target: Path, world: int, meta: dict[str, Any], abandoned: threading.Event) -> None:
     """Wait for every rank's shard, then write the manifest."""
     sidecars = [target / f"shard-{rank:05d}.json" for rank in range(world)]
-    deadline = time.monotonic() + patience_s
-    while missing := [path.name for path in sidecars if not path.exists()]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{target}: {len(missing)} ranks did not finish writing, the first is {missing[0]}")
-        time.sleep(0.02)
+    while not all(path.exists() for path in sidecars):
+        if abandoned.wait(0.02):
+            raise CheckpointError(f"{target}: another rank could not write its part")
     entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
     kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
     _write_atomic(target / MANIFEST, json.dumps({**meta, "kinds": kinds, "files": entries}))

@@ -48,7 +48,10 @@ class Engine:
             config=_deepspeed_config(train, optimizer, batching),
             dist_init_required=False,
         )
+        self.adam.veto = lambda: not self.norm <= self.limit
+        self.limit = math.inf  # steps with a larger gradient norm are skipped
         self.skipped = False
+        self._norm = math.nan
 
     @property
     def model(self) -> nn.Module:
@@ -62,8 +65,8 @@ class Engine:
     def step(self, lr: float) -> float:
         """End a micro-batch; after the last of a step, update. Returns the gradient norm (before clipping).
 
-        A step whose gradients are not finite leaves everything as it was and sets ``skipped``. Between the updates
-        the norm is nan.
+        A step whose gradient norm is not finite, or above ``limit``, leaves everything as it was and sets ``skipped``.
+        Between the updates the norm is nan.
         """
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -72,13 +75,15 @@ class Engine:
             group["lr"] = lr
         if self.stage == 0:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            self.skipped = self.adam.skip_next = not math.isfinite(norm)
-            self.engine.step()
-            return norm
+            self._norm = float(torch.nn.utils.get_total_norm(gradients))
         self.engine.step()
-        self.skipped = bool(self.engine.optimizer.overflow)
-        return float(self.engine.get_global_grad_norm())
+        self.skipped = self.adam.veto()
+        return self.norm
+
+    @property
+    def norm(self) -> float:
+        """The global gradient norm of the step; inf if DeepSpeed has found it not finite."""
+        return self._norm if self.stage == 0 else float(self.engine.optimizer._global_grad_norm)
 
     def materialize(self, step: int) -> None:
         """Create the optimizer state as it is after ``step`` steps, ready to be filled through ``pieces``."""

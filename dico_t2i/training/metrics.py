@@ -84,7 +84,10 @@ class Reporter:
             self._wandb.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk must not end the run
+            print(f"{self._file.name}: a line was lost: {error}", file=sys.stderr)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -34,7 +34,7 @@ class AdamWEMA(torch.optim.AdamW):
             fused=True,
         )
         self.decays = config.ema
-        self.skip_next = False  # leave weights, moments and averages as they are in the next step
+        self.veto: Callable[[], bool] = lambda: False  # asked before a step: leave everything as it is?
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class AdamWEMA(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.materialize((w for w in weights if not self.state[w]), step=0)
-        if self.skip_next or not weights:
+        if not weights or self.veto():
             return
         super().step(closure)
         for decay in self.decays:

@@ -43,6 +43,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
         self.samples = self.path / "samples"
 
     def changes(self, config: Config) -> list[str]:

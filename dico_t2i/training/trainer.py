@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,16 +15,23 @@ from dico_t2i.config import Config, ConfigError, Span
 from dico_t2i.data import Batch, DataError, DatasetIndex, Order, load_index, make_loader
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
-from dico_t2i.sampling import Pipeline, default_weights, load_encoders, make_grid
+from dico_t2i.sampling import load_encoders
 from dico_t2i.training import checkpoint as ckpt
 from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
 from dico_t2i.training.engine import Engine
+from dico_t2i.training.guard import Guard
 from dico_t2i.training.metrics import Reporter, peak_memory_bytes
 from dico_t2i.training.optimizer import learning_rate
+from dico_t2i.training.preview import sample_preview
 from dico_t2i.training.run import RunFolder
+from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
 
 WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says where it stopped and what to look at."""
 
 
 def train(config: Config, runs: Path) -> int:
@@ -31,13 +39,16 @@ def train(config: Config, runs: Path) -> int:
 
     Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
     """
-    index = load_index(config.data.path)
-    check_data(config, index)
     world = join_world()
     config.batching(world.size)
+    if world.is_main:
+        load_index(config.data.path)  # makes the index if there is none
+    dist.barrier()
+    index = load_index(config.data.path)
+    check_data(config, index)
     run = RunFolder(runs, config.name)
     changes = run.changes(config)
-    dist.barrier()  # every rank has compared before rank 0 writes
+    dist.barrier()  # every rank has compared configs before rank 0 writes its own
     if not world.is_main:
         return Trainer(config, index, run, world).fit()
     with run.locked():
@@ -64,78 +75,67 @@ class Trainer:
     """One rank's part of a run."""
 
     def __init__(
-        self,
-        config: Config,
-        index: DatasetIndex,
-        run: RunFolder,
-        world: World,
-        changes: list[str] | None = None,
+        self, config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
     ) -> None:
         self.config, self.index, self.run, self.world = config, index, run, world
-        train, seed = config.train, config.seed
         self.stop = StopFlag()
         self.stop.install()
-        dtype = WORKING_DTYPE[train.precision]
-        self.autoencoder, self.conditioner = load_encoders(config, world.device, dtype)
+        self.dtype = WORKING_DTYPE[config.train.precision]
+        self.autoencoder, self.conditioner = load_encoders(config, world.device, self.dtype)
         self._check_latents()
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
-        torch.manual_seed(seed)
         self.micro_batch, self.accumulation = config.batching(world.size)
-        self.engine = Engine(DiCo(config.model), train, config.optimizer, (self.micro_batch, self.accumulation), world)
-        sizes = index.samples.tolist()
-        self.order = Order(seed, sizes, config.data.streams, config.data.shuffle_block)
-        self.total_steps = self._steps(train.duration)
+        self.total_steps = self._steps(config.train.duration)
         self.warmup = self._steps(config.optimizer.warmup) if config.optimizer.warmup else 0
-        keep_every = config.checkpoint.keep_every
-        self.writer = ckpt.CheckpointWriter(
-            run.checkpoints,
-            world.rank,
-            world.size,
-            config.checkpoint.keep_last,
-            self._steps(keep_every) if keep_every else None,
-        )
+        torch.manual_seed(config.seed)
+        batching = (self.micro_batch, self.accumulation)
+        self.engine = Engine(DiCo(config.model), config.train, config.optimizer, batching, world)
+        sizes = index.samples.tolist()
+        self.order = Order(config.seed, sizes, config.data.streams, config.data.shuffle_block)
         self.report = Reporter(config, run.path, self.total_steps, world.is_main)
-        for line in changes or ():
+        for line in changes:
             self.report.event(0, "config", f"changed since the last start: {line}")
-        self.step, self.position, self.bad_samples = 0, 0, 0
-        self._resume()
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.guard = Guard(config.guard, run.quarantine if world.is_main else None)
+        keep_every = self._steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
+        self.saver = Saver(config, run, world, self.engine, self.report, keep_every)
+        self.bad_samples = 0
+        self.step, self.position = self._resume()
 
     def fit(self) -> int:
-        """Train to the end of the duration or to a signal; saves on both. Returns the exit code."""
+        """Train to the end of the duration or to a signal; saves on both. Returns the exit code.
+
+        Raises DataError or TrainingError when going on is no use; what can be saved is saved.
+        """
         self._announce()
         meter = Meter(self)
-        batches = iter(self._loader())
+        batches = self._loader()
         self.engine.model.train()
         while self.step < self.total_steps:
-            started = time.monotonic()
-            losses, norm = self._train_step(batches, meter)
-            self.step += 1
-            self.position += self.config.train.global_batch
-            meter.add(losses, norm, self.engine.skipped, time.monotonic() - started)
-            self.report.advance(self.step)
+            self._train_step(batches, meter)
             if self._due(self.config.log.every):
                 meter.report()
             if self._due(self.config.preview.every):
                 meter.excluded(self._preview)
-            stop, spoilt, save = self._agree()
+            if self.guard.lost:
+                self._roll_back()
+            stop, spoilt, save, settle = self._agree()
+            if settle:
+                self.saver.settle()
             if stop or spoilt or save:
-                meter.excluded(self._save)
+                meter.excluded(partial(self._save, meter))
             if stop:
                 return self._finish(REQUEUE_EXIT_CODE)
             if spoilt:
-                self._finish(1)
-                raise DataError(
-                    f"more than data.max_bad_samples: {self.config.data.max_bad_samples} samples could not be used;"
-                    f" stopped with a checkpoint at step {self.step}. They are listed in {self.run.metrics};"
-                    " check the shards with data_prep/verify.py"
-                )
-        if self.step > self.saved_step:
-            self._save()
+                raise self._spoilt()
+        if self.step > self.saver.saved_step:
+            self._save(meter)
         return self._finish(0)
 
-    def _train_step(self, batches: Iterator[Batch], meter: "Meter") -> tuple[Tensor, float]:
-        """One update. Returns the mean losses (loss, mse, vb) of this rank's samples and the gradient norm."""
+    def _train_step(self, batches: Iterator[Batch], meter: "Meter") -> None:
+        """One update, or a step skipped by the guard."""
+        started = time.monotonic()
+        batch_size = self.config.train.global_batch
+        self.engine.limit = self.guard.limit
         total = torch.zeros(3, device=self.world.device)
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
         norm = math.nan
@@ -149,7 +149,11 @@ class Trainer:
             ]
             total += torch.stack(parts).detach() / self.accumulation
             self._note_bad(batch)
-        return total, norm
+        self.guard.judge(self.step, self.position, batch_size, norm, self.engine.skipped)
+        self.step += 1
+        self.position += batch_size
+        meter.add(total, norm, self.engine.skipped, time.monotonic() - started)
+        self.report.advance(self.step)
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Per-sample losses. Every draw is a function of the seed and the sample's position."""
@@ -202,90 +206,10 @@ class Trainer:
         )
 
     def _note_bad(self, batch: Batch) -> None:
-        """Record replaced samples; past the limit, save and stop."""
+        """Record samples that were replaced."""
         for bad in batch.bad:
             self.report.event(self.step, "bad sample", f"{bad.shard} {bad.key}: {bad.reason}; another took its place")
         self.bad_samples += len(batch.bad)
-
-    def _resume(self) -> None:
-        """Go on from the newest checkpoint that is whole; say which, and which were not."""
-        found = ckpt.candidates(self.run.checkpoints)
-        for path in found:
-            problem = ""
-            try:
-                checkpoint = ckpt.open_checkpoint(path)
-                ckpt.verify(checkpoint, sorted(checkpoint.files)[self.world.rank :: self.world.size])
-            except ckpt.CheckpointError as error:
-                problem = str(error)
-            if any_rank([bool(problem)], self.world.device)[0]:
-                self.report.event(
-                    self.step, "bad checkpoint", f"{path} is passed over: {problem or 'a file is damaged'}"
-                )
-                continue
-            ckpt.check_shapes(checkpoint, self.engine.shapes)
-            self.engine.materialize(checkpoint.optimizer_steps)
-            ckpt.fill(checkpoint, self.engine.pieces())
-            self.engine.publish_weights()
-            self.step, self.position = checkpoint.step, checkpoint.position
-            self.report.event(self.step, "resume", f"resumed from {path}", ranks=self.world.size)
-            return
-        if found:
-            raise ckpt.CheckpointError(
-                f"{self.run.checkpoints}: none of {len(found)} checkpoints is whole; restore one, or remove the folder"
-                " to start over"
-            )
-        self.engine.materialize(0)
-
-    def _save(self) -> None:
-        self.writer.wait()
-        if self.world.is_main:
-            self.writer.prepare(self.step)
-        dist.barrier()
-        state = {"position": self.position, "optimizer_steps": self.engine.optimizer_steps}
-        self.writer.save(self.step, self.engine.owned_pieces(), self.engine.shapes, state)
-        self.saved_step, self.saved_at = self.step, time.monotonic()
-
-    def _agree(self) -> list[bool]:
-        """Whether any rank wants to stop, has had too many bad samples, or finds a save due; collective."""
-        every = self.config.checkpoint.every
-        minutes = (time.monotonic() - self.saved_at) / 60
-        save = self._due(every) if every.minutes is None else minutes >= every.minutes
-        spoilt = self.bad_samples > self.config.data.max_bad_samples
-        return any_rank([self.stop.signal is not None, spoilt, save], self.world.device)
-
-    def _preview(self) -> None:
-        """Sample the fixed prompts or labels, spread over the ranks, with the averaged weights."""
-        preview = self.config.preview
-        conditions: Sequence[str | int] = preview.prompts or preview.labels
-        model = DiCo(self.config.model).to(self.world.device)
-        with torch.no_grad():
-            parameters = dict(model.named_parameters())
-            for name, value in self.engine.gather(default_weights(self.config)):
-                parameters[name].copy_(value)
-        model = model.to(WORKING_DTYPE[self.config.train.precision]).eval()
-        pipeline = Pipeline(self.config, model, self.autoencoder, self.conditioner, self.world.device)
-        share = -(-len(conditions) // self.world.size)
-        padded = [conditions[i % len(conditions)] for i in range(share * self.world.size)]
-        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        images = pipeline.generate(padded[mine], list(range(len(padded)))[mine], preview.sampler)
-        gathered = [torch.empty_like(images, device=self.world.device) for _ in range(self.world.size)]
-        dist.all_gather(gathered, images.to(self.world.device))
-        if self.world.is_main:
-            self.run.samples.mkdir(exist_ok=True)
-            path = self.run.samples / f"step-{self.step:08d}.png"
-            make_grid(torch.cat(gathered).cpu()[: len(conditions)], [str(c) for c in conditions]).save(path)
-            self.report.image(self.step, path)
-
-    def _finish(self, code: int) -> int:
-        self.writer.wait()
-        dist.barrier()  # nobody leaves before rank 0 has committed
-        if code == REQUEUE_EXIT_CODE:
-            name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
-            self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to go on")
-        elif code == 0:
-            self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
-        self.report.close()
-        return code
 
     def _announce(self) -> None:
         config, encoder = self.config, self.conditioner.text_encoder
@@ -319,6 +243,71 @@ class Trainer:
     def _due(self, every: Span | None) -> bool:
         return every is not None and self.step % self._steps(every) == 0
 
+    def _agree(self) -> list[bool]:
+        """Whether any rank wants to stop, has too many bad samples, finds a save due, or one ended; collective."""
+        every = self.config.checkpoint.every
+        minutes = (time.monotonic() - self.saver.saved_at) / 60
+        save = self._due(every) if every.minutes is None else minutes >= every.minutes
+        spoilt = self.bad_samples > self.config.data.max_bad_samples
+        flags = [self.stop.signal is not None, spoilt, save, self.saver.failed or self.saver.ended]
+        return any_rank(flags, self.world.device)
+
+    def _save(self, meter: "Meter") -> None:
+        self.saver.save(self.step, self.position, meter.loss_since_save(), self.guard)
+
+    def _resume(self) -> tuple[int, int]:
+        """Step and position to go on from."""
+        found = self.saver.restore(self.guard)
+        if found is None:
+            self.engine.materialize(0)
+            return 0, 0
+        return found
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint; the data goes on from here, past the stretch that did the harm."""
+        rollbacks, step = self.guard.state.rollbacks, self.step
+        self.saver.drain()
+        found = self.saver.restore(self.guard) if rollbacks < self.config.guard.max_rollbacks else None
+        if found is None:
+            why = "after a rollback" if rollbacks else "and there is no checkpoint to go back to"
+            raise TrainingError(
+                f"{self.guard.skipped_in_row} steps in a row up to step {step} had no usable gradient, {why}."
+                f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or look at the data"
+            )
+        self.step = found[0]
+        self.guard.state.rollbacks = rollbacks + 1
+        self.guard.skipped_in_row = 0
+        message = f"back from step {step} to step {self.step}; the data goes on from sample {self.position}"
+        self.report.event(self.step, "rollback", message)
+
+    def _preview(self) -> None:
+        encoders = (self.autoencoder, self.conditioner)
+        sample_preview(self.config, self.engine, encoders, self.dtype, self.world, self.run, self.report, self.step)
+
+    def _spoilt(self) -> DataError:
+        self._finish(1)
+        return DataError(
+            f"more than data.max_bad_samples: {self.config.data.max_bad_samples} samples could not be used; stopped"
+            f" with a checkpoint at step {self.step}. They are listed in {self.run.metrics};"
+            " check the shards with data_prep/verify.py"
+        )
+
+    def _finish(self, code: int) -> int:
+        """Wait for the last save. Raises CheckpointError if it failed; nobody leaves before it is committed."""
+        saved = self.saver.drain()
+        if code == REQUEUE_EXIT_CODE:
+            name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
+            self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to go on")
+        elif code == 0:
+            self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
+        self.report.close()
+        if not saved:
+            raise ckpt.CheckpointError(
+                f"the last checkpoint, of step {self.step}, could not be written to {self.run.checkpoints};"
+                " make room and start again: the run goes on from the one before"
+            )
+        return code
+
 
 class Meter:
     """Sums what happens between two reports."""
@@ -333,6 +322,7 @@ class Meter:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._since_save: list[float] = []  # of each report
         self._reset()
 
     def waiting(self, batches: Iterator[Batch]) -> Batch:
@@ -372,12 +362,19 @@ class Meter:
             "data_wait": wait / seconds,
             "other_s": other,
             "skipped_steps": self.skipped,
+            "save_pause_s": trainer.saver.pause_s,
             "bad_samples": trainer.bad_samples,
             "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
             "eta_s": (trainer.total_steps - trainer.step) * seconds / self.steps,
         }
+        self._since_save.append(loss)
         trainer.report.log(trainer.step, values)
         self._reset()
+
+    def loss_since_save(self) -> float:
+        """The mean of the losses reported since this was last asked; inf if there are none."""
+        losses, self._since_save = self._since_save, []
+        return sum(losses) / len(losses) if losses else math.inf
 
     def _reset(self) -> None:
         self.steps, self.skipped = 0, 0

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -316,6 +317,14 @@ def test_a_broken_shard_index_is_refused(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ShardError, match="index the folder anew"):
             index.shard(0)
+
+
+@pytest.mark.parametrize("change", [{"tar_bytes": 5}, {"sizes": np.zeros((1, 1), np.int64)}])
+def test_a_shard_index_that_contradicts_itself_is_refused(tmp_path, change):
+    index = write(tmp_path)
+    dataclasses.replace(index.shard(0), **change).save(tmp_path / "shard-000000.tar.index")
+    with pytest.raises(ShardError, match="inconsistent"):
+        index.shard(0)
 
 
 def test_a_shard_without_samples_has_an_index(tmp_path):

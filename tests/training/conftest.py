@@ -26,7 +26,7 @@ TINY = {
         "pooled_dim": 32,
     },
     "autoencoder": {"kind": "pixels"},
-    "text_encoder": {"kind": "open_clip", "weights": "seeded", "seeded": {"width": 32, "layers": 1, "heads": 2}},
+    "text_encoder": {"kind": "transformers", "weights": "seeded", "seeded": {"width": 32, "layers": 1, "heads": 2}},
     "data": {"image_size": 16, "flip": False, "streams": 4, "workers": 1},
     "optimizer": {"lr": 1e-3, "ema": [0.9, 0.99], "clip": 1.0, "warmup": {"steps": 3}},
     "train": {"duration": {"steps": 8}, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "zero_stage": 1},

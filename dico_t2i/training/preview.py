@@ -1,0 +1,51 @@
+"""Sample grids during training."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from dico_t2i.config import Config
+from dico_t2i.encoders import Autoencoder
+from dico_t2i.encoders.conditioner import Conditioner
+from dico_t2i.models import DiCo
+from dico_t2i.sampling import Pipeline, default_weights, make_grid
+from dico_t2i.training.distributed import World
+from dico_t2i.training.engine import Engine
+from dico_t2i.training.metrics import Reporter
+from dico_t2i.training.run import RunFolder
+
+
+def sample_preview(
+    config: Config,
+    engine: Engine,
+    encoders: tuple[Autoencoder, Conditioner],
+    dtype: torch.dtype,
+    world: World,
+    run: RunFolder,
+    report: Reporter,
+    step: int,
+) -> None:
+    """Sample the fixed prompts or labels with the averaged weights, spread over the ranks; collective."""
+    conditions: Sequence[str | int] = config.preview.prompts or config.preview.labels
+    pipeline = Pipeline(config, _averaged_model(config, engine, world, dtype), *encoders, world.device)
+    share = -(-len(conditions) // world.size)
+    padded = [conditions[i % len(conditions)] for i in range(share * world.size)]
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    images = pipeline.generate(padded[mine], list(range(len(padded)))[mine], config.preview.sampler).to(world.device)
+    gathered = [torch.empty_like(images) for _ in range(world.size)]
+    dist.all_gather(gathered, images)
+    if world.is_main:
+        run.samples.mkdir(exist_ok=True)
+        path = run.samples / f"step-{step:08d}.png"
+        make_grid(torch.cat(gathered).cpu()[: len(conditions)], [str(c) for c in conditions]).save(path)
+        report.image(step, path)
+
+
+@torch.no_grad()
+def _averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dtype) -> DiCo:
+    model = DiCo(config.model).to(world.device)
+    parameters = dict(model.named_parameters())
+    for name, value in engine.gather(default_weights(config)):
+        parameters[name].copy_(value)
+    return model.to(dtype).eval()

@@ -1,0 +1,437 @@
+"""Break real runs on purpose and compare what comes out with a run that was left alone.
+
+A *job* is one start of a run: as many processes as ranks, each of which calls the ``dico train`` command. A job is
+killed, stopped or ends; the next job of the same run goes on. The ranks are forked from one server process that has
+the imports done, so that a start takes a second or two. What a rank is given to train on is recorded on the way.
+
+As a program, the long form: ``python -m tests.faults.harness --kills 300 --ranks 4``.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from dico_t2i.data import ShardWriter
+from dico_t2i.training import checkpoint as ckpt
+
+PATIENCE_S = 120  # for anything that should take seconds
+GLOBAL_BATCH = 8
+
+# Nothing here needs a text encoder: its import would take longer than everything else of a start.
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "model": {
+        "hidden_size": 8,
+        "depths": [1, 1, 1, 1, 1],
+        "mlp_ratio": 2,
+        "in_channels": 3,
+        "condition": "class",
+        "num_classes": 4,
+    },
+    "autoencoder": {"kind": "pixels"},
+    "data": {"image_size": 8, "streams": 4, "workers": 0},
+    "optimizer": {"lr": 1e-3, "ema": [0.9, 0.99], "clip": 1.0, "warmup": {"steps": 3}, "schedule": "cosine"},
+    "train": {
+        "duration": {"steps": 12},
+        "global_batch": GLOBAL_BATCH,
+        "micro_batch": 2,  # with two ranks, two passes a step
+        "precision": "fp32",
+        "zero_stage": 1,
+    },
+    "checkpoint": {"every": {"steps": 3}, "keep_last": 3},
+    "log": {"every": {"steps": 1}, "wandb": "disabled"},
+}
+
+
+@dataclass(frozen=True)
+class OwnDeath:
+    """A rank kills itself, with SIGKILL, before its n-th operation on files of a save."""
+
+    rank: int
+    operation: int
+
+
+class Job:
+    """One start of a run."""
+
+    def __init__(self, folder: Path, arguments: list[str], ranks: int, death: OwnDeath | None = None) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        port = _free_port()
+        server = _fork_server()
+        self.ranks = [
+            server.Process(target=_rank_main, args=(folder, arguments, rank, ranks, port, death), daemon=False)
+            for rank in range(ranks)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.pid(rank), number)
+
+    def pid(self, rank: int) -> int:
+        pid = self.ranks[rank].pid
+        assert pid is not None
+        return pid
+
+    def kill(self) -> None:
+        """SIGKILL to every rank that is left, and wait for their end."""
+        for process in self.ranks:
+            process.kill()
+        self.wait()
+
+    def wait(self) -> list[int]:
+        """The exit codes, when all ranks have ended; a negative one is the signal that killed."""
+        deadline = time.monotonic() + PATIENCE_S
+        for rank, process in enumerate(self.ranks):
+            process.join(max(0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                pid, output = process.pid, self.output
+                for other in self.ranks:
+                    other.kill()
+                raise TimeoutError(f"rank {rank} (process {pid}) does not end:\n{output}")
+        return [process.exitcode for process in self.ranks if process.exitcode is not None]
+
+    def until(self, happened: Callable[[], object]) -> None:
+        """Wait for something that the running job does. Raises RuntimeError with its output if it ends before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened():
+            if any(process.exitcode is not None for process in self.ranks):
+                if happened():
+                    return
+                raise RuntimeError(f"the job ended before it: {[p.exitcode for p in self.ranks]}\n{self.output}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"did not happen:\n{self.output}")
+            time.sleep(0.003)
+
+    @property
+    def output(self) -> str:
+        """What all ranks printed."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob("rank-*.txt")))
+
+    @property
+    def start_step(self) -> int | None:
+        """The step that training went on from; None if it did not get there."""
+        for line in _json_lines(self.folder / "rank-0.jsonl"):
+            return int(line["start_step"])
+        return None
+
+    def batches(self) -> Iterator[tuple[int, tuple[tuple[int, str], ...]]]:
+        """What the ranks were given: (step, ((position, key), ...)) for each micro-batch. The first step is 1."""
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for line in _json_lines(path):
+                if "positions" in line:
+                    step = line["positions"][0] // GLOBAL_BATCH + 1
+                    yield step, tuple(zip(line["positions"], line["keys"], strict=True))
+
+
+class Run:
+    """A run and all its jobs."""
+
+    def __init__(self, root: Path, data: Path, name: str, *overrides: str) -> None:
+        self.root, self.name, self.overrides = root, name, overrides
+        self.path = root / name
+        self.checkpoints = self.path / "checkpoints"
+        self.jobs: list[Job] = []
+        root.mkdir(parents=True, exist_ok=True)
+        self.config = root / f"{name}.yaml"
+        tree = {**CONFIG, "name": name, "data": {**CONFIG["data"], "path": str(data)}}
+        self.config.write_text(yaml.safe_dump(tree))
+
+    def start(self, *overrides: str, ranks: int = 2, death: OwnDeath | None = None) -> Job:
+        arguments = ["train", "--config", str(self.config), "--runs", str(self.root), *self.overrides, *overrides]
+        job = Job(self.root / f"{self.name}.jobs" / f"{len(self.jobs):04d}", arguments, ranks, death)
+        self.jobs.append(job)
+        return job
+
+    def train(self, *overrides: str, ranks: int = 2, code: int = 0) -> str:
+        """Run a job to its end; returns the output. Asserts the exit codes."""
+        job = self.start(*overrides, ranks=ranks)
+        codes = job.wait()
+        assert codes == [code] * ranks, f"{codes}\n{job.output}"
+        return job.output
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(_json_lines(self.path / "metrics.jsonl"))
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.metrics() if line.get("event") == kind]
+
+    def losses(self) -> dict[int, float]:
+        """Step -> loss; of a step done twice, the last."""
+        return {line["step"]: line["loss"] for line in self.metrics() if "loss" in line}
+
+    def reached(self, step: int) -> bool:
+        """Whether the last line of metrics with a loss is of this step or a later one."""
+        lines = [line for line in _json_lines(self.path / "metrics.jsonl", tail=4096) if "loss" in line]
+        return bool(lines) and lines[-1]["step"] >= step
+
+    def valid_steps(self) -> list[int]:
+        """The steps of the checkpoints that are whole, oldest first; every file is read."""
+        steps = []
+        for path in sorted(self.checkpoints.glob("step-*")):
+            try:
+                checkpoint = ckpt.open_checkpoint(path)
+                ckpt.verify(checkpoint)
+            except ckpt.CheckpointError:
+                continue
+            steps.append(checkpoint.step)
+        return steps
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the newest checkpoint holds: weights, moments and averages, whole, by kind and parameter."""
+        checkpoint = ckpt.open_checkpoint(self.checkpoints / f"step-{self.valid_steps()[-1]:08d}")
+        return {
+            f"{kind}:{name}": value for kind in checkpoint.kinds for name, value in ckpt.read_weights(checkpoint, kind)
+        }
+
+    def history(self) -> dict[int, Counter[tuple[int, str]]]:
+        """Step -> (position, key) -> how often it was trained on, in what the run's weights are made of.
+
+        What a job did after the step that the next one went on from is lost work, done again, and not counted.
+        """
+        jobs = [job for job in self.jobs if job.start_step is not None]
+        seen: dict[int, Counter[tuple[int, str]]] = {}
+        for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+            last = following.start_step if following else None
+            for step, samples in job.batches():
+                if last is None or step <= last:
+                    seen.setdefault(step, Counter()).update(samples)
+        return seen
+
+
+@dataclass
+class Report:
+    """What a run under kills came to, against the same run left alone."""
+
+    ranks: int
+    kills: int = 0
+    in_start: int = 0  # before the first batch
+    in_save: int = 0  # a checkpoint was left unfinished
+    jobs: int = 0
+    steps: int = 0
+    redone: int = 0  # steps done again because a kill came before their checkpoint
+    lost: int = 0  # batches
+    repeated: int = 0  # batches
+    differences: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ranks} ranks, {self.steps} steps in {self.jobs} jobs, {self.seconds:.0f} s\n"
+            f"kills survived: {self.kills} ({self.in_start} before the first batch, {self.in_save} inside a save)\n"
+            f"batches lost: {self.lost}\nbatches repeated: {self.repeated}\nsteps done again: {self.redone}\n"
+            f"differences: {len(self.differences)}" + "".join(f"\n  {line}" for line in self.differences)
+        )
+
+
+def survive(run: Run, kills: int, ranks: int, seed: int) -> Report:
+    """Kill one random rank of each job, ``kills`` times, then let the run end. Fills all but the comparison.
+
+    As a scheduler does, the ranks that are left are killed too, a moment later.
+    """
+    draw = random.Random(seed)
+    report, started = Report(ranks), time.monotonic()
+    while report.kills < kills:
+        newest, unfinished = (run.valid_steps() or [0])[-1], _unfinished(run.checkpoints)
+        victim, way = draw.randrange(ranks), draw.choices(("start", "step", "save"), (1, 3, 3))[0]
+        death = OwnDeath(victim, draw.randint(1, 22)) if way == "save" else None
+        job = run.start(ranks=ranks, death=death)
+        if way == "start":
+            time.sleep(draw.uniform(0, 2))
+        elif way == "step":
+            step = newest + draw.randint(1, 7)
+            job.until(lambda: job.start_step is not None and run.reached(step))  # noqa: B023
+            time.sleep(draw.uniform(0, 0.05))
+        else:
+            job.until(lambda: not job.ranks[victim].is_alive())  # noqa: B023
+        job.ranks[victim].kill()
+        job.ranks[victim].join()
+        time.sleep(draw.uniform(0, 0.2))
+        job.kill()
+        if job.ranks[victim].exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"rank {victim} ended by itself, after {report.kills} kills:\n{job.output}")
+        report.kills += 1
+        report.in_start += not any(True for _ in job.batches())
+        report.in_save += bool(_unfinished(run.checkpoints) - unfinished)
+        if job.start_step not in (None, newest):
+            report.differences.append(f"job {len(run.jobs)} went on from step {job.start_step}, not {newest}")
+    run.train(ranks=ranks)
+    report.jobs, report.seconds = len(run.jobs), time.monotonic() - started
+    return report
+
+
+def compare(report: Report, run: Run, whole: Run) -> None:
+    """Hold a run against one that was left alone: samples, every loss, weights, moments, averages; to the bit."""
+    seen, expected = run.history(), whole.history()
+    report.steps = len(expected)
+    report.lost = sum(1 for step, samples in expected.items() if samples - seen.get(step, Counter()))
+    report.repeated = sum(1 for samples in seen.values() if max(samples.values()) > 1)
+    report.differences += [f"step {step}: other samples" for step in seen if seen[step] != expected.get(step)]
+    given = Counter(step for job in run.jobs for step in {step for step, _ in job.batches()})
+    report.redone = given.total() - len(given)
+
+    losses = whole.losses()
+    for line in run.metrics():  # steps that were done again too
+        if "loss" in line and (line["loss"], line["images"]) != (losses[line["step"]], line["step"] * GLOBAL_BATCH):
+            report.differences.append(f"step {line['step']}: loss {line['loss']} after {line['images']} images")
+    if len(set(losses.values())) < len(losses):
+        report.differences.append("two steps have the same loss: it does not tell batches apart")
+    report.differences += [f"step {step}: no loss" for step in losses.keys() - run.losses().keys()]
+
+    ours, theirs = run.state(), whole.state()
+    report.differences += [f"{key}: not equal" for key in theirs if not torch.equal(ours[key], theirs[key])]
+
+
+def write_data(folder: Path, samples: int = 64) -> Path:
+    """Noise images with labels, in small shards."""
+    generator = np.random.default_rng(0)
+    with ShardWriter(folder, samples_per_shard=24) as writer:
+        for number in range(samples):
+            file = io.BytesIO()
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file, "png")
+            writer.write({"__key__": f"{number:04d}", "png": file.getvalue(), "cls": str(number % 4).encode()})
+    return folder
+
+
+def _fork_server() -> Any:
+    """Where ranks are forked from; it has the imports done, and a single thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dico_t2i.cli", "dico_t2i.training.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return context
+
+
+def _rank_main(
+    folder: Path, arguments: list[str], rank: int, ranks: int, port: int, death: OwnDeath | None
+) -> None:
+    """One rank, in a process of its own."""
+    output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), COLUMNS="1000")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    from dico_t2i.cli import main
+    from dico_t2i.training import trainer
+
+    make_loader = trainer.make_loader
+
+    def recorded(*positional: Any, **options: Any) -> Iterator[Any]:
+        with (folder / f"rank-{rank}.jsonl").open("w", buffering=1) as record:
+            record.write(json.dumps({"start_step": options["start_step"]}) + "\n")
+            for batch in make_loader(*positional, **options):
+                record.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
+                yield batch
+
+    trainer.make_loader = recorded  # type: ignore[assignment]
+    if death and death.rank == rank:
+        config = arguments[arguments.index("--config") + 1]
+        name = yaml.safe_load(Path(config).read_text())["name"]
+        _die_in_save(Path(arguments[arguments.index("--runs") + 1]) / name / "checkpoints", death.operation)
+    main(arguments)
+
+
+def _die_in_save(checkpoints: Path, operation: int) -> None:
+    """SIGKILL to this process before its n-th operation on what it saves; reading old checkpoints is none."""
+    old = {str(path) for path in checkpoints.glob("step-*")}
+    done = 0
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal done
+        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            return
+        path = str(arguments[0])
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # relative to an open folder
+            path = f"{Path(f'/proc/self/fd/{arguments[1]}').readlink()}/{path}"
+        reads_old = event == "open" and (str(Path(path).parent) in old or path in old or path.endswith("latest"))
+        if not path.startswith(f"{checkpoints}/") or reads_old:
+            return
+        done += 1
+        if done == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def _unfinished(checkpoints: Path) -> set[tuple[str, int]]:
+    """What saves left undone: folders without manifest, temporary files, an old pointer; each with its time."""
+    left = [path for path in checkpoints.glob("step-*") if not (path / "manifest.json").exists()]
+    left += checkpoints.rglob(".*")
+    complete = sorted(path.parent for path in checkpoints.glob("step-*/manifest.json"))
+    latest = checkpoints / "latest"
+    if complete and (not latest.exists() or latest.read_text().strip() != complete[-1].name):
+        left.append(complete[-1])
+    return {(str(path), path.stat().st_mtime_ns) for path in left}
+
+
+def _json_lines(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
+    """The complete lines of a file that another process may be writing; with ``tail``, of its last bytes."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tail) if tail else 0)
+        text = file.read().decode()
+    lines = text.split("\n")[:-1]
+    for line in lines[1:] if tail and size > tail else lines:
+        if line:
+            yield json.loads(line)
+
+
+def _free_port() -> int:
+    """A port outside the range that connections take theirs from."""
+    while True:
+        port = random.SystemRandom().randint(15000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill a run again and again, and compare it with one left alone.")
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parsed = parser.parse_args()
+    print(f"seed {parsed.seed}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="dico-faults-"))
+    data = write_data(folder / "data")
+    overrides = (f"train.duration.steps={10 * parsed.kills + 20}", f"train.zero_stage={parsed.zero_stage}")
+    whole = Run(folder / "whole", data, "soak", *overrides)
+    whole.train(ranks=parsed.ranks)
+    run = Run(folder / "killed", data, "soak", *overrides)
+    report = survive(run, parsed.kills, parsed.ranks, parsed.seed)
+    compare(report, run, whole)
+    print(report)
+    if report.lost or report.repeated or report.differences:
+        sys.exit(f"the runs are in {folder}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
