@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env quickstart test lint lock clean
+.PHONY: env quickstart test soak lint lock clean
 
 env: .venv/ready
 
@@ -15,7 +15,7 @@ env: .venv/ready
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 		{ rm -rf .venv; echo "This Python cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
@@ -24,6 +24,10 @@ quickstart: env
 
 test: env
 	$(BIN)/python -m pytest
+
+# Kill a run over and over, many times more than `make test` does; about 15 minutes.
+soak: env
+	$(BIN)/python -m tests.faults.harness --kills 300 --ranks 4
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ from dico_t2i.diffusion import guided, sample
 from dico_t2i.encoders import Autoencoder, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.models import DiCo
-from dico_t2i.training.checkpoint import Checkpoint, CheckpointError, candidates, open_checkpoint, read_weights
+from dico_t2i.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, read_weights
 from dico_t2i.training.optimizer import WEIGHT, ema_name
 
 Progress = Callable[[int, int], None]
@@ -132,10 +132,7 @@ def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
     run = path.parent.parent if is_checkpoint else path
     if not (run / "config.yaml").exists():
         raise ValueError(f"{path}: neither a run (config.yaml, checkpoints/) nor an exported folder ({WEIGHTS_FILE})")
-    found = [path] if is_checkpoint else candidates(run / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{run}: this run has no complete checkpoint yet")
-    return run, open_checkpoint(found[0])
+    return run, open_checkpoint(path) if is_checkpoint else newest_checkpoint(run / "checkpoints")
 
 
 def default_weights(config: Config) -> str:

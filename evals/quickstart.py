@@ -25,16 +25,16 @@ PROMPT_COUNT = 240
 def stages(overrides: list[str]) -> list[tuple[str, list[str]]]:
     """Name and command of each stage."""
     samples = str(RUN / "held_out")
+    sample = ["-m", "dico_t2i", "sample", "--checkpoint", str(RUN), "--prompts", str(PROMPTS)]
     accuracy = ["evals/prompt_accuracy.py"]
     return [
-        ("data", ["data_prep/shapes.py", "--out", str(DATA), "--samples", "20000", "--size", "16"]),
+        (
+            "data",
+            ["data_prep/shapes.py", "--out", str(DATA), "--samples", "20000", "--size", "16", "--two-objects", "0.1"],
+        ),
         ("train", ["-m", "dico_t2i", "train", "--config", "configs/quickstart.yaml", *overrides]),
         ("prompts", [*accuracy, "--write-prompts", str(PROMPTS), "--count", str(PROMPT_COUNT)]),
-        (
-            "sample",
-            ["-m", "dico_t2i", "sample", "--checkpoint", str(RUN), "--prompts", str(PROMPTS)]
-            + ["--out", samples, "--batch", "60"],
-        ),
+        ("sample", [*sample, "--out", samples, "--batch", "60"]),
         ("evaluate", [*accuracy, "--images", samples, "--out", str(RESULT)]),
     ]
 

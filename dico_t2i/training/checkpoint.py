@@ -5,7 +5,8 @@
         shard-00000.safetensors   what rank 0 owned: "<kind>:<parameter>:<start>" -> (numel,) fp32
         shard-00000.json          its size and hash, written after it
         manifest.json             written last, by rank 0: the mark that makes the checkpoint valid
-      latest                      the name of the newest valid one, switched by atomic rename
+      latest                      the name of the newest complete one, switched by atomic rename: for people and tools;
+                                  resuming tries the folders themselves, newest first
 
 Any number of ranks under any ZeRO stage reads the ranges it needs. Saving copies the pieces to host memory and
 writes them in a thread while training goes on.
@@ -122,7 +123,7 @@ class CheckpointWriter:
         host = [(p.name, p.start, {kind: _to_host(t) for kind, t in p.tensors.items()}) for p in pieces]
         meta: dict[str, Any] = {"version": VERSION, "step": step, "world": self.world, **state}
         meta["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-        self._thread = threading.Thread(target=self._write, args=(step, host, meta), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(step, host, meta), daemon=True)
         self._thread.start()
         if not self.background:
             self.wait()
@@ -169,14 +170,17 @@ class CheckpointWriter:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a manifest. Raises CheckpointError if there is none or its version is newer than this code."""
+    """Read a manifest. Raises CheckpointError if it is missing, damaged, or of a newer version than this code."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        digest = manifest.pop("sha256")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST}, so this checkpoint was never completed") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from None
-    if manifest.get("version", 0) > VERSION:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: not a manifest: {error!r}") from None
+    if digest != _manifest_hash(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: content does not match its hash")
+    if manifest["version"] > VERSION:
         raise CheckpointError(f"{path}: written by a newer version ({manifest['version']}); update dico_t2i")
     pieces: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for file, entry in manifest["files"].items():
@@ -210,11 +214,21 @@ def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Checkpoints to try when resuming, best first: the one ``latest`` names, then newer to older."""
-    paths = [path for path in reversed(_folders(folder)) if (path / MANIFEST).exists()]
-    latest = folder / LATEST
-    named = folder / latest.read_text().strip() if latest.exists() else None
-    return sorted(paths, key=lambda path: path != named)
+    """All checkpoint folders, complete or not, newest first."""
+    return _folders(folder)[::-1]
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint:
+    """The newest complete checkpoint; its shards are not verified. Raises CheckpointError if there is none."""
+    for path in candidates(folder):
+        if (path / MANIFEST).exists():
+            return open_checkpoint(path)
+    raise CheckpointError(f"{folder.parent}: this run has no complete checkpoint yet")
+
+
+def ever_saved(folder: Path) -> bool:
+    """Whether a save was ever completed here."""
+    return (folder / LATEST).exists()
 
 
 def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
@@ -316,7 +330,8 @@ def _commit(target: Path, world: int, meta: dict[str, Any], abandoned: threading
             raise CheckpointError(f"{target}: another rank could not write its part")
     entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
     kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
-    _write_atomic(target / MANIFEST, json.dumps({**meta, "kinds": kinds, "files": entries}))
+    manifest = json.loads(json.dumps({**meta, "kinds": kinds, "files": entries}))
+    _write_atomic(target / MANIFEST, json.dumps({**manifest, "sha256": _manifest_hash(manifest)}))
 
 
 def _write_atomic(path: Path, text: str) -> None:
@@ -343,6 +358,10 @@ def _to_host(tensor: Tensor) -> np.ndarray:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _name(step: int) -> str:

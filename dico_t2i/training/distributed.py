@@ -70,6 +70,18 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
+def first_message(text: str, device: torch.device) -> str:
+    """The text of the first rank that has any, cut to 1,000 bytes; collective."""
+    length = 1000
+    mine = torch.zeros(length, dtype=torch.uint8, device=device)
+    content = text.encode()[:length]
+    mine[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    texts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(texts, mine)
+    decoded = (bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in texts)
+    return next((message for message in decoded if message), "")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

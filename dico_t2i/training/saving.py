@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dico_t2i.config import Config
 from dico_t2i.training import checkpoint as ckpt
-from dico_t2i.training.distributed import World, any_rank
+from dico_t2i.training.distributed import World, any_rank, first_message
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
 from dico_t2i.training.metrics import Reporter
@@ -80,7 +80,7 @@ class Saver:
     def restore(self, guard: Guard) -> tuple[int, int] | None:
         """Load the newest checkpoint that is whole; say which, and which were not. Collective.
 
-        Returns its step and position, None if there is no checkpoint at all. Raises CheckpointError if none of
+        Returns its step and position, None if nothing was ever saved. Raises CheckpointError if none of
         them is whole, or if they are of another model.
         """
         found = ckpt.candidates(self.run.checkpoints)
@@ -96,7 +96,7 @@ class Saver:
             self.report.event(checkpoint.step, "resume", f"resumed from {path}", ranks=self.world.size)
             self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
             return checkpoint.step, checkpoint.position
-        if found:
+        if ckpt.ever_saved(self.run.checkpoints):
             raise ckpt.CheckpointError(
                 f"{self.run.checkpoints}: none of {len(found)} checkpoints is whole;"
                 " restore one, or remove the folder to start over"
@@ -111,16 +111,16 @@ class Saver:
             ckpt.verify(checkpoint, sorted(checkpoint.files)[self.world.rank :: self.world.size])
         except ckpt.CheckpointError as error:
             problem = str(error)
-        if not any_rank([bool(problem)], self.world.device)[0]:
-            return checkpoint
-        why = problem or "another rank found a damaged file"
-        self.report.event(0, "bad checkpoint", f"{path} is passed over: {why}")
-        return None
+        problem = first_message(problem, self.world.device)
+        if problem:
+            self.report.event(0, "bad checkpoint", f"{path} is passed over: {problem}")
+            return None
+        return checkpoint
 
     def _give_up(self) -> None:
-        why = str(self.writer.error or "another rank could not write its part")
-        self.writer.error = None
+        why = first_message(str(self.writer.error or ""), self.world.device)
         self.writer.abandon(self.saved_step)
+        self.writer.error = None
         self._bytes = 0
         self._failures += 1
         self.report.event(

@@ -114,6 +114,8 @@ class Watchdog:
             self._settled.wait(3 * _SETTLE * self.interval_s)
             # What is done on the way out (joining workers, aborting collectives) can hang as well.
             faulthandler.dump_traceback_later(max(self.timeout_s, 10 * LONGEST_INTERVAL_S), exit=True)
+            self._settled.set()
+            self._thread.join()
         self._watch.close()
 
     def _join(self) -> _Judge | _Witness:
@@ -133,7 +135,7 @@ class Watchdog:
                 f"rank {self.world.rank} on {socket.gethostname()} cannot reach rank 0 at {host}, port {port}: {error};"
                 " the nodes of a job need open TCP ports between them, and MASTER_ADDR must be rank 0's node"
             ) from None
-        return _Witness(_Link(connection), token, self.timeout_s)
+        return _Witness(_Link(connection), token, self.first_timeout_s)
 
     def _run(self) -> None:
         seen, idle, last = -1, 0.0, time.monotonic()
@@ -201,10 +203,10 @@ class _Link:
             self.closed = True
         *lines, self._received = self._received.split(b"\n")
         try:
-            return json.loads(lines[-1]) if lines else None
+            message = json.loads(lines[-1]) if lines else None
         except ValueError:
-            self.closed = True
-            return None
+            message = None
+        return message if isinstance(message, dict) else None
 
 
 @dataclass
@@ -276,9 +278,9 @@ class _Judge:
                 break
         for link in list(self._strangers):
             message = link.newest()
-            if message:
+            if message or link.closed:
                 self._strangers.remove(link)
-                if message.get("token") == self.token:
+                if message and message.get("token") == self.token:
                     progress = _progress(message)
                     self.seats[progress.rank] = Seat(progress, link)
 
@@ -288,9 +290,9 @@ class _Witness:
 
     may_leave = True
 
-    def __init__(self, link: _Link, token: int, timeout_s: float) -> None:
-        self.link, self.token, self.timeout_s = link, token, timeout_s
-        self.main = Seat(Progress(0), link)
+    def __init__(self, link: _Link, token: int, first_timeout_s: float) -> None:
+        self.link, self.token = link, token
+        self.main = Seat(Progress(0, limit_s=first_timeout_s), link)
 
     def exchange(self, own: Progress, elapsed: float, interval_s: float) -> Verdict | None:
         self.link.send({**asdict(own), "token": self.token})
@@ -304,7 +306,7 @@ class _Witness:
             return None
         if self.link.closed:
             return _verdict([self.main], _failure if self.main.progress.end else _death)
-        return _verdict([self.main], _silence) if self.main.silent_s > self.timeout_s else None
+        return _verdict([self.main], _silence) if self.main.silent_s > self.main.progress.limit_s else None
 
     def spread(self, verdict: Verdict, own: Progress, interval_s: float) -> None:
         """Only rank 0 does."""

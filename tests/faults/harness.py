@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -131,18 +132,24 @@ class Job:
 
     @property
     def start_step(self) -> int | None:
-        """The step that training went on from; None if it did not get there."""
-        for line in _json_lines(self.folder / "rank-0.jsonl"):
-            return int(line["start_step"])
-        return None
+        """The step of the checkpoint that this job loaded, 0 for none; None if training did not begin."""
+        if not (self.folder / "rank-0.jsonl").exists():
+            return None
+        loaded = re.findall(r"resumed from .*step-(\d+)", (self.folder / "rank-0.txt").read_text())
+        return int(loaded[0]) if loaded else 0
 
-    def batches(self) -> Iterator[tuple[int, tuple[tuple[int, str], ...]]]:
-        """What the ranks were given: (step, ((position, key), ...)) for each micro-batch. The first step is 1."""
+    @property
+    def last_step(self) -> int:
+        """The last step that any rank got data for; 0 before the first."""
+        return max((step for step, _ in self.batches()), default=0)
+
+    def batches(self) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+        """What the ranks were given, by micro-batch: the step it was for, and (position, key) of its samples."""
+        first = (self.start_step or 0) + 1
         for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for line in _json_lines(path):
-                if "positions" in line:
-                    step = line["positions"][0] // GLOBAL_BATCH + 1
-                    yield step, tuple(zip(line["positions"], line["keys"], strict=True))
+            for number, batch in enumerate(_json_lines(path)):
+                accumulation = GLOBAL_BATCH // (len(self.ranks) * len(batch["positions"]))
+                yield first + number // accumulation, list(zip(batch["positions"], batch["keys"], strict=True))
 
 
 class Run:
@@ -254,11 +261,11 @@ def survive(run: Run, kills: int, ranks: int, seed: int) -> Report:
     report, started = Report(ranks), time.monotonic()
     while report.kills < kills:
         newest, unfinished = (run.valid_steps() or [0])[-1], _unfinished(run.checkpoints)
-        victim, way = draw.randrange(ranks), draw.choices(("start", "step", "save"), (1, 3, 3))[0]
+        victim, way = draw.randrange(ranks), ("save", "step", "save", "start", "step")[report.kills % 5]
         death = OwnDeath(victim, draw.randint(1, 22)) if way == "save" else None
         job = run.start(ranks=ranks, death=death)
         if way == "start":
-            time.sleep(draw.uniform(0, 2))
+            time.sleep(draw.uniform(0, 0.8))
         elif way == "step":
             step = newest + draw.randint(1, 7)
             job.until(lambda: job.start_step is not None and run.reached(step))  # noqa: B023
@@ -284,9 +291,10 @@ def survive(run: Run, kills: int, ranks: int, seed: int) -> Report:
 def compare(report: Report, run: Run, whole: Run) -> None:
     """Hold a run against one that was left alone: samples, every loss, weights, moments, averages; to the bit."""
     seen, expected = run.history(), whole.history()
+    times = sum(seen.values(), Counter())
     report.steps = len(expected)
-    report.lost = sum(1 for step, samples in expected.items() if samples - seen.get(step, Counter()))
-    report.repeated = sum(1 for samples in seen.values() if max(samples.values()) > 1)
+    report.lost = sum(not samples <= times for samples in expected.values())
+    report.repeated = sum(any(times[sample] > 1 for sample in samples) for samples in expected.values())
     report.differences += [f"step {step}: other samples" for step in seen if seen[step] != expected.get(step)]
     given = Counter(step for job in run.jobs for step in {step for step, _ in job.batches()})
     report.redone = given.total() - len(given)
@@ -317,14 +325,14 @@ def write_data(folder: Path, samples: int = 64) -> Path:
 def _fork_server() -> Any:
     """Where ranks are forked from; it has the imports done, and a single thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dico_t2i.cli", "dico_t2i.training.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    context.set_forkserver_preload(
+        ["dico_t2i.cli", "dico_t2i.training.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     return context
 
 
-def _rank_main(
-    folder: Path, arguments: list[str], rank: int, ranks: int, port: int, death: OwnDeath | None
-) -> None:
+def _rank_main(folder: Path, arguments: list[str], rank: int, ranks: int, port: int, death: OwnDeath | None) -> None:
     """One rank, in a process of its own."""
     output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -339,12 +347,11 @@ def _rank_main(
 
     def recorded(*positional: Any, **options: Any) -> Iterator[Any]:
         with (folder / f"rank-{rank}.jsonl").open("w", buffering=1) as record:
-            record.write(json.dumps({"start_step": options["start_step"]}) + "\n")
             for batch in make_loader(*positional, **options):
                 record.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
                 yield batch
 
-    trainer.make_loader = recorded  # type: ignore[assignment]
+    trainer.make_loader = recorded
     if death and death.rank == rank:
         config = arguments[arguments.index("--config") + 1]
         name = yaml.safe_load(Path(config).read_text())["name"]

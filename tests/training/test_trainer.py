@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.training.checkpoint import candidates, open_checkpoint, read_weights
+from dico_t2i.training.checkpoint import candidates, newest_checkpoint, read_weights
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE
 
 from .conftest import launch
 
 
 def final(runs, name, kind="weight"):
-    checkpoint = open_checkpoint(candidates(runs.folder / name / "checkpoints")[0])
+    checkpoint = newest_checkpoint(runs.folder / name / "checkpoints")
     return dict(read_weights(checkpoint, kind))
 
 
