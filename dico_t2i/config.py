@@ -168,6 +168,8 @@ class DataConfig(Section):
     shuffle_block: Positive = 1024  # samples of a stream shuffled together
     workers: NonNegative = 4  # reader processes per rank
     max_bad_samples: NonNegative = 1000  # replaced samples after which the run stops
+    retries: NonNegative = 5  # of a read that the file system refuses; the waits double, from retry_wait_s
+    retry_wait_s: NonNegativeFloat = 0.5
 
 
 class OptimizerConfig(Section):
@@ -187,6 +189,8 @@ class TrainConfig(Section):
     micro_batch: Positive = 32  # at most this many samples per rank and pass; the rest is gradient accumulation
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
+    hang_timeout_s: PositiveFloat = 600.0  # without progress of a rank, after which the job ends and names it
+    first_step_timeout_s: PositiveFloat = 1800.0  # the same for the first step, for saves and for previews
 
 
 class CheckpointConfig(Section):

@@ -36,10 +36,14 @@ def sample_preview(
     gathered = [torch.empty_like(images) for _ in range(world.size)]
     dist.all_gather(gathered, images)
     if world.is_main:
-        run.samples.mkdir(exist_ok=True)
         path = run.samples / f"step-{step:08d}.png"
-        make_grid(torch.cat(gathered).cpu()[: len(conditions)], [str(c) for c in conditions]).save(path)
-        report.image(step, path)
+        grid = make_grid(torch.cat(gathered).cpu()[: len(conditions)], [str(c) for c in conditions])
+        try:
+            run.samples.mkdir(exist_ok=True)
+            grid.save(path)
+            report.image(step, path)
+        except OSError as error:  # a full disk must not end the run
+            report.event(step, "samples failed", f"{path} could not be written: {error}")
 
 
 @torch.no_grad()

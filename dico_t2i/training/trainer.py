@@ -26,7 +26,9 @@ from dico_t2i.training.preview import sample_preview
 from dico_t2i.training.run import RunFolder
 from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
+from dico_t2i.training.watchdog import Watchdog
 
+_DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first
 WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -107,7 +109,12 @@ class Trainer:
         Raises DataError or TrainingError when going on is no use; what can be saved is saved.
         """
         self._announce()
-        meter = Meter(self)
+        train = self.config.train
+        with Watchdog(self.world, train.hang_timeout_s, train.first_step_timeout_s, self._hung) as watchdog:
+            return self._loop(watchdog)
+
+    def _loop(self, watchdog: Watchdog) -> int:
+        meter = Meter(self, watchdog)
         batches = self._loader()
         self.engine.model.train()
         while self.step < self.total_steps:
@@ -128,7 +135,7 @@ class Trainer:
             if spoilt:
                 raise self._spoilt()
         if self.step > self.saver.saved_step:
-            self._save(meter)
+            meter.excluded(partial(self._save, meter))
         return self._finish(0)
 
     def _train_step(self, batches: Iterator[Batch], meter: "Meter") -> None:
@@ -202,6 +209,9 @@ class Trainer:
                 world=self.world.size,
                 start_step=self.position // self.config.train.global_batch,
                 tokenize=encoder.tokenize if encoder else None,
+                retries=self.config.data.retries,
+                retry_wait_s=self.config.data.retry_wait_s,
+                timeout_s=_DATA_SHARE * self.config.train.hang_timeout_s,
             )
         )
 
@@ -280,6 +290,9 @@ class Trainer:
         message = f"back from step {step} to step {self.step}; the data goes on from sample {self.position}"
         self.report.event(self.step, "rollback", message)
 
+    def _hung(self, step: int, message: str) -> None:
+        self.report.event(step, "hang", message)
+
     def _preview(self) -> None:
         encoders = (self.autoencoder, self.conditioner)
         sample_preview(self.config, self.engine, encoders, self.dtype, self.world, self.run, self.report, self.step)
@@ -320,22 +333,27 @@ class Meter:
     norm: float
     losses: Tensor
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer, watchdog: Watchdog) -> None:
+        self.trainer, self.watchdog = trainer, watchdog
         self._since_save: list[float] = []  # of each report
         self._reset()
 
     def waiting(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the wait is counted."""
         started = time.monotonic()
+        self.watchdog.beat(self.trainer.step, "data")
         batch = next(batches)
         self.wait += time.monotonic() - started
+        self.watchdog.beat(self.trainer.step, "step")
         return batch
 
     def excluded(self, work: Callable[[], None]) -> None:
         """Do work that is not training: its time is reported apart and left out of images/s."""
         started = time.monotonic()
+        extra = self.trainer.config.train.first_step_timeout_s
+        self.watchdog.beat(self.trainer.step, "saving or sampling", extra)
         work()
+        self.watchdog.beat(self.trainer.step, "step", extra)
         self.other += time.monotonic() - started
 
     def add(self, losses: Tensor, norm: float, skipped: bool, seconds: float) -> None:

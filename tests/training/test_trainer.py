@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 
 import pytest
@@ -113,6 +114,17 @@ def test_a_damaged_checkpoint_is_passed_over(runs):
     assert "step-00000008 is passed over" in output.replace("\n", "")
     assert "step-00000004" in output
     assert set(runs.losses("hurt")) == set(range(1, 10))
+
+
+def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(runs, shapes_data):
+    data = runs.folder / "data"
+    shutil.copytree(shapes_data, data)
+    shard = data / "shard-000001.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    output = runs.train("spoilt", f"data.path={data}", "data.max_bad_samples=5", "data.retries=0", code=2)
+    assert "data.max_bad_samples: 5 samples could not be used" in output
+    assert 0 < newest_checkpoint(runs.folder / "spoilt" / "checkpoints").step < 8
+    assert [m for m in runs.metrics("spoilt") if m.get("event") == "bad sample"]
 
 
 def test_a_run_in_use_is_not_touched(runs):
