@@ -16,7 +16,7 @@ from dico_t2i.models import DiCo, DiCoConfig, count_macs, count_parameters
 from dico_t2i.models.blocks import Block, Downsample, Head, Upsample, channel_norm
 from dico_t2i.models.conditioning import TimestepEmbedding
 from dico_t2i.models.conditioning import sinusoid as sinusoid
-from dico_t2i.models.official import load_official_state_dict, official_key, official_shape
+from dico_t2i.models.official import BLOCK_NAMES, load_official_state_dict, official_key, official_shape
 from dico_t2i.ops import text_dwconv
 
 
@@ -77,17 +77,6 @@ def _load(module, names, params):
             value = torch.from_numpy(params[f"{names[owner]}.{leaf}"])
             parameter.copy_(value.reshape(parameter.shape))
     return module.double()
-
-
-BLOCK_NAMES = {
-    "modulation": "adaLN_modulation.1",
-    "conv.expand": "conv1",
-    "conv.depthwise": "conv2",
-    "conv.attention": "ca.1",
-    "conv.project": "conv3",
-    "ffn.expand": "conv4",
-    "ffn.project": "conv5",
-}
 
 
 def _nhwc(module, x, *args):

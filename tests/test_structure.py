@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "randomness"},
+    {"config", "files", "randomness"},
     {"data", "ops"},
     {"models", "encoders", "diffusion"},
     {"training.checkpoint", "training.optimizer"},

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import tarfile
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from dico_t2i.files import flush, temporary, write_atomically
 
 Kind = Literal["images", "latents"]
 MOMENTS = "moments.npy"
@@ -76,7 +77,7 @@ class ShardIndex:
             "tar_bytes": str(self.tar_bytes),
             "damage": json.dumps(self.damage),
         }
-        _write_atomically(path, save(arrays, metadata=meta))
+        write_atomically(path, save(arrays, metadata=meta))
 
     @staticmethod
     def load(path: Path) -> ShardIndex:
@@ -181,7 +182,7 @@ def write_index(
     if kind is None:
         kind = "latents" if MOMENTS in found else "images"
     content = {"version": VERSION, "kind": kind, "shards": entries, "meta": dict(meta or {})}
-    _write_atomically(root / "index.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(root / "index.json", (json.dumps(content, indent=1) + "\n").encode())
     return _read_json(root)
 
 
@@ -236,7 +237,7 @@ class ShardFile:
         from webdataset.writer import TarWriter
 
         self.path = Path(path)
-        self._part = _temporary(self.path)
+        self._part = temporary(self.path)
         self._file = self._part.open("xb")
         self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
         self._last_key = ""
@@ -271,7 +272,7 @@ class ShardFile:
             raise ShardError(f"{self.path}: not read back as written; {'; '.join(index.damage)}")
         index.save(_index_path(self.path))
         self._part.replace(self.path)
-        _sync_folder(self.path.parent)
+        flush(self.path.parent)
         return index
 
     def discard(self) -> None:
@@ -476,29 +477,6 @@ def _crc32(file: BinaryIO, offset: int, size: int) -> int:
 def _any_nonzero(file: BinaryIO, start: int, stop: int) -> bool:
     chunks = (os.pread(file.fileno(), min(_CHUNK, stop - at), at) for at in range(start, stop, _CHUNK))
     return any(chunk.count(0) != len(chunk) for chunk in chunks)
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process uses and no glob for shards finds."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    part = _temporary(path)
-    with part.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _show_progress(work: Iterable[None], total: int) -> None:

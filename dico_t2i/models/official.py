@@ -19,7 +19,7 @@ _STAGE_NAMES = dict(
         strict=True,
     )
 )
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "modulation": "adaLN_modulation.1",
     "conv.expand": "conv1",
     "conv.depthwise": "conv2",
@@ -56,7 +56,7 @@ def official_key(name: str) -> str:
     head, *rest = module.split(".")
     if head == "stages":
         stage, index, inner = rest[0], rest[1], ".".join(rest[2:])
-        return f"{_STAGE_NAMES[stage]}.{index}.{_BLOCK_NAMES[inner]}.{leaf}"
+        return f"{_STAGE_NAMES[stage]}.{index}.{BLOCK_NAMES[inner]}.{leaf}"
     if head == "time_embeddings":
         return f"t_embedder_{int(rest[0]) + 1}.mlp.{'0' if rest[1] == 'hidden' else '2'}.{leaf}"
     if head == "condition_embeddings":

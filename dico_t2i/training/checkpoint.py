@@ -14,7 +14,6 @@ writes them in a thread while training goes on.
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections import defaultdict
@@ -29,6 +28,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from dico_t2i.files import flush, write_atomically
 from dico_t2i.training.optimizer import WEIGHT
 
 VERSION = 1
@@ -154,7 +154,7 @@ class CheckpointWriter:
             _write_shard(target, self.rank, host)
             if self.rank == 0:
                 _commit(target, self.world, meta, self._abandoned)
-                _write_atomic(self.folder / LATEST, target.name)
+                write_atomically(self.folder / LATEST, target.name.encode())
                 self._retire(step)
         except Exception as error:
             self.error = error
@@ -312,14 +312,14 @@ def _write_shard(target: Path, rank: int, host: list[tuple[str, int, dict[str, n
     tensors = {f"{kind}:{name}:{start}": a for name, start, arrays in host for kind, a in arrays.items()}
     path = target / f"shard-{rank:05d}.safetensors"
     save_file(tensors, path)
-    _flush(path)
+    flush(path)
     entry = {
         "size": path.stat().st_size,
         "sha256": _sha256(path),
         "kinds": sorted({kind for _, _, arrays in host for kind in arrays}),
         "pieces": [[name, start, next(iter(arrays.values())).size] for name, start, arrays in host],
     }
-    _write_atomic(path.with_suffix(".json"), json.dumps(entry))
+    write_atomically(path.with_suffix(".json"), json.dumps(entry).encode())
 
 
 def _commit(target: Path, world: int, meta: dict[str, Any], abandoned: threading.Event) -> None:
@@ -331,24 +331,8 @@ def _commit(target: Path, world: int, meta: dict[str, Any], abandoned: threading
     entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
     kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
     manifest = json.loads(json.dumps({**meta, "kinds": kinds, "files": entries}))
-    _write_atomic(target / MANIFEST, json.dumps({**manifest, "sha256": _manifest_hash(manifest)}))
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    signed = {**manifest, "sha256": _manifest_hash(manifest)}
+    write_atomically(target / MANIFEST, json.dumps(signed).encode())
 
 
 def _to_host(tensor: Tensor) -> np.ndarray:

@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from PIL import Image
 
 from dico_t2i.data import ShardWriter
 from dico_t2i.training import checkpoint as ckpt
+from tests.ports import free_port
 
 PATIENCE_S = 120  # for anything that should take seconds
 GLOBAL_BATCH = 8
@@ -77,7 +77,7 @@ class Job:
     def __init__(self, folder: Path, arguments: list[str], ranks: int, death: OwnDeath | None = None) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        port = _free_port()
+        port = free_port()
         server = _fork_server()
         self.ranks = [
             server.Process(target=_rank_main, args=(folder, arguments, rank, ranks, port, death), daemon=False)
@@ -404,18 +404,6 @@ def _json_lines(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]
     for line in lines[1:] if tail and size > tail else lines:
         if line:
             yield json.loads(line)
-
-
-def _free_port() -> int:
-    """A port outside the range that connections take theirs from."""
-    while True:
-        port = random.SystemRandom().randint(15000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def main() -> None:

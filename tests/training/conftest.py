@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from data_prep import shapes
+from tests.ports import free_port
 
 TINY = {
     "name": "tiny",
@@ -33,12 +33,6 @@ TINY = {
     "checkpoint": {"every": {"steps": 100}},
     "log": {"every": {"steps": 1}, "wandb": "disabled"},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(ranks: int, *command: str, **options) -> subprocess.Popen:

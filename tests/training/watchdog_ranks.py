@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from dico_t2i.training.distributed import join_world
 from dico_t2i.training.watchdog import Watchdog
-
-from .conftest import free_port
+from tests.ports import free_port
 
 TIMEOUT_S, STEPS, AT = 2.0, 40, 20  # the step at which it goes wrong
 
