@@ -177,7 +177,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST}, so this checkpoint was never completed") from None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not a manifest: {error!r}") from None
+        raise CheckpointError(f"{path / MANIFEST}: not readable: {error!r}") from None
     if digest != _manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST}: content does not match its hash")
     if manifest["version"] > VERSION:
