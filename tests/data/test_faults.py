@@ -150,7 +150,8 @@ def test_a_shard_damaged_in_mid_run_is_replaced_and_counted(index, damage, worke
     bad = [entry for batch in found for entry in batch.bad]
     assert {entry.shard for entry in bad} <= {index.names[1]}
     replaced = {entry.position for entry in bad}
-    assert damage is delete or len(replaced) > SHARD // 2, len(replaced)
+    # A shard that was open goes on being read where only its name was taken away or given to another file.
+    assert damage not in (truncate, overwrite_in_place) or len(replaced) > SHARD // 2, len(replaced)
     for batch, (positions, keys, captions, _) in zip(found, expected, strict=True):
         for i, position in enumerate(positions):
             if position in replaced:
