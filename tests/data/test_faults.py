@@ -11,6 +11,7 @@ from itertools import islice
 
 import pytest
 from test_loader import make_sample, tokenize
+from torch.utils.data import get_worker_info
 
 from dico_t2i.config import DataConfig
 from dico_t2i.data import DataError, Order, SampleError, ShardReader, ShardWriter, load_index, make_loader, reader
@@ -212,11 +213,19 @@ def test_a_worker_that_was_killed_is_named(index, number):
     assert set(shards.split(", ")) <= set(index.names)
 
 
-def test_a_worker_that_stalls_is_named_with_what_it_owes(index):
+def test_a_worker_that_stalls_is_named_with_what_it_owes(index, monkeypatch):
+    pread = os.pread
+
+    def hang_in_worker_1(*args):
+        worker = get_worker_info()
+        if worker and worker.id == 1:
+            time.sleep(60)
+        return pread(*args)
+
+    monkeypatch.setattr(reader.os, "pread", hang_in_worker_1)
     batches = iter(loader(index, workers=2, start_step=5, timeout_s=1.5))
     pids = worker_pids(batches)
     next(batches)
-    os.kill(pids[1], signal.SIGSTOP)
     taken = [1]
     pattern = rf"data worker 1 \(pid {pids[1]}\) of rank 0 gave no data for 2 s; step (\d+) needs of it (.*) in "
     with pytest.raises(DataError, match=pattern) as caught:
