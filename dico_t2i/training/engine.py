@@ -48,7 +48,7 @@ class Engine:
             config=_deepspeed_config(train, optimizer, batching),
             dist_init_required=False,
         )
-        self.adam.veto = lambda: not self.norm <= self.limit
+        self.adam.veto = lambda: not (math.isfinite(self.norm) and self.norm <= self.limit)
         self.limit = math.inf  # steps with a larger gradient norm are skipped
         self.skipped = False
         self._norm = math.nan
