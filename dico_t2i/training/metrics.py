@@ -62,14 +62,16 @@ class Reporter:
         )
         self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
-            self._console.print(f"step {step}  {numbers}  left {_clock(values.get('eta_s'))}", highlight=False)
+            self._console.print(
+                f"step {step}  {numbers}  left {_clock(values.get('eta_s'))}", highlight=False, soft_wrap=True
+            )
 
     def event(self, step: int, kind: str, message: str, **details: Any) -> None:
         """Something that happened; printed, and a line in metrics.jsonl."""
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), "event": kind, "message": message, **details})
-        self._console.print(f"[{kind}] {message}", highlight=False, markup=False)
+        self._console.print(f"[{kind}] {message}", highlight=False, markup=False, soft_wrap=True)
 
     def image(self, step: int, path: Path) -> None:
         """A picture that was saved in the run folder."""
