@@ -73,11 +73,12 @@ def _summary(console: Console, seconds: dict[str, float]) -> None:
         table.add_row(name, f"{value:.0f}")
     table.add_row("all", f"{sum(seconds.values()):.0f}")
     console.print(table)
-    last = [line for line in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()) if "loss" in line][-1]
-    console.print(
-        f"training: {last['images_per_s']:.0f} images/s, peak memory {last['peak_memory_gb']:.2f} GB,"
-        f" loss {last['loss']:.4f} after {last['step']} steps"
-    )
+    lines = map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines())
+    for last in [line for line in lines if "loss" in line][-1:]:
+        console.print(
+            f"training: {last['images_per_s']:.0f} images/s, peak memory {last['peak_memory_gb']:.2f} GB,"
+            f" loss {last['loss']:.4f} after {last['step']} steps"
+        )
     console.print(f"pictures: {RUN / 'held_out' / 'grid.png'} (held-out prompts), {RUN / 'samples'} (during training)")
     console.print(f"accuracy: {RESULT}")
     console.print("The text encoder is random (seeded), not pretrained: these numbers say the system works, no more.")
