@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dico", description="Train, sample and export DiCo.")
+    parser = argparse.ArgumentParser(prog="dico", description="Plan, train, sample and export DiCo.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a run, or go on with it where it stopped")
@@ -25,6 +25,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="what a run will need: memory, time, communication, data; no GPU needed")
+    plan.add_argument("--config", required=True, type=Path)
+    plan.add_argument("--cluster", type=Path, help="a profile; see configs/cluster/")
+    plan.add_argument("--nodes", type=int)
+    plan.add_argument("--gpus-per-node", type=int)
+    plan.add_argument("--json", type=Path, help="write the numbers there")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    plan.set_defaults(run=_plan)
 
     sample = commands.add_parser("sample", help="make images from prompts or class labels")
     sample.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
@@ -58,6 +67,32 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.training.trainer import train
 
     return train(config, arguments.runs)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from dico_t2i.config import load_config, read_cluster
+
+    config = load_config(arguments.config, arguments.overrides)
+    changes = {
+        key: getattr(arguments, key) for key in ("nodes", "gpus_per_node") if getattr(arguments, key) is not None
+    }
+    config = config.model_copy(update={"cluster": read_cluster(arguments.cluster, changes, config.cluster)})
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from dico_t2i.plan import make_plan
+    from dico_t2i.plan_text import refusal, render
+
+    plan = make_plan(config)
+    Console().print(render(plan), highlight=False)
+    if arguments.json:
+        content = {**asdict(plan), "hardware": plan.hardware.model_dump()}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if not plan.estimate.fits:
+        raise ValueError(refusal(plan))
+    return 0
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[StrictInt, Field(gt=0)]
 NonNegative = Annotated[StrictInt, Field(ge=0)]
@@ -238,6 +248,69 @@ class PreviewConfig(Section):
         return self
 
 
+class HardwareConfig(Section):
+    """What `dico plan` reckons with: one device, and the wires between them. Decimal units."""
+
+    name: str = "H100"
+    memory_gb: PositiveFloat = 80.0
+    peak_tflops: PositiveFloat = 650.0  # of bf16 matrix products, as measured rather than as advertised
+    memory_gb_s: PositiveFloat = 2900.0
+    link_gb_s: PositiveFloat = 350.0  # of one device to others of its node, each way
+    network_gb_s: PositiveFloat = 40.0  # of one device to other nodes, each way
+    disk_gb_s: PositiveFloat = 1.0  # of one node to the file system of checkpoints
+
+
+class ClusterConfig(Section):
+    """Where a run is launched (cluster/launch.py) and planned for (`dico plan`); a profile file holds these keys."""
+
+    nodes: Positive = 1
+    gpus_per_node: NonNegative = 8  # 0: train on CPUs
+    tasks_per_node: Positive | None = None  # none: one per GPU, or one on a node without
+    cpus_per_task: Positive = 8
+    mem: str | None = None  # of a node, as sbatch understands it: 400G; 0 is all
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str = "24:00:00"  # limit, as sbatch understands it: minutes, H:M:S or days-H:M:S
+    exclusive: StrictBool = False
+    sbatch: dict[str, StrictStr | StrictInt | StrictBool] = {}  # further options: {reservation: lab, mail-user: me}
+    srun: tuple[str, ...] = ()  # further options of srun: [--mpi=none]
+    cpu_bind: str | None = None  # of srun: cores, none, ...
+    setup: tuple[str, ...] = ()  # lines of shell before anything else: module load, source ...
+    env: dict[str, StrictStr | StrictInt] = {}  # of every rank: {NCCL_SOCKET_IFNAME: ib0}
+    container: str | None = None  # an image for srun --container-image (pyxis)
+    container_mounts: tuple[str, ...] = ()
+    python: str | None = None  # on the nodes; none: the one that launches
+    signal_lead_s: Positive | None = None  # before the time limit; none: from measured saves and steps
+    max_requeues: NonNegative = 100
+    hardware: HardwareConfig = HardwareConfig()
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(f'put it in quotes, "24:00:00" or "90" (minutes): YAML has made the number {value} of it')
+        return value
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @model_validator(mode="after")
+    def _one_process_per_gpu(self) -> ClusterConfig:
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"tasks_per_node: {self.tasks_per_node} with gpus_per_node: {self.gpus_per_node};"
+                " there is one process per GPU, leave tasks_per_node out"
+            )
+        return self
+
+
 class Config(Section):
     """A whole run."""
 
@@ -255,6 +328,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
     preview: PreviewConfig = PreviewConfig()
     sampler: SamplerConfig = SamplerConfig()  # the default of `dico sample` and of evaluations
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -311,6 +385,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, str(path))
+
+
+def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: ClusterConfig | None = None) -> ClusterConfig:
+    """A cluster from a profile file, under what ``below`` sets itself, under ``changes``.
+
+    Raises ConfigError with the file and the key.
+    """
+    own = below.model_dump(include=below.model_fields_set) if below else {}
+    tree = {**(_read_tree(profile, ()) if profile else {}), **own, **changes}
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{profile or 'cluster'}:\n{_explain(error, ClusterConfig)}") from None
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
@@ -380,24 +467,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[Section] = Config) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "unknown key" + _suggestion(item["loc"])
+            message = "unknown key" + _suggestion(item["loc"], root)
         elif item["type"] != "missing" and item["type"] != "value_error":
             message = f"{message}, found {item['input']!r}"
         lines.append(f"  {key}: {message}" if key else f"  {message}")
     return "\n".join(lines)
 
 
-def _suggestion(loc: tuple[int | str, ...]) -> str:
+def _suggestion(loc: tuple[int | str, ...], section: type[Section]) -> str:
     """The known key nearest to an unknown one."""
     import difflib
 
-    section: type[Section] = Config
     for part in loc[:-1]:
         annotation: Any = section.model_fields[str(part)].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]  # a section, or one or None

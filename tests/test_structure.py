@@ -5,12 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "files", "randomness"},
+    {"config", "files", "randomness", "safetensors_writer"},
     {"data", "ops"},
     {"models", "encoders", "diffusion"},
     {"training.checkpoint", "training.optimizer"},
     {"sampling"},
     {"export", "training"},
+    {"plan"},
+    {"plan_text"},
     {"cli"},
     {"__main__"},
 )

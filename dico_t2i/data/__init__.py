@@ -1,5 +1,6 @@
 """Data: what is in the shards, in which order, and micro-batches of it."""
 
+from dico_t2i.data.checks import check_data
 from dico_t2i.data.index import (
     DataError,
     DatasetIndex,
@@ -27,6 +28,7 @@ __all__ = [
     "ShardIndex",
     "ShardReader",
     "ShardWriter",
+    "check_data",
     "decode_image",
     "decode_moments",
     "index_shard",

@@ -19,6 +19,11 @@ _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_p
 _NO_NOISE = -30.0  # log-variance
 
 
+def find_autoencoder(config: AutoencoderConfig) -> list[Path]:
+    """The files of the model; none for pixels. Raises MissingModelError when one is not here."""
+    return [] if config.kind == "pixels" else resolve(config.path, _FILES, "autoencoder.path")
+
+
 def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     """Scaled draws from the posterior: (mean + exp(logvar / 2) noise) scale, with logvar kept in -30..20.
 
@@ -116,7 +121,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     def __init__(self, config: AutoencoderConfig, device: torch.device, dtype: torch.dtype) -> None:
         self._kind, self._name = config.kind, Path(config.path).name
-        self._settings_file, self._weights_file = resolve(config.path, _FILES, "autoencoder.path")
+        self._settings_file, self._weights_file = find_autoencoder(config)
         self._model = self._load(dtype).to(device)
         downscale = 2 ** (len(self._widths()) - 1)
         if downscale != 8:

@@ -152,18 +152,28 @@ def load_text_encoder(
     return TextEncoder(config, tower, torch.device(device), dtype)
 
 
+def find_text_encoder(config: TextEncoderConfig) -> list[Path]:
+    """The files of the model; none for a seeded one. Raises MissingModelError when one is not here."""
+    if config.weights == "seeded":
+        return []
+    if config.kind == "open_clip":
+        return [_open_clip_weights(config, _open_clip_tag(config.model, config.pretrained))]
+    return resolve(config.model, _FILES, "text_encoder.model")
+
+
 # --- transformers
+
+_FILES = (
+    ("config.json",),
+    ("model.safetensors", "pytorch_model.bin"),
+    # Either one file, or a vocabulary and its merges.
+    ("tokenizer.json", "vocab.json"),
+    ("tokenizer.json", "merges.txt"),
+)
 
 
 def _transformers_tower(config: TextEncoderConfig) -> _Tower:
-    files = (
-        ("config.json",),
-        ("model.safetensors", "pytorch_model.bin"),
-        # Either one file, or a vocabulary and its merges.
-        ("tokenizer.json", "vocab.json"),
-        ("tokenizer.json", "merges.txt"),
-    )
-    settings_file, weights, vocabulary, _ = resolve(config.model, files, "text_encoder.model")
+    settings_file, weights, vocabulary, _ = resolve(config.model, _FILES, "text_encoder.model")
     settings = read_json(settings_file)
     if settings.get("model_type") not in ("clip", "clip_text_model"):
         raise ValueError(f"text_encoder.model: {settings_file} is of {settings.get('model_type')!r}, not of CLIP")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dico_t2i.config import OptimizerConfig, TrainConfig
+from dico_t2i.training.buckets import reduce_bucket
 from dico_t2i.training.checkpoint import Piece
 from dico_t2i.training.distributed import World
 from dico_t2i.training.optimizer import WEIGHT, AdamWEMA
@@ -45,7 +46,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
-            config=_deepspeed_config(train, optimizer, batching),
+            config=_deepspeed_config(train, optimizer, batching, sum(shape.numel() for shape in self.shapes.values())),
             dist_init_required=False,
         )
         self.adam.veto = lambda: not (math.isfinite(self.norm) and self.norm <= self.limit)
@@ -164,12 +165,14 @@ class Engine:
         return flat, source.start, target.start, source.numel
 
 
-def _deepspeed_config(train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int]) -> dict[str, Any]:
+def _deepspeed_config(
+    train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], parameters: int
+) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batching[0],
         "gradient_accumulation_steps": batching[1],
         "gradient_clipping": optimizer.clip,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": reduce_bucket(parameters)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }

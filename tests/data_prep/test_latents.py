@@ -15,26 +15,14 @@ from dico_t2i.config import AutoencoderConfig
 from dico_t2i.data.index import ShardWriter, load_index
 from dico_t2i.data.reader import ShardReader, decode_image, decode_moments
 from dico_t2i.encoders import load_autoencoder
+from tests.small_models import save_autoencoder
 
 SIZE = 32
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    model = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-    )
-    model.save_pretrained(folder)
-    return folder
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 def _png(seed: int) -> bytes:

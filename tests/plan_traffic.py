@@ -1,0 +1,61 @@
+"""Run under torchrun: bytes of each collective in a step of the real engine, for each ZeRO stage that is given.
+
+python -m tests.plan_traffic CONFIG.yaml STAGE ...
+"""
+
+import json
+import sys
+from collections import Counter
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from dico_t2i.config import Config, load_config
+from dico_t2i.models import DiCo
+from dico_t2i.training.distributed import World, join_world
+from dico_t2i.training.engine import Engine
+
+# Where each has the tensor that is as large as what all ranks have together.
+WHOLE = {
+    "all_reduce": (0, "tensor"),
+    "all_gather_into_tensor": (0, "output_tensor"),
+    "reduce_scatter_tensor": (1, "input"),
+}
+STEPS = 3  # ZeRO-3 learns in the first which weights it can keep
+
+sent: Counter[str] = Counter()
+
+
+def counted(name, original, *args, **kwargs):
+    position, keyword = WHOLE[name]
+    tensor = kwargs[keyword] if keyword in kwargs else args[position]
+    sent[name] += tensor.numel() * tensor.element_size()
+    return original(*args, **kwargs)
+
+
+def step_bytes(config: Config, world: World) -> dict[str, int]:
+    micro, accumulation = config.batching(world.size)
+    engine = Engine(DiCo(config.model), config.train, config.optimizer, (micro, accumulation), world)
+    engine.materialize(0)
+    x = torch.zeros(micro, config.model.in_channels, config.latent_size, config.latent_size)
+    t = torch.zeros(micro, dtype=torch.int64)
+    for _ in range(STEPS):
+        sent.clear()
+        for _ in range(accumulation):
+            engine.backward(engine.model(x, t, t).float().square().mean())
+            engine.step(1e-4)
+    return dict(sent)
+
+
+def main(path: str, stages: list[str]) -> None:
+    for name in WHOLE:
+        setattr(dist, name, partial(counted, name, getattr(dist, name)))
+    world = join_world()
+    results = {stage: step_bytes(load_config(path, [f"train.zero_stage={stage}"]), world) for stage in stages}
+    if world.is_main:
+        print("RESULT", json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

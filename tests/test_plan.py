@@ -1,0 +1,141 @@
+"""Predictions held against the real engine, and against what is known of the released sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dico_t2i.cli import main
+from dico_t2i.config import Config, load_config
+from dico_t2i.plan import make_plan
+from dico_t2i.plan_text import refusal
+from tests.training.conftest import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = """
+extends: {base}
+name: small
+model: {{hidden_size: {width}, depths: [2, 2, 2, 2, 2], mlp_ratio: 2{text}}}
+data: {{path: nowhere, streams: 8}}
+optimizer: {{ema: [0.9, 0.99]}}
+train: {{duration: {{steps: 10}}, global_batch: 8}}
+cluster: {{gpus_per_node: 0}}
+"""
+
+
+def write(folder: Path, text: bool = False, width: int = 96) -> Path:
+    path = folder / "small.yaml"
+    base = ROOT / "configs" / ("base_t2i.yaml" if text else "base_imagenet.yaml")
+    path.write_text(SMALL.format(base=base, width=width, text=", pooled_text: false" if text else ""))
+    return path
+
+
+def run(module: str, config: Config, folder: Path, *arguments: str) -> dict:
+    """What a script prints of a config, on as many ranks as its cluster has."""
+    path = folder / "resolved.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json", exclude_none=True)))
+    process = launch(config.cluster.ranks, "-m", module, str(path), *arguments, cwd=ROOT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return json.loads(next(line for line in output.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        (False, {"precision": "bf16", "zero_stage": 1, "micro_batch": 8}),
+        (False, {"precision": "fp32", "zero_stage": 1, "micro_batch": 8}),
+        (True, {"precision": "bf16", "zero_stage": 2, "micro_batch": 8}),
+        (True, {"precision": "bf16", "zero_stage": 3, "micro_batch": 4}),
+        (False, {"precision": "bf16", "zero_stage": 1, "micro_batch": 2}),
+        (False, {"precision": "fp32", "zero_stage": 0, "micro_batch": 8}),
+        (False, {"precision": "fp32", "zero_stage": 0, "micro_batch": 2}),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_memory_is_within_ten_percent_of_the_engines(tmp_path, text, overrides):
+    path = write(tmp_path, text)
+    config = load_config(path, [f"train.{key}={value}" for key, value in overrides.items()])
+    plan = make_plan(config)
+    measured = run("tests.plan_memory", config, tmp_path)["peak"]
+    memory = plan.estimate.memory
+    predicted = memory.tensors - memory.encoders
+    print(f"predicted {predicted / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB")
+    assert abs(predicted / measured - 1) < 0.1
+
+
+STEPPING = ["train.micro_batch=1", "train.global_batch=2", "data.streams=2"]
+
+
+@pytest.mark.parametrize("changes", [["train.zero_stage=1"], ["train.zero_stage=2"], ["train.zero_stage=3"]], ids=str)
+def test_the_optimizers_step_can_take_the_most(tmp_path, changes):
+    """Where activations are small: one rank, one sample a pass."""
+    path = write(tmp_path, width=160)
+    config = load_config(path, [*STEPPING, *changes])
+    memory = make_plan(config).estimate.memory
+    measured = run("tests.plan_memory", config, tmp_path)["peak"]
+    assert memory.activations == 0
+    assert abs((memory.tensors - memory.encoders) / measured - 1) < 0.1
+
+
+def test_what_is_sent_in_a_step(tmp_path):
+    """On two ranks, in two passes: an all-reduce counts twice, half of everything stays where it is."""
+    path = write(tmp_path)
+    changes = ["data.image_size=64", "train.global_batch=4", "train.micro_batch=1", "data.streams=4"]
+    config = load_config(path, [*changes, "cluster.tasks_per_node=2"])
+    plan = make_plan(config)
+    measured = run("tests.plan_traffic", config, tmp_path, *map(str, range(1, 4)))
+    for stage, collectives in measured.items():
+        sent = sum(size * (2 if name == "all_reduce" else 1) for name, size in collectives.items()) / 2
+        assert abs(plan.communication[int(stage)].sent / sent - 1) < 0.15, stage
+
+
+def test_the_paper_sizes():
+    plan = make_plan(load_config(ROOT / "configs" / "dico_xl_imagenet256.yaml", ["cluster.nodes=4"]))
+    assert plan.parameters == 701_151_368
+    assert abs(plan.macs_per_image / 87.2e9 - 1) < 0.01
+    assert 2.9 < plan.flops_per_image / (2 * plan.macs_per_image) < 3.1
+
+
+def test_what_does_not_fit_is_refused_with_what_does(capsys):
+    config = load_config(
+        ROOT / "configs" / "dico_xl_imagenet256.yaml", ["train.micro_batch=256", "cluster.gpus_per_node=1"]
+    )
+    plan = make_plan(config)
+    assert not plan.estimate.fits
+    assert plan.remedies
+    assert all(estimate.fits for estimate in plan.remedies.values())
+    assert "train.micro_batch=" in refusal(plan)
+    for change in plan.remedies:
+        changed = load_config(
+            ROOT / "configs" / "dico_xl_imagenet256.yaml", [*_split(change), "cluster.gpus_per_node=1"]
+        )
+        assert make_plan(changed).estimate.fits, change
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--config", "configs/dico_xl_imagenet256.yaml", "--gpus-per-node", "1", "train.micro_batch=256"])
+    assert left.value.code == 2
+    assert "needs" in capsys.readouterr().err
+
+
+def _split(change: str) -> list[str]:
+    return change.replace(" model.", "\nmodel.").replace(" train.", "\ntrain.").split("\n")
+
+
+def test_more_ranks_and_stages_take_less_memory():
+    path = ROOT / "configs" / "dico_h_t2i.yaml"
+    sizes = [
+        make_plan(load_config(path, [f"cluster.nodes={nodes}", f"train.zero_stage={stage}"])).estimate.memory.tensors
+        for nodes, stage in ((1, 0), (1, 1), (16, 1), (16, 3))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_numbers_are_written_as_json(tmp_path, capsys):
+    arguments = ["plan", "--config", "configs/dico_s_t2i.yaml", "--nodes", "1", "--json", str(tmp_path / "plan.json")]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--cluster", "configs/cluster/h200.yaml"])
+    assert left.value.code == 0
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["hardware"]["name"] == "H200"
+    assert written["estimate"]["memory"]["activations"] > 0
+    assert "no data there yet" in capsys.readouterr().out
