@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from dico_t2i.files import flush, write_atomically
+from dico_t2i.files import write_atomically
+from dico_t2i.safetensors_writer import write_safetensors
 from dico_t2i.training.optimizer import WEIGHT
 
 VERSION = 1
@@ -268,6 +268,10 @@ def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tenso
     """
     if kind not in checkpoint.kinds:
         raise CheckpointError(f"{checkpoint.path}: no {kind}; it holds {', '.join(checkpoint.kinds)}")
+    return _whole_parameters(checkpoint, kind)
+
+
+def _whole_parameters(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
     with _Shards(checkpoint) as shards:
         for name, shape in checkpoint.shapes.items():
             whole = torch.empty(shape)
@@ -309,15 +313,14 @@ class _Shards:
 
 
 def _write_shard(target: Path, rank: int, host: list[tuple[str, int, dict[str, np.ndarray]]]) -> None:
-    tensors = {f"{kind}:{name}:{start}": a for name, start, arrays in host for kind, a in arrays.items()}
+    arrays = {f"{kind}:{name}:{start}": a for name, start, kinds in host for kind, a in kinds.items()}
     path = target / f"shard-{rank:05d}.safetensors"
-    save_file(tensors, path)
-    flush(path)
+    digest = write_safetensors(path, {key: a.shape for key, a in arrays.items()}, arrays.values())
     entry = {
         "size": path.stat().st_size,
-        "sha256": _sha256(path),
-        "kinds": sorted({kind for _, _, arrays in host for kind in arrays}),
-        "pieces": [[name, start, next(iter(arrays.values())).size] for name, start, arrays in host],
+        "sha256": digest,
+        "kinds": sorted({kind for _, _, kinds in host for kind in kinds}),
+        "pieces": [[name, start, next(iter(kinds.values())).size] for name, start, kinds in host],
     }
     write_atomically(path.with_suffix(".json"), json.dumps(entry).encode())
 

@@ -5,15 +5,17 @@ runs/<name>/
   checkpoints/       see training.checkpoint
   metrics.jsonl      one line for each report and event
   samples/           grids made during training
+  starts/            command, commit, changes, packages and machine of each start
 """
 
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dico_t2i.config import Config, ConfigError, dump_config, load_config
 
@@ -45,6 +47,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.quarantine = self.path / "quarantine.jsonl"
         self.samples = self.path / "samples"
+        self.starts = self.path / "starts"
 
     def changes(self, config: Config) -> list[str]:
         """What differs from the config the run was last started with, one line a key.
@@ -79,22 +82,31 @@ class RunFolder:
         temporary.replace(self.config)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one job. Raises ConfigError, naming the holder, if another has it."""
+    def locked(self, patience_s: float = 0.0) -> Iterator[None]:
+        """Hold the folder for one job. Raises ConfigError, naming the holder, if another keeps it for longer."""
+        deadline = time.monotonic() + patience_s
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data workers
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip()
-                raise ConfigError(
-                    f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
-                ) from None
+            while not _lock(file):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip()
+                    raise ConfigError(
+                        f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
+                    )
+                time.sleep(0.5)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data workers
+    except OSError:
+        return False
+    return True
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class Saver:
         elif not busy and self._bytes:
             size = f"{self._bytes / 1e6:.1f} MB by rank 0, training paused {self.pause_s:.2f} s"
             message = f"checkpoint of step {self.saved_step}: {size}"
-            self.report.event(self.saved_step, "saved", message, pause_s=self.pause_s, bytes=self._bytes)
+            times = {"pause_s": self.pause_s, "seconds": time.monotonic() - self.saved_at}
+            self.report.event(self.saved_step, "saved", message, bytes=self._bytes, **times)
             self._bytes = 0
         return failed or not busy
 

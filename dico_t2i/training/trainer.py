@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError, Span
-from dico_t2i.data import Batch, DataError, DatasetIndex, Order, load_index, make_loader
+from dico_t2i.data import Batch, DataError, DatasetIndex, Order, check_data, load_index, make_loader
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_encoders
@@ -26,6 +26,7 @@ from dico_t2i.training.preview import sample_preview
 from dico_t2i.training.run import RunFolder
 from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
+from dico_t2i.training.snapshot import write_snapshot
 from dico_t2i.training.watchdog import Watchdog
 
 _DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first
@@ -36,9 +37,10 @@ class TrainingError(ValueError):
     """Training that cannot go on; the message says where it stopped and what to look at."""
 
 
-def train(config: Config, runs: Path) -> int:
+def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
     """Train, or go on with, the run of this config. Returns the exit code: 0 done, 75 stopped by a signal.
 
+    lock_patience_s: how long to wait for another job to leave the run folder.
     Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
     """
     world = join_world()
@@ -53,24 +55,10 @@ def train(config: Config, runs: Path) -> int:
     dist.barrier()  # every rank has compared configs before rank 0 writes its own
     if not world.is_main:
         return Trainer(config, index, run, world).fit()
-    with run.locked():
+    with run.locked(lock_patience_s):
         run.write_config(config)
+        write_snapshot(run.starts, world)
         return Trainer(config, index, run, world, changes).fit()
-
-
-def check_data(config: Config, index: DatasetIndex) -> None:
-    """Raise ConfigError if the shards have not what the config needs."""
-    if len(index) < config.data.streams:
-        raise ConfigError(
-            f"data.streams: {config.data.streams} streams need at least as many samples; {index.root} has {len(index)}"
-        )
-    extensions = set(index.shard(0).extensions)
-    needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
-    if not extensions & needed:
-        raise ConfigError(
-            f"model.condition: {config.model.condition} needs a .{' or .'.join(sorted(needed))} member in each sample;"
-            f" {index.path(0)} has {', '.join(sorted(extensions))}"
-        )
 
 
 class Trainer:
@@ -111,7 +99,13 @@ class Trainer:
         self._announce()
         train = self.config.train
         with Watchdog(self.world, train.hang_timeout_s, train.first_step_timeout_s, self._hung) as watchdog:
-            return self._loop(watchdog)
+            try:
+                return self._loop(watchdog)
+            except Exception as error:
+                self.report.event(self.step, "failed", f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self.report.close()
 
     def _loop(self, watchdog: Watchdog) -> int:
         meter = Meter(self, watchdog)
@@ -231,6 +225,7 @@ class Trainer:
             f"{config.name}: {parameters / 1e6:.1f}M parameters, {len(self.index)} samples, {self.world.size} ranks x"
             f" {self.micro_batch} x {self.accumulation} = batch {config.train.global_batch},"
             f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
+            total_steps=self.total_steps,
         )
 
     def _check_latents(self) -> None:
@@ -313,7 +308,6 @@ class Trainer:
             self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to go on")
         elif code == 0:
             self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
-        self.report.close()
         if not saved:
             raise ckpt.CheckpointError(
                 f"the last checkpoint, of step {self.step}, could not be written to {self.run.checkpoints};"

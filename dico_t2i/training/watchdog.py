@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -50,6 +51,7 @@ class Progress:
     phase: str = "start"
     idle_s: float = 0.0  # since the last beat
     limit_s: float = 0.0  # of idle_s
+    children: str = ""  # those that do not run, such as a stopped data worker; looked for when idle
     end: str | None = None  # why the rank left: "" at the end of its work, else an error
 
 
@@ -147,7 +149,8 @@ class Watchdog:
             idle = idle + elapsed if beats == seen else 0.0
             seen = beats
             host, end = socket.gethostname(), self._end
-            own = Progress(self.world.rank, host, os.getpid(), beats, step, phase, idle, limit, end)
+            children = _stuck_children() if idle > limit / 2 else ""
+            own = Progress(self.world.rank, host, os.getpid(), beats, step, phase, idle, limit, children, end)
             verdict = self._watch.exchange(own, elapsed, self.interval_s)
             if verdict:
                 self._act(verdict, own)
@@ -366,7 +369,7 @@ def _silence(seat: Seat) -> str:
 
 
 def _standstill(seat: Seat) -> str:
-    return f"{_who(seat)} has been {_place(seat)} for {seat.idle_s:.0f} s"
+    return f"{_who(seat)} has been {_place(seat)} for {seat.idle_s:.0f} s{seat.progress.children}"
 
 
 def _who(seat: Seat) -> str:
@@ -375,6 +378,22 @@ def _who(seat: Seat) -> str:
 
 def _place(seat: Seat) -> str:
     return f"in {seat.progress.phase!r} at step {seat.progress.step}"
+
+
+_STATES = {"T": "stopped", "D": "waiting for a disk or file system", "Z": "dead"}
+
+
+def _stuck_children() -> str:
+    """ ", its child process 123 is stopped": children of this process that do not run; empty where all do."""
+    stuck = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it ended
+        if int(parent) == os.getpid() and state in _STATES:
+            stuck.append(f", its child process {path.parent.name} is {_STATES[state]}")
+    return "".join(stuck[:_MAX_NAMED])
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -5,12 +5,27 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import latents
+from tests.small_models import save_autoencoder
+
 from .harness import Run, write_data
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("faults") / "data")
+
+
+@pytest.fixture(scope="session")
+def cached_latents(tmp_path_factory) -> tuple[str, ...]:
+    """The overrides to train on latents, encoded by a small autoencoder."""
+    folder = tmp_path_factory.mktemp("latents")
+    images = write_data(folder / "images", samples=32, size=32)
+    autoencoder = str(save_autoencoder(folder / "autoencoder"))
+    paths = ["--data", str(images), "--out", str(folder / "latents"), "--autoencoder", autoencoder]
+    assert latents.main([*paths, "--size", "32", "--device", "cpu"]) == 0
+    data = (f"data.path={folder / 'latents'}", "data.image_size=32")
+    return (*data, "model.in_channels=4", "autoencoder.kind=kl", f"autoencoder.path={autoencoder}")
 
 
 @pytest.fixture

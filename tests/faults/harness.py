@@ -100,16 +100,16 @@ class Job:
             process.kill()
         self.wait()
 
-    def wait(self) -> list[int]:
+    def wait(self, patience_s: float = PATIENCE_S) -> list[int]:
         """The exit codes, when all ranks have ended; a negative one is the signal that killed."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience_s
         for rank, process in enumerate(self.ranks):
             process.join(max(0, deadline - time.monotonic()))
             if process.exitcode is None:
                 pid, output = process.pid, self.output
                 for other in self.ranks:
                     other.kill()
-                raise TimeoutError(f"rank {rank} (process {pid}) does not end:\n{output}")
+                raise TimeoutError(f"rank {rank} (process {pid}) does not end:\n{output[-4000:]}")
         return [process.exitcode for process in self.ranks if process.exitcode is not None]
 
     def until(self, happened: Callable[[], object]) -> None:
@@ -171,10 +171,10 @@ class Run:
         self.jobs.append(job)
         return job
 
-    def train(self, *overrides: str, ranks: int = 2, code: int = 0) -> str:
+    def train(self, *overrides: str, ranks: int = 2, code: int = 0, patience_s: float = PATIENCE_S) -> str:
         """Run a job to its end; returns the output. Asserts the exit codes."""
         job = self.start(*overrides, ranks=ranks)
-        codes = job.wait()
+        codes = job.wait(patience_s)
         assert codes == [code] * ranks, f"{codes}\n{job.output}"
         return job.output
 
@@ -252,7 +252,7 @@ class Report:
         )
 
 
-def survive(run: Run, kills: int, ranks: int, seed: int) -> Report:
+def survive(run: Run, kills: int, ranks: int, seed: int, patience_s: float = PATIENCE_S) -> Report:
     """Kill one random rank of each job, ``kills`` times, then let the run end. Fills all but the comparison.
 
     As a scheduler does, the ranks that are left are killed too, a moment later.
@@ -283,7 +283,7 @@ def survive(run: Run, kills: int, ranks: int, seed: int) -> Report:
         report.in_save += bool(_unfinished(run.checkpoints) - unfinished)
         if job.start_step not in (None, newest):
             report.differences.append(f"job {len(run.jobs)} went on from step {job.start_step}, not {newest}")
-    run.train(ranks=ranks)
+    run.train(ranks=ranks, patience_s=patience_s)
     report.jobs, report.seconds = len(run.jobs), time.monotonic() - started
     return report
 
@@ -311,13 +311,13 @@ def compare(report: Report, run: Run, whole: Run) -> None:
     report.differences += [f"{key}: not equal" for key in theirs if not torch.equal(ours[key], theirs[key])]
 
 
-def write_data(folder: Path, samples: int = 64) -> Path:
+def write_data(folder: Path, samples: int = 64, size: int = 8) -> Path:
     """Noise images with labels, in small shards."""
     generator = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=24) as writer:
         for number in range(samples):
             file = io.BytesIO()
-            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file, "png")
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "png")
             writer.write({"__key__": f"{number:04d}", "png": file.getvalue(), "cls": str(number % 4).encode()})
     return folder
 
@@ -416,11 +416,13 @@ def main() -> None:
     print(f"seed {parsed.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="dico-faults-"))
     data = write_data(folder / "data")
-    overrides = (f"train.duration.steps={10 * parsed.kills + 20}", f"train.zero_stage={parsed.zero_stage}")
+    steps = 5 * parsed.kills + 20  # a killed start gets three steps further on average
+    overrides = (f"train.duration.steps={steps}", f"train.zero_stage={parsed.zero_stage}")
     whole = Run(folder / "whole", data, "soak", *overrides)
-    whole.train(ranks=parsed.ranks)
+    patience_s = PATIENCE_S + steps
+    whole.train(ranks=parsed.ranks, patience_s=patience_s)
     run = Run(folder / "killed", data, "soak", *overrides)
-    report = survive(run, parsed.kills, parsed.ranks, parsed.seed)
+    report = survive(run, parsed.kills, parsed.ranks, parsed.seed, patience_s)
     compare(report, run, whole)
     print(report)
     if report.lost or report.repeated or report.differences:

@@ -22,6 +22,14 @@ def test_a_run_survives_kills(new_run, whole_run, stage, capsys):
     assert (report.lost, report.repeated, report.differences) == (0, 0, [])
 
 
+def test_a_run_on_cached_latents_survives_kills(new_run, whole_run, cached_latents):
+    overrides = ("train.duration.steps=30", "train.micro_batch=1", *cached_latents)  # four passes a step
+    run = new_run(*overrides)
+    report = survive(run, 3, ranks=2, seed=5)
+    compare(report, run, whole_run(*overrides))
+    assert (report.lost, report.repeated, report.differences) == (0, 0, [])
+
+
 def test_the_comparison_sees_lost_and_repeated_batches(new_run, whole_run):
     whole = whole_run("train.duration.steps=12")
     run = new_run("train.duration.steps=12")

@@ -1,4 +1,6 @@
+import os
 import re
+import signal
 import socket
 
 import pytest
@@ -30,6 +32,17 @@ def test_a_rank_that_sleeps_is_named_by_all_and_itself(tmp_path):
     pattern = rf"rank 1 on {HOST} \(pid \d+\) has been in 'data' at step 20 for 2 s; ranks 0, 2 wait for it"
     check_verdict(ranks, range(3), pattern)
     assert "in sleep_in_data" in ranks.output(1)
+
+
+def test_a_stopped_data_worker_is_named(tmp_path):
+    ranks = Ranks(tmp_path, 2, (1,), faults.wait_for_a_stopped_child)
+    assert ranks.codes() == [HANG_EXIT_CODE] * 2
+    child = (tmp_path / "child.txt").read_text()
+    os.kill(int(child), signal.SIGKILL)
+    pattern = (
+        rf"rank 1 on {HOST} .* 'data' at step 20 for 2 s, its child process {child} is stopped; rank 0 waits for it"
+    )
+    check_verdict(ranks, range(2), pattern)
 
 
 def test_rank_0_asleep_is_named(tmp_path):
@@ -96,7 +109,7 @@ def test_what_is_slow_but_goes_on_or_was_allowed_is_left_alone(tmp_path, fault):
 
 
 def seat(rank, beats=10, idle=0.0, silent=0.0, end=None, limit=60.0):
-    return Seat(Progress(rank, f"node{rank}", 1, beats, 120, "step", idle, limit, end), silent_s=silent)
+    return Seat(Progress(rank, f"node{rank}", 1, beats, 120, "step", idle, limit, end=end), silent_s=silent)
 
 
 def find(*seats, settled=True):

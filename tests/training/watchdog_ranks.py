@@ -21,6 +21,17 @@ def sleep_in_data(watchdog, step):
     time.sleep(60)
 
 
+def wait_for_a_stopped_child(watchdog, step):
+    """As a data worker that is stopped with its answer half sent."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(0)
+    (Path(os.environ["FOLDER"]) / "child.txt").write_text(str(child))
+    os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, 0)
+
+
 def sleep_in_step(watchdog, step):
     watchdog.beat(step, "step")
     time.sleep(60)
@@ -79,6 +90,7 @@ def run_rank(folder, rank, ranks, port, victims, fault):
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["FOLDER"] = str(folder)
     torch.set_num_threads(1)
     world = join_world()
 
