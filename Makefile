@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env quickstart test soak lint lock clean
+.PHONY: env quickstart test soak slurm-sandbox slurm-sandbox-stop lint lock clean
 
 env: .venv/ready
 
@@ -28,6 +28,14 @@ test: env
 # Kill a run over and over, many times more than `make test` does; about 15 minutes.
 soak: env
 	$(BIN)/python -m tests.faults.harness --kills 300 --ranks 4
+
+# A real SLURM of two nodes on this machine (Debian: apt-get install slurm-wlm munge).
+slurm-sandbox: env
+	$(BIN)/python cluster/sandbox.py start
+	@echo "to stop it: make slurm-sandbox-stop"
+
+slurm-sandbox-stop: env
+	$(BIN)/python cluster/sandbox.py stop
 
 lint: env
 	$(BIN)/ruff format --check .

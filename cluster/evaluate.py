@@ -1,0 +1,61 @@
+"""Evaluate a run's checkpoints in a job of its own, never holding up training.
+
+    python cluster/evaluate.py --run runs/NAME -- evals/script.py --checkpoint {checkpoint} --out {out}
+    python cluster/evaluate.py --run runs/NAME --follow -- ...        each new checkpoint, until the run is done
+    python cluster/evaluate.py --run runs/NAME --after JOB -- ...     the newest one, once the training job has ended
+
+{checkpoint} and {out} stand for the checkpoint's folder and a folder for results, runs/NAME/evaluations/NAME-OF-STEP.
+Each checkpoint is evaluated once: what is there already is not done again. With several jobs after one another separate
+them by --name, which is also the name of the folder instead of "evaluations".
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cluster import jobs
+from cluster.options import add_cluster_options, chosen_cluster
+from cluster.works import EvaluationJob
+from data_prep.common import run
+
+_LEAD_S = 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a run folder")
+    parser.add_argument("--follow", action="store_true", help="each new checkpoint until the run is done")
+    parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--name", default="evaluations")
+    parser.add_argument("script", nargs="+", help="after --: the script and its arguments")
+    add_cluster_options(parser)
+    arguments = parser.parse_args(argv)
+    if not any("{checkpoint}" in part for part in arguments.script):
+        raise ValueError("the script's arguments have no {checkpoint}: it would not know what to evaluate")
+    if not Path(arguments.script[0]).is_file():
+        raise ValueError(f"{arguments.script[0]}: no such script")
+    folder = arguments.run.resolve()
+    if not (arguments.after or arguments.follow or folder.is_dir()):
+        raise ValueError(f"--run {arguments.run}: no such run")
+    cluster = chosen_cluster(arguments)
+    made = jobs.executor(
+        cluster,
+        f"evaluate-{folder.name}",
+        folder / "jobs" / arguments.name,
+        local=arguments.local,
+        lead_s=_LEAD_S,
+        ranks=False,
+        after=arguments.after,
+    )
+    if not arguments.local:
+        jobs.check(made, cluster, 1, folder / "jobs" / arguments.name / "checked.sh")
+    work = EvaluationJob(str(folder), arguments.name, tuple(arguments.script), arguments.follow)
+    (job,) = jobs.submit(made, [work])
+    print(f"job {job.id}: log {job.log}\n  results: {folder / arguments.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,174 @@
+"""Submitting through submitit. A job is one callable, run once on its first node.
+
+<folder>/
+  <job>_submission.sh     what sbatch got
+  <job>_0_log.out         what the job says: its starts, failures, decisions
+  <job>/                  what is written by the job itself (a run's ranks: rank-0.log, ...)
+  submitted.jsonl         one line a submission
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.core.core import Executor
+from submitit.local.local import LocalExecutor
+from submitit.slurm.slurm import SlurmExecutor
+
+from cluster import slurm
+from cluster.state import json_lines
+from dico_t2i.config import ClusterConfig, ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+UNMEASURED_LEAD_S = 300  # before a run's first save has shown how long one takes
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was handed over."""
+
+    id: str
+    folder: Path
+    local: bool
+
+    @property
+    def log(self) -> Path:
+        """What the job itself says."""
+        return self.folder / f"{self.id}_0_log.out"
+
+
+def minutes(time_limit: str) -> int:
+    """A time limit in sbatch's notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in whole minutes, at least 1."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    if not match:
+        raise ConfigError(f"cluster.time: {time_limit!r} is not minutes, H:M:S or days-H:M:S")
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:  # D-H, D-H:M, D-H:M:S
+        seconds = int(days) * 86400 + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    else:  # M, M:S, H:M:S
+        units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)]
+        seconds = sum(part * unit for part, unit in zip(parts, units, strict=True))
+    if seconds == 0:
+        raise ConfigError(f"cluster.time: {time_limit!r} is no time at all")
+    return -(-seconds // 60)
+
+
+class _SlurmExecutor(SlurmExecutor):
+    """Writes scripts on machines without SLURM, too."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def executor(
+    cluster: ClusterConfig, name: str, folder: Path, *, local: bool, lead_s: int, ranks: bool, after: str | None = None
+) -> Executor:
+    """What submits to SLURM, or runs here, with the options of ``cluster``.
+
+    ranks: whether the job is for cluster.ranks processes, else for one, with a GPU where there are any.
+    after: a job that has to end well before.
+    Raises ConfigError for options that cannot be.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = minutes(cluster.time)
+    gpus = cluster.gpus_per_node if ranks else min(1, cluster.gpus_per_node)
+    setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH", *cluster.setup]
+    outside = shlex.quote(sys.executable)  # of a container, where only the ranks are
+    python = outside if cluster.container else cluster.python or outside
+    made: Executor
+    if local:
+        made = LocalExecutor(folder, max_num_timeout=10**9, python=python)
+        made.update_parameters(timeout_min=limit, signal_delay_s=lead_s, gpus_per_node=gpus, setup=setup)
+        return made
+    made = _SlurmExecutor(folder, max_num_timeout=10**9, python=python)
+    wanted = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mem": cluster.mem,
+        "exclusive": cluster.exclusive or None,
+        "gpus_per_node": gpus or None,
+        "dependency": f"afterok:{after}" if after else None,
+    }
+    made.update_parameters(
+        job_name=name,
+        time=limit,
+        nodes=cluster.nodes if ranks else 1,
+        ntasks_per_node=cluster.ranks_per_node if ranks else 1,
+        cpus_per_task=cluster.cpus_per_task,
+        signal_delay_s=lead_s,
+        stderr_to_stdout=True,
+        use_srun=False,
+        setup=setup,
+        additional_parameters={
+            "requeue": True,
+            **{key.replace("-", "_"): value for key, value in cluster.sbatch.items()},
+        },
+        **{key: value for key, value in wanted.items() if value is not None},
+    )
+    return made
+
+
+def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -> list[Submitted]:
+    """Hand over one job, or an array of them with at most ``parallel`` at a time."""
+    local = isinstance(made, LocalExecutor)
+    if parallel and not local:
+        made.update_parameters(array_parallelism=parallel)
+    if len(works) == 1:
+        handed = [made.submit(works[0])]
+    else:
+        with made.batch():
+            handed = [made.submit(work) for work in works]
+    return [Submitted(job.job_id, made.folder, local) for job in handed]
+
+
+def note(folder: Path, job: Submitted, command: str) -> None:
+    """Write down in a run's folder of jobs that this one is its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "submitted.jsonl").open("a") as file:
+        file.write(json.dumps({"job": job.id, "local": job.local, "time": time.time(), "command": command}) + "\n")
+
+
+def script(made: Executor, path: Path) -> Path:
+    """Write the script that ``submit`` would give to sbatch."""
+    assert isinstance(made, SlurmExecutor)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(made._make_submission_file_text(made._submitit_command_str, path.stem))
+    path.chmod(0o755)
+    return path
+
+
+def known(folder: Path) -> list[str]:
+    """The ids of the SLURM jobs of a run, by its folder of jobs; oldest first."""
+    return [line["job"] for line in json_lines(folder / "submitted.jsonl") if not line["local"]]
+
+
+def own_id() -> str:
+    """The id of the job this process is part of: SLURM's, with the task of an array, or the local one."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ["SUBMITIT_LOCAL_JOB_ID"]
+
+
+def in_slurm() -> bool:
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def check(made: Executor, cluster: ClusterConfig, nodes: int, path: Path) -> None:
+    """Ask SLURM whether it would take the job, before anything is queued. Raises SlurmError."""
+    slurm.require()
+    slurm.check_partition(cluster.partition, nodes)
+    slurm.test_only(script(made, path))

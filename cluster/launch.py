@@ -1,0 +1,213 @@
+"""Launch training on SLURM, or on this machine.
+
+    python cluster/launch.py --config configs/dico_h_t2i.yaml --nodes 16
+    python cluster/launch.py --config configs/dico_h_t2i.yaml --nodes 16 --dry-run     (the plan and the sbatch script)
+    python cluster/launch.py --config configs/dico_s_t2i.yaml --local --gpus-per-node 1 --follow
+    python cluster/launch.py --config configs/dico_s_t2i.yaml --nodes 1 --sweep sweep.yaml --parallel 4
+
+The job comes back by itself in the same run folder after its time limit, preemption or a node's failure, and goes on
+exactly. A sweep is a YAML file of names and lists of overrides, {lr1: [optimizer.lr=1e-4], lr2: [optimizer.lr=2e-4]}.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from submitit.core.core import Executor
+from submitit.slurm.slurm import SlurmExecutor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cluster import jobs, slurm
+from cluster.follow import follow
+from cluster.options import add_cluster_options, chosen_cluster
+from cluster.preflight import problems
+from cluster.state import holder, measured_pause
+from cluster.supervisor import TrainJob
+from data_prep.common import run
+from dico_t2i.config import ClusterConfig, Config, dump_config, load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if not arguments.local and not arguments.dry_run:
+        slurm.require()
+    configs = _configs(arguments)
+    if arguments.local and (len(configs) > 1 or configs[0].cluster.nodes > 1):
+        raise ValueError("--local: one run on one node; leave out --sweep, and give --nodes 1")
+    _check_python(configs[0].cluster)
+    for config in configs:
+        config.batching(config.cluster.ranks)  # raises if the ranks do not fit
+        if not arguments.dry_run:
+            _check_inputs(config, arguments.after)
+    return _launch(arguments, configs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where run folders are, on a file system that the nodes share"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, write the sbatch script, submit nothing"
+    )
+    parser.add_argument("--follow", action="store_true", help="show the log of rank 0 and failures until the job ends")
+    parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="one run for each entry, as a job array")
+    parser.add_argument("--parallel", type=int, help="runs of a sweep at a time")
+    parser.add_argument("--no-plan", action="store_true", help="launch what the plan says cannot fit, too")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    add_cluster_options(parser)
+    return parser
+
+
+def _configs(arguments: argparse.Namespace) -> list[Config]:
+    """Of the run, or of each run of the sweep."""
+    if arguments.sweep is None:
+        return [_config(arguments, [])]
+    try:
+        entries = yaml.safe_load(arguments.sweep.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--sweep {arguments.sweep}: not valid YAML: {error}") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
+        raise ValueError(f"--sweep {arguments.sweep}: expected names with lists of key.path=value each")
+    base = load_config(arguments.config, arguments.overrides).name
+    return [_config(arguments, [f"name={base}-{key}", *map(str, entry)]) for key, entry in entries.items()]
+
+
+def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
+    config = load_config(arguments.config, [*arguments.overrides, *more])
+    return config.model_copy(update={"cluster": chosen_cluster(arguments, config.cluster)})
+
+
+def _check_inputs(config: Config, after: str | None) -> None:
+    """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
+    from dico_t2i.data import check_data, load_index
+    from dico_t2i.encoders import find_autoencoder, find_text_encoder
+
+    find_autoencoder(config.autoencoder)
+    if config.model.condition == "text":
+        find_text_encoder(config.text_encoder)
+    if after is None:
+        check_data(config, load_index(config.data.path))
+
+
+def _check_python(cluster: ClusterConfig) -> None:
+    """Raise ValueError if the Python of the job is not here or lacks packages; the nodes are looked at by the job."""
+    if cluster.container:
+        return
+    python = cluster.python or sys.executable
+    command = [python, "-m", "cluster.preflight", str(jobs.ROOT), "0"]
+    environment = {**os.environ, "PYTHONPATH": str(jobs.ROOT)}
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    except OSError as error:
+        raise ValueError(f"cluster.python: {python}: {error.strerror}; give one that all nodes see") from None
+    if answer.returncode:
+        last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        raise ValueError(f"cluster.python: {python} cannot run this: {last}")
+    found = problems([{**json.loads(answer.stdout), "sees_run": True}], 0)
+    if found:
+        raise ValueError(f"cluster.python: {python}: {found[0]}")
+
+
+def _launch(arguments: argparse.Namespace, configs: list[Config]) -> int:
+    first, runs = configs[0], arguments.runs.resolve()
+    name = first.name if arguments.sweep is None else f"{arguments.sweep.stem}.sweep"
+    folder = runs / name / "jobs"
+    lead = _lead(first, runs / first.name)
+    made = jobs.executor(
+        first.cluster, name, folder, local=arguments.local, lead_s=lead, ranks=True, after=arguments.after
+    )
+    for config in configs:
+        _plan(config, arguments.no_plan)
+        print(_describe(config, lead, arguments))
+    if arguments.dry_run:
+        return _dry_run(made, first, folder / "dry-run.sh")
+    for config in configs:
+        _check_free(runs / config.name)
+    if not arguments.local:
+        jobs.check(made, first.cluster, first.cluster.nodes, folder / "checked.sh")
+    command = shlex.join(["python", *sys.argv])
+    works = [TrainJob(config.name, dump_config(config), str(runs), command) for config in configs]
+    submitted = jobs.submit(made, works, arguments.parallel)
+    for job, config in zip(submitted, configs, strict=True):
+        own = runs / config.name / "jobs"
+        jobs.note(own, job, command)
+        print(f"job {job.id}: {config.name}")
+        print(f"  run folder: {runs / config.name}\n  job's log:  {job.log}\n  ranks' logs: {own / job.id}/rank-*.log")
+    return follow(submitted[0], runs / first.name / "jobs" / submitted[0].id / "rank-0.log") if arguments.follow else 0
+
+
+def _dry_run(made: Executor, config: Config, path: Path) -> int:
+    """Write the script, and have SLURM judge it where there is one."""
+    if isinstance(made, SlurmExecutor):
+        print(f"sbatch script: {jobs.script(made, path)}")
+        if slurm.answers():
+            jobs.check(made, config.cluster, config.cluster.nodes, path)
+            print("SLURM would take it")
+    print("nothing was submitted")
+    return 0
+
+
+def _lead(config: Config, run_folder: Path) -> int:
+    """Seconds before the time limit at which the ranks are told to save."""
+    cluster, limit = config.cluster, 60 * jobs.minutes(config.cluster.time)
+    if cluster.signal_lead_s:
+        if cluster.signal_lead_s >= limit:
+            raise ValueError(f"--signal-lead {cluster.signal_lead_s}: not shorter than the time limit of {limit} s")
+        return cluster.signal_lead_s
+    pause = measured_pause(run_folder)
+    lead = jobs.UNMEASURED_LEAD_S if pause is None else round(60 + 2 * pause)
+    return min(lead, limit // 2)
+
+
+def _check_free(run_folder: Path) -> None:
+    """Raise ValueError if a job works in the run folder, or waits to."""
+    active = [job for job in slurm.jobs(jobs.known(run_folder / "jobs")) if job.active] if slurm.present() else []
+    for job in active:
+        raise ValueError(
+            f"{run_folder}: job {job.id} ({job.state}{', ' + job.nodes if job.nodes else ''}) has this run;"
+            f" scancel {job.id}, or give the new one another name (name=...)"
+        )
+    other = holder(run_folder)
+    if other:
+        raise ValueError(f"{run_folder}: in use by {other}; stop it, or give this run another name (name=...)")
+
+
+def _plan(config: Config, allow: bool) -> None:
+    """Print what a run on GPUs will need. Raises ValueError, with settings that fit, if it does not."""
+    if not config.cluster.gpus_per_node:
+        return
+    from rich.console import Console
+
+    from dico_t2i.plan import make_plan
+    from dico_t2i.plan_text import refusal, render
+
+    plan = make_plan(config)
+    Console().print(render(plan), highlight=False)
+    if not plan.estimate.fits and not allow:
+        raise ValueError(f"{refusal(plan)}\n  or --no-plan, if you know better")
+
+
+def _describe(config: Config, lead: int, arguments: argparse.Namespace) -> str:
+    """What will be asked of the scheduler, in words."""
+    cluster = config.cluster
+    micro, accumulation = config.batching(cluster.ranks)
+    devices = "GPUs" if cluster.gpus_per_node else "CPU processes"
+    where = "this machine" if arguments.local else f"partition {cluster.partition or '(default)'}"
+    return (
+        f"{config.name}: {cluster.nodes} x {cluster.ranks_per_node} {devices} on {where};"
+        f" batch {config.train.global_batch} = {cluster.ranks} ranks x {micro} x {accumulation} pass(es)\n"
+        f"time limit {cluster.time}, ranks save {lead} s before it; at most {cluster.max_requeues} requeues"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

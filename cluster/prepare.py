@@ -1,0 +1,57 @@
+"""Prepare data as an array of jobs, each with its share of the shards.
+
+    python cluster/prepare.py --tasks 16 --name latents -- data_prep/latents.py --data data/coco256 \\
+        --out data/coco256_latents --autoencoder stabilityai/sd-vae-ft-ema
+
+Works for any script that takes --part K/N, leaves shards whole or not at all, and makes only those that are missing:
+launched again after failures it does what is left; --after JOB chains it, and training can wait for it in turn.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cluster import jobs
+from cluster.options import add_cluster_options, chosen_cluster
+from cluster.works import ScriptJob
+from data_prep.common import run
+
+_LEAD_S = 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, required=True, help="jobs of the array")
+    parser.add_argument("--name", default="prepare")
+    parser.add_argument("--parallel", type=int, help="jobs at a time")
+    parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--logs", type=Path, default=Path("runs/prepare"))
+    parser.add_argument("script", nargs="+", help="after --: the script and its arguments")
+    add_cluster_options(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.tasks < 1:
+        raise ValueError(f"--tasks {arguments.tasks}: at least 1")
+    if not Path(arguments.script[0]).is_file():
+        raise ValueError(f"{arguments.script[0]}: no such script")
+    cluster = chosen_cluster(arguments)
+    made = jobs.executor(
+        cluster,
+        arguments.name,
+        arguments.logs,
+        local=arguments.local,
+        lead_s=_LEAD_S,
+        ranks=False,
+        after=arguments.after,
+    )
+    if not arguments.local:
+        jobs.check(made, cluster, 1, arguments.logs.resolve() / "checked.sh")
+    works = [ScriptJob((*arguments.script, "--part", f"{k}/{arguments.tasks}")) for k in range(arguments.tasks)]
+    for job in jobs.submit(made, works, arguments.parallel):
+        print(f"job {job.id}: log {job.log}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

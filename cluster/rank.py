@@ -1,0 +1,48 @@
+"""One rank of a training job: trains, and leaves a note of why it failed where the job looks for it.
+
+    python -m cluster.rank FOLDER RUNS START     (started by cluster/supervisor.py)
+
+FOLDER holds config.yaml, resolved; notes go to FOLDER/errors-START/<rank>.json.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+LOCK_PATIENCE_S = 120.0  # a job that was requeued may find its former self still leaving
+START_MARK = "-- start "  # the first line of each start in a log
+USER_ERROR = 2  # the exit code for what only the user can mend
+
+
+def main(folder: Path, runs: Path, start: int) -> int:
+    """Train; returns the exit code."""
+    notes = folder / f"errors-{start}"
+    print(f"{START_MARK}{start}", flush=True)
+    try:
+        from dico_t2i.config import load_config
+        from dico_t2i.training.trainer import train
+
+        return train(load_config(folder / "config.yaml"), runs, LOCK_PATIENCE_S if start else 0.0)
+    except ValueError as error:  # a config, data, a model or a checkpoint that can't be used: the message says it all
+        _note(notes, USER_ERROR, str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            _note(notes, 1, traceback.format_exc())
+        raise
+
+
+def _note(notes: Path, code: int, error: str) -> None:
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    note = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "code": code, "error": error.strip()}
+    notes.mkdir(parents=True, exist_ok=True)
+    (notes / f"{rank}.json").write_text(json.dumps(note))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,323 @@
+"""A real SLURM on this machine, to try jobs and to test with: one controller and as many node daemons as wanted.
+
+    python cluster/sandbox.py start --nodes 2 --cpus 2       then: export SLURM_CONF=... as it prints
+    python cluster/sandbox.py status
+    python cluster/sandbox.py stop
+
+Everything lives in one folder, a SLURM of the system is not touched, and no rights are needed. Jobs run as the user who
+started it. CPUs, GPUs and nodes are only counted: the nodes share this machine, and a job may ask for more than it has.
+Jobs of partition `main` preempt those of `preemptible`, which are requeued. Needs the programs of SLURM and munge
+(Debian: slurm-wlm and munge).
+"""
+
+import argparse
+import os
+import pwd
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.common import run
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"  # users have no sbin on theirs
+_PORTS = range(10000, 15000)  # training has 20000 to 29999, and systems hand out those above 32767
+_START_S, _NODE_S, _STOP_S = 60, 10, 20
+
+# cred_expire: how long a requeued job waits at least; 120 s by default, and below 5.
+# SlurmdTimeout, MessageTimeout: together they decide how soon a silent node is down, here after about 15 s.
+_SLURM_CONF = """\
+ClusterName=sandbox
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+PropagateResourceLimits=NONE
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+SlurmdTimeout=5
+MessageTimeout=5
+ReturnToService=2
+JobRequeue=1
+MinJobAge=3600
+KillWait={kill_wait}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs={cpus} RealMemory=1000 {gres}
+PartitionName=main Nodes=ALL Default=YES PriorityTier=2 PreemptMode=OFF
+PartitionName=preemptible Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
+"""
+
+
+class SandboxError(ValueError):
+    """The sandbox cannot do what is asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A SLURM whose nodes are n1, n2, ... and whose files are all in ``folder``, an absolute path."""
+
+    folder: Path
+    nodes: int = 2
+    cpus: int = 2  # of each node
+    gpus: int = 0  # of each node; counted, but jobs see none
+    kill_wait: int = 30  # seconds from SIGTERM to SIGKILL when a job is ended
+
+    @property
+    def conf(self) -> Path:
+        return self.folder / "slurm.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes SLURM's commands talk to this one."""
+        return {"SLURM_CONF": str(self.conf)}
+
+    @property
+    def running(self) -> bool:
+        return self._pid("slurmctld") is not None
+
+    def start(self) -> None:
+        """Returns when all nodes can take jobs. Raises SandboxError. Job numbers go on from an earlier start."""
+        self._check()
+        self.stop()  # what is left over where the controller alone has died
+        self._write_files()
+        try:
+            self._start_daemons()
+        except SandboxError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Cancel all jobs and end every process of the sandbox; harmless if it does not run."""
+        if self.running:
+            self.command("scancel", "--user", _user())
+        _end(self._steps(), signal.SIGKILL)  # a node's daemon waits for them
+        names = {path.stem for path in (self.folder / "run").glob("*.pid")}
+        _end([self._pid(name) for name in names - {"munged"}])
+        _end(self._steps(), signal.SIGKILL)  # of jobs that started meanwhile
+        _end([self._pid("munged")])  # last: the others need it to the end
+
+    def status(self) -> str:
+        """What sinfo and squeue say."""
+        if not self.running:
+            return f"no SLURM runs in {self.folder}"
+        return f"SLURM runs in {self.folder}\n{self.command('sinfo')}{self.command('squeue')}"
+
+    def kill_node(self, name: str, *, steps: bool = False) -> None:
+        """SIGKILL to a node's daemon. steps: to its jobs' processes too, which live on otherwise."""
+        pid = self._pid(name)
+        if pid is None:
+            raise SandboxError(f"{name}: no such node runs in {self.folder}")
+        _end([pid, *(self._steps(name) if steps else [])], signal.SIGKILL)
+
+    def start_node(self, name: str) -> None:
+        """Returns before the controller knows of it."""
+        self._daemon("slurmd", "-f", str(self.conf), "-N", name)
+        if not _within(_NODE_S, lambda: self._pid(name) is not None):
+            raise SandboxError(f"{name}: slurmd ended at once, see {self.folder}/log/{name}.log")
+
+    def command(self, *command: str) -> str:
+        """The output of one of SLURM's commands, whether it succeeds or not."""
+        return subprocess.run(command, capture_output=True, text=True, env=self._environment(), check=False).stdout
+
+    def _check(self) -> None:
+        """Raise SandboxError for all that is known not to work."""
+        if missing := missing_programs():
+            raise SandboxError(f"not installed: {', '.join(missing)} (Debian: apt-get install slurm-wlm munge)")
+        if self.running:
+            raise SandboxError(f"a SLURM runs in {self.folder} already; stop it first")
+        if not re.fullmatch(r"/[\w./@+-]{1,70}", str(self.folder)):  # paths of sockets have at most 108 characters
+            raise SandboxError(f"--folder {self.folder}: give one of at most 70 letters, digits or ./@+-_")
+        if min(self.nodes, self.cpus) < 1 or self.gpus < 0:
+            raise SandboxError(f"{self.nodes} nodes of {self.cpus} CPUs and {self.gpus} GPUs: give at least 1, 1 and 0")
+
+    def _write_files(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        for name in ("run", "log", "state", "spool", "gpus"):
+            (self.folder / name).mkdir(mode=0o755, exist_ok=True)
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        devices = [self.folder / "gpus" / str(number) for number in range(self.gpus)]
+        for device in devices:
+            device.touch()
+        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
+        controller_port, *ports = _free_ports(1 + self.nodes)
+        text = _SLURM_CONF.format(
+            **{"host": socket.gethostname().partition(".")[0], "user": _user(), "folder": self.folder},
+            **{"controller_port": controller_port, "ports": ",".join(map(str, ports)), "kill_wait": self.kill_wait},
+            **{"nodes": self.nodes, "cpus": self.cpus, "gres": f"Gres=gpu:{self.gpus}" if self.gpus else ""},
+        )
+        self.conf.write_text(text)
+
+    def _start_daemons(self) -> None:
+        files = {"key-file": "munge.key", "log-file": "log/munged.log"}
+        files |= {"socket": "run/munge.socket", "pid-file": "run/munged.pid", "seed-file": "run/munge.seed"}
+        # --force: munge objects to a folder that other users cannot enter
+        self._daemon("munged", "--force", *(f"--{option}={self.folder / path}" for option, path in files.items()))
+        self._daemon("slurmctld", "-f", str(self.conf))
+        for number in range(1, self.nodes + 1):
+            self.start_node(f"n{number}")
+        if not _within(_START_S, self._ready):
+            raise SandboxError(f"SLURM is not ready after {_START_S} s; {self._last_words()}")
+
+    def _ready(self) -> bool:
+        states = self.command("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split()
+        return len(states) == self.nodes and set(states) <= {"idle", "mixed", "allocated"}
+
+    def _last_words(self) -> str:
+        """The ends of the logs."""
+        logs = [self.folder / "log" / f"{name}.log" for name in ("munged", "slurmctld", "n1")]
+        ends = [(log, log.read_text(errors="replace").splitlines()[-8:]) for log in logs if log.exists()]
+        return "\n".join(f"{log} ends with\n  " + "\n  ".join(lines) for log, lines in ends)
+
+    def _daemon(self, program: str, *arguments: str) -> None:
+        """Returns when it is in the background."""
+        command = [shutil.which(program, path=_PATH) or program, *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, env=self._environment(), check=False)
+        if answer.returncode:
+            raise SandboxError(f"{program} does not start: {answer.stderr.strip()}; {self._last_words()}")
+
+    def _environment(self) -> dict[str, str]:
+        """The caller's, without what another SLURM has set."""
+        clean = {key: value for key, value in os.environ.items() if not re.match("SLURM|SBATCH_|SQUEUE_|SINFO_", key)}
+        return {**clean, **self.environment}
+
+    def _pid(self, daemon: str) -> int | None:
+        """Of one of the daemons if it lives: the number in an old file may be another process's by now."""
+        try:
+            pid = int((self.folder / "run" / f"{daemon}.pid").read_text())
+        except (OSError, ValueError):
+            return None
+        return pid if f"{self.folder}/".encode() in _read(pid, "cmdline") else None
+
+    def _steps(self, node: str = r"n\d+") -> list[int]:
+        """The processes of jobs on a node: slurmstepd has the node's log open, its children have its name."""
+        name = re.compile(rf"\0SLURMD_NODENAME={node}\0".encode())
+        conf = f"\0SLURM_CONF={self.conf}\0".encode()
+        log = re.compile(rf"{re.escape(str(self.folder))}/log/{node}\.log")
+
+        def belongs(pid: int) -> bool:
+            if _read(pid, "comm").startswith(b"slurmstepd"):
+                return any(map(log.fullmatch, _open_files(pid)))
+            environment = b"\0" + _read(pid, "environ")
+            return conf in environment and name.search(environment) is not None
+
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if belongs(int(path.name))]
+
+
+def missing_programs() -> list[str]:
+    """Those of SLURM and munge that are not on this machine."""
+    return [program for program in _PROGRAMS if not shutil.which(program, path=_PATH)]
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        raise SandboxError(f"user {os.getuid()} has no name in /etc/passwd, and SLURM wants one") from None
+
+
+def _free_ports(count: int) -> list[int]:
+    return list(islice(filter(_is_free, random.sample(_PORTS, len(_PORTS))), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _end(pids: Iterable[int | None], number: int = signal.SIGTERM) -> None:
+    """Signal the processes and wait for their end; SIGKILL to those that do not come to it."""
+    left = [pid for pid in pids if pid is not None]
+    for what in (number, signal.SIGKILL):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, what)
+        left = _left_after(_STOP_S, left)
+
+
+def _left_after(seconds: float, pids: Sequence[int]) -> list[int]:
+    """Those that still run then, or none before; a zombie has no command line."""
+    _within(seconds, lambda: not any(_read(pid, "cmdline") for pid in pids))
+    return [pid for pid in pids if _read(pid, "cmdline")]
+
+
+def _within(seconds: float, happened: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (result := happened()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return result
+
+
+def _read(pid: int, name: str) -> bytes:
+    """A file of /proc; empty if the process has ended or is another user's."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _open_files(pid: int) -> list[str]:
+    try:
+        return [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:  # as above
+        return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(os.environ.get("DICO_SLURM_SANDBOX", Path.home() / ".cache/dico_t2i/slurm"))
+    parser.add_argument("action", choices=("start", "stop", "status"))
+    parser.add_argument("--nodes", type=int, default=Sandbox.nodes)
+    parser.add_argument("--cpus", type=int, default=Sandbox.cpus, help="of each node")
+    parser.add_argument(
+        "--gpus", type=int, default=Sandbox.gpus, help="of each node; jobs can ask for them but see none"
+    )
+    parser.add_argument("--folder", type=Path, default=default, help="(default: $DICO_SLURM_SANDBOX, or %(default)s)")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder.expanduser().resolve()
+    sandbox = Sandbox(folder, arguments.nodes, arguments.cpus, arguments.gpus)
+    if arguments.action == "start":
+        sandbox.start()
+        print(f"SLURM with {sandbox.nodes} nodes runs. To use it, and to stop it:\n")
+        print(f"export SLURM_CONF={sandbox.conf}\npython {sys.argv[0]} stop --folder {folder}")
+    elif arguments.action == "stop":
+        sandbox.stop()
+    print(sandbox.status())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

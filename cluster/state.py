@@ -1,0 +1,124 @@
+"""What a run folder tells of its run, read by launching, supervising and listing."""
+
+import fcntl
+import json
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MANIFEST = "manifest.json"  # dico_t2i.training.checkpoint.MANIFEST, whose import would take torch
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is. Times in seconds; None where the run has not told yet."""
+
+    name: str
+    word: str  # done, running, stopped, failed, cut off, new
+    step: int
+    steps: int | None
+    loss: float | None
+    images_per_s: float | None
+    eta_s: float | None
+    checkpoint_age_s: float | None
+    restarts: int
+    trouble: str  # the last failure, in one line
+
+
+def read_state(run_folder: Path) -> RunState:
+    """Read what is there; a run that has not begun is "new"."""
+    lines = list(json_lines(run_folder / "metrics.jsonl"))
+    reports = [line for line in lines if "loss" in line]
+    events = [line for line in lines if "event" in line]
+    starts = [line for line in events if line["event"] == "start"]
+    last: dict[str, Any] = reports[-1] if reports else {}
+    return RunState(
+        name=run_folder.name,
+        word=_word(run_folder, events),
+        step=lines[-1]["step"] if lines else 0,
+        steps=starts[-1].get("total_steps") if starts else None,
+        loss=last.get("loss"),
+        images_per_s=last.get("images_per_s"),
+        eta_s=last.get("eta_s"),
+        checkpoint_age_s=_checkpoint_age(run_folder),
+        restarts=max(0, len(starts) - 1),
+        trouble=_trouble(run_folder),
+    )
+
+
+def measured_pause(run_folder: Path) -> float | None:
+    """Seconds that the run's slowest step and its last save took; None before they are known."""
+    lines = list(json_lines(run_folder / "metrics.jsonl"))
+    steps = [line["step_s"] for line in lines if "step_s" in line]
+    saves = [line["seconds"] for line in lines if line.get("event") == "saved" and "seconds" in line]
+    return max(steps) + saves[-1] if steps and saves else None
+
+
+def holder(run_folder: Path) -> str:
+    """Which process trains in this folder, as far as its file system tells; empty if none."""
+    lock = run_folder / ".lock"
+    if not lock.exists():
+        return ""
+    with lock.open("r+") as file:
+        wish = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wish))[0]
+        return "" if kind == fcntl.F_UNLCK else file.read().strip() or "another process"
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """Those with a manifest, oldest first."""
+    return sorted(path.parent for path in run_folder.glob(f"checkpoints/step-*/{_MANIFEST}"))
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what is no object, such as a line being written, is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def last_step(run_folder: Path) -> int:
+    """The last step that a run told of."""
+    lines = list(json_lines(run_folder / "metrics.jsonl"))
+    return lines[-1]["step"] if lines else 0
+
+
+def tail(path: Path, size: int = 1 << 16) -> list[str]:
+    """The last lines of a file; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read().decode(errors="replace").splitlines()
+
+
+def _word(run_folder: Path, events: list[dict[str, Any]]) -> str:
+    if holder(run_folder):
+        return "running"
+    ends = {"done": "done", "stop": "stopped", "failed": "failed", "hang": "failed", "start": "cut off"}
+    told = [event["event"] for event in events if event["event"] in ends]
+    return ends[told[-1]] if told else "new"
+
+
+def _checkpoint_age(run_folder: Path) -> float | None:
+    times = [(path / _MANIFEST).stat().st_mtime for path in complete_checkpoints(run_folder)]
+    return time.time() - max(times) if times else None
+
+
+def _trouble(run_folder: Path) -> str:
+    failures = list(json_lines(run_folder / "failures.jsonl"))
+    if not failures:
+        return ""
+    last = failures[-1]
+    return f"step {last['step']}: {last['error'].splitlines()[-1] if last['error'] else last['code']}"

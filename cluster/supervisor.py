@@ -1,0 +1,263 @@
+"""The training job as it runs on its first node: starts the ranks, waits, and decides what comes next.
+
+SLURM sends its signals (before the time limit, at preemption) to the ranks themselves. They save and leave with the
+requeue code; then this process asks for the requeue. Ranks that are killed leave no note: what srun and the other
+ranks say of them is shown instead.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NoReturn
+
+from cluster import jobs, preflight, slurm
+from cluster.rank import START_MARK, USER_ERROR
+from cluster.state import json_lines, last_step, tail
+from dico_t2i.config import ClusterConfig, load_config
+
+REQUEUE_CODE = 75  # dico_t2i.training.signals.REQUEUE_EXIT_CODE, whose import would take torch
+_PORTS = range(20000, 30000)  # outside the range that systems hand out
+_STRAGGLERS_S = 300  # after the first rank's end, until srun ends the others
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a start of a run failed: of the rank that was first."""
+
+    time: float
+    job: str
+    start: int
+    step: int  # the last one that the run told of
+    code: int
+    rank: int | None
+    host: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do after the ranks have ended."""
+
+    act: Literal["end", "again", "give up"]
+    why: str
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """The callable that is submitted. Ends with exit code 0 when the run is done, 1 when it is given up."""
+
+    name: str
+    config: str  # resolved, as YAML
+    runs: str
+    command: str  # what the user typed
+
+    def __call__(self) -> None:
+        Supervisor(self).run()
+
+
+class Supervisor:
+    """One job's life."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job, self.id, self.slurm = job, jobs.own_id(), jobs.in_slurm()
+        self.run_folder = Path(job.runs) / job.name
+        self.folder = self.run_folder / "jobs" / self.id
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(job.config)
+        self.cluster = load_config(self.folder / "config.yaml").cluster
+        self.start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.ranks: list[subprocess.Popen[bytes]] = []
+
+    def run(self) -> None:
+        """Start the ranks; after failures and stops, again, as ``decide`` says."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._pass_on)
+        self._check_nodes()
+        while True:
+            code = self._train()
+            failure = self._failure(code)
+            if failure:
+                self._record(failure)
+            decision = decide(code, self.start, self.cluster.max_requeues, self._failures())
+            say(decision.why)
+            if decision.act == "end":
+                return
+            if decision.act == "give up" or (code == REQUEUE_CODE and not self.slurm):
+                sys.exit(1)
+            if self.slurm:
+                self._requeue()
+            self.start += 1
+
+    def _train(self) -> int:
+        """Start all ranks and wait; the exit code that tells most."""
+        environment = self._environment()
+        address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        where = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+        say(f"start {self.start} of job {self.id}: {self.cluster.ranks} ranks on {where}, rendezvous at {address}")
+        command = ["-u", "-m", "cluster.rank", str(self.folder), self.job.runs, str(self.start)]
+        if self.slurm:
+            return self._under_srun(command, environment)
+        return self._here(command, environment)
+
+    def _under_srun(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        cluster = self.cluster
+        tasks = ["--ntasks", str(cluster.ranks), "--ntasks-per-node", str(cluster.ranks_per_node)]
+        output = ["--unbuffered", "--open-mode=append", f"--output={self.folder}/rank-%t.log"]
+        ending = ["--kill-on-bad-exit=0", f"--wait={_STRAGGLERS_S}"]  # ranks that save must not be cut short
+        srun = [*_srun(cluster), *tasks, f"--cpus-per-task={cluster.cpus_per_task}", *output, *ending]
+        with (self.folder / "srun.log").open("ab", buffering=0) as log:
+            log.write(f"{START_MARK}{self.start}\n".encode())
+            done = subprocess.run([*srun, _python(cluster), *command], env=environment, stderr=log, check=False)
+        return done.returncode
+
+    def _here(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        size = self.cluster.ranks
+        for rank in range(size):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            with (self.folder / f"rank-{rank}.log").open("ab") as log:
+                process = subprocess.Popen([_python(self.cluster), *command], env=own, stdout=log, stderr=log)
+            self.ranks.append(process)
+        codes = [process.wait() for process in self.ranks]
+        self.ranks.clear()
+        codes = [128 - code if code < 0 else code for code in codes]
+        return max(codes)
+
+    def _environment(self) -> dict[str, str]:
+        first = slurm.first_host(os.environ["SLURM_JOB_NODELIST"]) if self.slurm else "127.0.0.1"
+        return {
+            "OMP_NUM_THREADS": str(max(1, self.cluster.cpus_per_task // 2)),
+            **os.environ,
+            "MASTER_ADDR": first,
+            "MASTER_PORT": str(_free_port()),
+            "DICO_LAUNCHED_BY": self.job.command,
+            **{key: str(value) for key, value in self.cluster.env.items()},
+        }
+
+    def _check_nodes(self) -> None:
+        """Give up, before any rank starts, if the nodes have not what training needs, or not the same."""
+        gpus = self.cluster.gpus_per_node
+        if self.slurm:
+            command = [*_srun(self.cluster), f"--ntasks={self.cluster.nodes}", "--ntasks-per-node=1"]
+            command += [_python(self.cluster), "-m", "cluster.preflight", str(self.folder), str(gpus)]
+            answer = subprocess.run(command, capture_output=True, text=True, check=False)
+            nodes = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+            found = [] if len(nodes) == self.cluster.nodes else [f"a node does not answer: {answer.stderr.strip()}"]
+        else:
+            nodes, found = [preflight.inspect(self.folder, gpus)], []
+        found += preflight.problems(nodes, gpus)
+        if found:
+            say("the nodes are not fit for this job:", *found)
+            sys.exit(1)
+
+    def _failure(self, code: int) -> Failure | None:
+        """Of the rank that noted one first, else what is known of ranks that were killed."""
+        notes = [json.loads(path.read_text()) for path in (self.folder / f"errors-{self.start}").glob("*.json")]
+        if not notes and code in (0, REQUEUE_CODE):
+            return None
+        step = last_step(self.run_folder)
+        if not notes:
+            return Failure(time.time(), self.id, self.start, step, code, None, "", self._last_words(code))
+        first = min(notes, key=lambda note: note["time"])
+        return Failure(job=self.id, start=self.start, step=step, **first)
+
+    def _last_words(self, code: int) -> str:
+        """What is said of ranks that could not say it themselves."""
+        lines = [line for path in self.folder.glob("rank-*.log") for line in _newest(path) if line.startswith("[hang]")]
+        verdicts = sorted(
+            {re.sub(r"^\[hang\] (rank \d+: )?|; its own main thread is at:$", "", line) for line in lines}
+        )
+        reports = [line for line in _newest(self.folder / "srun.log") if "error" in line][-4:]
+        ending = f"signal {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"code {code}"
+        hint = " (the kernel does that when a node is out of memory)" if code == 128 + signal.SIGKILL else ""
+        return "\n".join([f"ranks ended by {ending}{hint}, without a traceback", *verdicts[:3], *reports])
+
+    def _record(self, failure: Failure) -> None:
+        with (self.run_folder / "failures.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(failure)) + "\n")
+        who = "" if failure.rank is None else f" rank {failure.rank} on {failure.host}:"
+        say(f"FAILED at step {failure.step}:{who}", failure.error)
+
+    def _failures(self) -> list[Failure]:
+        """This job's, oldest first."""
+        return [Failure(**line) for line in json_lines(self.run_folder / "failures.jsonl") if line["job"] == self.id]
+
+    def _requeue(self) -> NoReturn:
+        """Back into the queue, unless SLURM has done so already or the job was cancelled."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it comes with the requeue, and ends this process
+        for found in slurm.jobs([self.id]):
+            if found.state == "RUNNING":
+                slurm.requeue(self.id)
+                time.sleep(60)
+            else:
+                say(f"the job is {found.state} already")
+        sys.exit(1)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Under SLURM the ranks get every signal themselves."""
+        for process in self.ranks:
+            process.send_signal(number)
+
+
+def decide(code: int, start: int, max_requeues: int, failures: Sequence[Failure]) -> Decision:
+    """What comes after a start's end. failures: this job's, the newest last, of this start included."""
+    failure = failures[-1] if failures and failures[-1].start == start else None
+    if failure is None and code == 0:
+        return Decision("end", "done")
+    if failure and failure.code == USER_ERROR:
+        return Decision("give up", "given up: this needs a change by you; launch again after it")
+    if failure and any(other.step == failure.step for other in failures[:-1]):
+        first = next(other for other in failures if other.step == failure.step)
+        return Decision(
+            "give up", f"given up: failed twice at step {failure.step}. The first error was:\n{first.error}"
+        )
+    if start >= max_requeues:
+        return Decision("give up", f"given up: requeued {start} times (--max-requeues); launch again to go on")
+    return Decision("again", "stopped by a signal, goes on from its checkpoint" if not failure else "tries once more")
+
+
+def say(*lines: str) -> None:
+    """Into the job's log."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"[{stamp}] " + "\n".join(lines), flush=True)
+
+
+def _newest(log: Path) -> list[str]:
+    """The last lines of a log, of its last start only."""
+    lines = tail(log)
+    marks = [number for number, line in enumerate(lines) if line.startswith(START_MARK)]
+    return lines[marks[-1] :] if marks else lines
+
+
+def _srun(cluster: ClusterConfig) -> list[str]:
+    options = [f"--cpu-bind={cluster.cpu_bind}"] if cluster.cpu_bind else []
+    if cluster.container:
+        mounts = ",".join((f"{jobs.ROOT}:{jobs.ROOT}", *cluster.container_mounts))
+        options += [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
+        options += [f"--container-workdir={Path.cwd()}"]
+    return ["srun", *options, *cluster.srun]
+
+
+def _python(cluster: ClusterConfig) -> str:
+    return cluster.python or sys.executable
+
+
+def _free_port() -> int:
+    """A port of this node, where rank 0 listens, that nobody uses now."""
+    for port in random.sample(_PORTS, 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port from {_PORTS.start} to {_PORTS.stop - 1} on {socket.gethostname()}")
