@@ -248,6 +248,15 @@ class PreviewConfig(Section):
         return self
 
 
+class ValidationConfig(Section):
+    """The loss on held-out data, with the averaged weights, at fixed timesteps; see training/validation.py."""
+
+    every: Span
+    path: str  # shards made like those of data.path, of other images
+    samples: Positive = 2048  # at least so many: whole batches are taken
+    bands: Positive = 8  # equal bands of timesteps, each seen at its middle
+
+
 class HardwareConfig(Section):
     """What `dico plan` reckons with: one device, and the wires between them. Decimal units."""
 
@@ -327,6 +336,7 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     preview: PreviewConfig = PreviewConfig()
+    validation: ValidationConfig | None = None
     sampler: SamplerConfig = SamplerConfig()  # the default of `dico sample` and of evaluations
     cluster: ClusterConfig = ClusterConfig()
 
@@ -353,6 +363,10 @@ class Config(Section):
             raise ValueError("preview.prompts: a class-conditional model takes preview.labels")
         if self.model.condition == "text" and self.preview.labels:
             raise ValueError("preview.labels: a text-conditional model takes preview.prompts")
+        if self.validation and self.validation.path == data.path:
+            raise ValueError(f"validation.path: {data.path} is what the run trains on; hold out other samples")
+        if self.validation and self.validation.bands > min(self.diffusion.steps, self.validation.samples):
+            raise ValueError(f"validation.bands: {self.validation.bands} bands need as many samples and timesteps")
         return self
 
     @property

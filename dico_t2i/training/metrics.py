@@ -58,13 +58,12 @@ class Reporter:
         self._write({"step": step, "time": time.time(), **values})
         self._wandb.log(step, values)
         numbers = "  ".join(
-            f"{key} {_short(values[key])}" for key in ("loss", "grad_norm", "images_per_s") if key in values
+            f"{key} {_short(values[key])}" for key in ("loss", "val_loss", "grad_norm", "images_per_s") if key in values
         )
         self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
-            self._console.print(
-                f"step {step}  {numbers}  left {_clock(values.get('eta_s'))}", highlight=False, soft_wrap=True
-            )
+            left = f"  left {_clock(values['eta_s'])}" if "eta_s" in values else ""
+            self._console.print(f"step {step}  {numbers}{left}", highlight=False, soft_wrap=True)
 
     def event(self, step: int, kind: str, message: str, **details: Any) -> None:
         """Something that happened; printed, and a line in metrics.jsonl."""
@@ -150,8 +149,6 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
+def _clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from dico_t2i.config import Config
 from dico_t2i.encoders import Autoencoder
 from dico_t2i.encoders.conditioner import Conditioner
-from dico_t2i.models import DiCo
-from dico_t2i.sampling import Pipeline, default_weights, make_grid
+from dico_t2i.sampling import Pipeline, make_grid
+from dico_t2i.training.averaged import averaged_model
 from dico_t2i.training.distributed import World
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.metrics import Reporter
@@ -28,7 +28,7 @@ def sample_preview(
 ) -> None:
     """Sample the fixed prompts or labels with the averaged weights, spread over the ranks; collective."""
     conditions: Sequence[str | int] = config.preview.prompts or config.preview.labels
-    pipeline = Pipeline(config, _averaged_model(config, engine, world, dtype), *encoders, world.device)
+    pipeline = Pipeline(config, averaged_model(config, engine, world, dtype), *encoders, world.device)
     share = -(-len(conditions) // world.size)
     padded = [conditions[i % len(conditions)] for i in range(share * world.size)]
     mine = slice(world.rank * share, (world.rank + 1) * share)
@@ -44,12 +44,3 @@ def sample_preview(
             report.image(step, path)
         except OSError as error:  # a full disk must not end the run
             report.event(step, "samples failed", f"{path} could not be written: {error}")
-
-
-@torch.no_grad()
-def _averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dtype) -> DiCo:
-    model = DiCo(config.model).to(world.device)
-    parameters = dict(model.named_parameters())
-    for name, value in engine.gather(default_weights(config)):
-        parameters[name].copy_(value)
-    return model.to(dtype).eval()

@@ -17,6 +17,7 @@ from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_encoders
 from dico_t2i.training import checkpoint as ckpt
+from dico_t2i.training.averaged import averaged_model
 from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
@@ -27,6 +28,7 @@ from dico_t2i.training.run import RunFolder
 from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
 from dico_t2i.training.snapshot import write_snapshot
+from dico_t2i.training.validation import Validation
 from dico_t2i.training.watchdog import Watchdog
 
 _DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first
@@ -72,11 +74,12 @@ class Trainer:
         self.stop.install()
         self.dtype = WORKING_DTYPE[config.train.precision]
         self.autoencoder, self.conditioner = load_encoders(config, world.device, self.dtype)
-        self._check_latents()
+        self._check_latents(index)
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
         self.micro_batch, self.accumulation = config.batching(world.size)
         self.total_steps = self._steps(config.train.duration)
         self.warmup = self._steps(config.optimizer.warmup) if config.optimizer.warmup else 0
+        self.validation = self._validation()
         torch.manual_seed(config.seed)
         batching = (self.micro_batch, self.accumulation)
         self.engine = Engine(DiCo(config.model), config.train, config.optimizer, batching, world)
@@ -117,6 +120,8 @@ class Trainer:
                 meter.report()
             if self._due(self.config.preview.every):
                 meter.excluded(self._preview)
+            if self.validation and self._due(self.validation.settings.every):
+                meter.excluded(self._validate)
             if self.guard.lost:
                 self._roll_back()
             stop, spoilt, save, settle = self._agree()
@@ -179,14 +184,15 @@ class Trainer:
         return self.autoencoder.latents(moments, randomness.normal(self.config.seed, "latent", position, shape))
 
     @torch.no_grad()
-    def _conditioning(self, batch: Batch, position: Tensor) -> dict[str, Tensor]:
+    def _condition(self, batch: Batch) -> dict[str, Tensor]:
         if batch.labels is not None:
-            conditioning = self.conditioner.of_labels(batch.labels)
-        else:
-            assert batch.tokens is not None
-            conditioning = self.conditioner.of_tokens(batch.tokens)
+            return self.conditioner.of_labels(batch.labels)
+        assert batch.tokens is not None
+        return self.conditioner.of_tokens(batch.tokens)
+
+    def _conditioning(self, batch: Batch, position: Tensor) -> dict[str, Tensor]:
         dropped = randomness.uniform(self.config.seed, "drop", position) < self.config.model.dropout_prob
-        return self.conditioner.drop(conditioning, dropped)
+        return self.conditioner.drop(self._condition(batch), dropped)
 
     def _loader(self) -> Iterator[Batch]:
         encoder = self.conditioner.text_encoder
@@ -228,14 +234,14 @@ class Trainer:
             total_steps=self.total_steps,
         )
 
-    def _check_latents(self) -> None:
+    def _check_latents(self, index: DatasetIndex) -> None:
         """Cached latents must come from the autoencoder of the config."""
-        if self.index.kind != "latents":
+        if index.kind != "latents":
             return
-        made, ours = self.index.meta.get("autoencoder", {}), self.autoencoder.identity()
+        made, ours = index.meta.get("autoencoder", {}), self.autoencoder.identity()
         if any(made.get(key) != ours.get(key) for key in ("kind", "weights", "config")):  # a folder may be renamed
             raise ConfigError(
-                f"{self.index.root} holds latents of another autoencoder: {made}, the config has {ours};"
+                f"{index.root} holds latents of another autoencoder: {made}, the config has {ours};"
                 " set autoencoder to it, or encode again with data_prep/latents.py"
             )
 
@@ -291,6 +297,21 @@ class Trainer:
     def _preview(self) -> None:
         encoders = (self.autoencoder, self.conditioner)
         sample_preview(self.config, self.engine, encoders, self.dtype, self.world, self.run, self.report, self.step)
+
+    def _validation(self) -> Validation | None:
+        """Raises ConfigError or DataError, before anything is trained, if the held-out data cannot be used."""
+        if self.config.validation is None:
+            return None
+        encoder = self.conditioner.text_encoder
+        tokenize = encoder.tokenize if encoder else None
+        made = Validation(self.config, self.world, self.micro_batch, tokenize, self._latents, self._condition)
+        self._check_latents(made.index)
+        return made
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        model = averaged_model(self.config, self.engine, self.world, self.dtype)
+        self.report.log(self.step, self.validation.run(model))
 
     def _spoilt(self) -> DataError:
         self._finish(1)

@@ -1,0 +1,104 @@
+"""The loss on held-out data at fixed timesteps, with the averaged weights.
+
+Every validation of a run sees the same samples, captions, timesteps and noise, so that what moves between two of them
+is the network. Timesteps are the middles of equal bands: sample i is seen in band i mod bands.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dico_t2i import randomness
+from dico_t2i.config import Config, ConfigError
+from dico_t2i.data import Batch, Order, check_data, load_index, make_loader
+from dico_t2i.diffusion import build
+from dico_t2i.encoders.text import Tokenizer
+from dico_t2i.training.distributed import World
+
+
+class Validation:
+    """Held-out data, ready to be looked at again and again.
+
+    latents(batch, position) gives what the network is trained on, conditioning(batch) its arguments beside x and t.
+    Raises ConfigError or DataError if the data does not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        micro_batch: int,
+        tokenize: Tokenizer | None,
+        latents: Callable[[Batch, Tensor], Tensor],
+        conditioning: Callable[[Batch], dict[str, Tensor]],
+    ) -> None:
+        assert config.validation is not None
+        self.config, self.settings, self.world = config, config.validation, world
+        self.micro_batch, self.tokenize = micro_batch, tokenize
+        self.latents, self.conditioning = latents, conditioning
+        self.index = load_index(self.settings.path)
+        check_data(config, self.index)
+        data, batch = config.data, config.train.global_batch
+        self.order = Order(config.seed, self.index.samples.tolist(), data.streams, data.shuffle_block)
+        self.batches = -(-self.settings.samples // batch)
+        if self.batches * batch > self.order.epoch_length:
+            raise ConfigError(
+                f"validation.samples: {self.settings.samples} in whole batches of {batch}, but {self.index.root} has"
+                f" only {len(self.index)} samples; ask for fewer, or hold out more"
+            )
+        self.timesteps = band_middles(config.diffusion.steps, self.settings.bands)
+        self.diffusion = build(config.diffusion, config.model.learn_sigma)
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> dict[str, float]:
+        """Mean losses over all samples and, by timestep, over those of a band; collective.
+
+        "val_loss" with its parts "val_mse" and "val_vb", and "val_loss_t<timestep>" for each band.
+        """
+        sums = torch.zeros(len(self.timesteps), 4, dtype=torch.float64, device=self.world.device)
+        for batch in islice(self._loader(), self.batches * self._passes):
+            position = batch.positions.to(self.world.device)
+            band = position % len(self.timesteps)
+            losses = self._losses(model, batch, position, self.timesteps.to(position.device)[band])
+            parts = [losses.get(key, torch.zeros_like(losses["loss"])) for key in ("loss", "mse", "vb")]
+            sums.index_add_(0, band, torch.stack([*parts, torch.ones_like(parts[0])], dim=1).double())
+        dist.all_reduce(sums)
+        loss, mse, vb, _ = (sums.sum(0) / sums[:, 3].sum()).tolist()
+        by_band = (sums[:, 0] / sums[:, 3]).tolist()
+        bands = {f"val_loss_t{t}": value for t, value in zip(self.timesteps.tolist(), by_band, strict=True)}
+        return {"val_loss": loss, "val_mse": mse, "val_vb": vb, **bands}
+
+    def _losses(self, model: nn.Module, batch: Batch, position: Tensor, t: Tensor) -> dict[str, Tensor]:
+        latents, conditioning = self.latents(batch, position), self.conditioning(batch)
+        noise = randomness.normal(self.config.seed, "validation noise", position, latents.shape[1:])
+        return self.diffusion.training_losses(lambda x, t: model(x, t, **conditioning), latents, t, noise)
+
+    @property
+    def _passes(self) -> int:
+        """Micro-batches of a rank in a batch."""
+        return self.config.train.global_batch // (self.world.size * self.micro_batch)
+
+    def _loader(self) -> Iterator[Batch]:
+        return iter(
+            make_loader(
+                self.config.data.model_copy(update={"path": self.settings.path, "flip": False, "workers": 0}),
+                self.index,
+                self.order,
+                seed=self.config.seed,
+                condition=self.config.model.condition,
+                global_batch=self.config.train.global_batch,
+                micro_batch=self.micro_batch,
+                rank=self.world.rank,
+                world=self.world.size,
+                start_step=0,
+                tokenize=self.tokenize,
+            )
+        )
+
+
+def band_middles(steps: int, bands: int) -> Tensor:
+    """The middle timestep of each of ``bands`` equal bands of range(steps), int64 (bands,)."""
+    return torch.tensor([(2 * band + 1) * steps // (2 * bands) for band in range(bands)])
