@@ -217,7 +217,9 @@ class DataConfig(Section):
             raise ValueError("mixture: cannot be used with data.buckets, whose batches come from one data set")
         remote = [path for path in self.paths if "://" in path and not path.startswith("file://")]
         if remote and self.cache is None:
-            raise ValueError(f"cache: {remote[0]} is read through a local cache; set data.cache: {{path: ..., max_gb: ...}}")
+            raise ValueError(
+                f"cache: {remote[0]} is read through a local cache; set data.cache: {{path: ..., max_gb: ...}}"
+            )
         return self
 
 

@@ -44,7 +44,12 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
 def _philox(seed: int, purpose: str, block: Integers, index: Integers) -> tuple[Integers, ...]:
     """The four words of each block (1, B) of each index (N, 1), int64 (N, B) each."""
     zero = 0 * (block + index)
-    c0, c1, c2, c3 = zero + block, zero + zlib.crc32(purpose.encode()), zero + (index & _WORD), zero + (index >> 32 & _WORD)
+    c0, c1, c2, c3 = (
+        zero + block,
+        zero + zlib.crc32(purpose.encode()),
+        zero + (index & _WORD),
+        zero + (index >> 32 & _WORD),
+    )
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # The product of two 32-bit words wraps in int64, which leaves its 64 bits intact.

@@ -160,6 +160,11 @@ class DatasetIndex:
         """Height and width in pixels of each bucket; none where they were not assigned."""
         return [(int(height), int(width)) for height, width in self.meta.get("buckets", ())]
 
+    @property
+    def starts(self) -> list[int]:
+        """The first shard of each source; there is one."""
+        return [0]
+
     def path(self, shard: int) -> Path:
         return self.root / self.names[shard]
 
@@ -207,7 +212,7 @@ def write_index(
         raise DataError(f"{root}: no shards (*.tar) in this folder")
     stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        _show_progress(pool.map(_index_and_save, stale), len(stale))
+        show_progress(pool.map(_index_and_save, stale), len(stale), "indexing shards")
     buckets = len((meta or {}).get("buckets", ()))
     entries: list[dict[str, Any]] = []
     found: set[str] = set()
@@ -403,8 +408,10 @@ class _TarInfo(tarfile.TarInfo):
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTRA_HEADERS and not 0 <= self.size <= _MAX_EXTRA_HEADER:
-            raise tarfile.InvalidHeaderError(f"an extended header of {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+            raise tarfile.InvalidHeaderError(  # type: ignore[attr-defined]
+                f"an extended header of {self.size} bytes"
+            )
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _members(file: BinaryIO, damage: list[str]) -> Iterator[tuple[tarfile.TarInfo, bool]]:
@@ -553,6 +560,7 @@ def _remedy(root: Path) -> str:
 
 
 def index_path(tar: Path) -> Path:
+    """The index that belongs to a shard."""
     return tar.with_name(tar.name + ".index")
 
 
@@ -580,9 +588,9 @@ def _any_nonzero(file: BinaryIO, start: int, stop: int) -> bool:
     return any(chunk.count(0) != len(chunk) for chunk in chunks)
 
 
-def _show_progress(work: Iterable[None], total: int) -> None:
+def show_progress(work: Iterable[None], total: int, what: str) -> None:
     """Wait for all of ``work``, with a progress bar if there is more than one piece."""
     from rich.progress import track
 
-    for _ in track(work, "indexing shards", total=total, transient=True, disable=total < 2):
+    for _ in track(work, what, total=total, transient=True, disable=total < 2):
         pass

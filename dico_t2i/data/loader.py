@@ -24,7 +24,7 @@ from dico_t2i.config import DataConfig
 from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex
 from dico_t2i.data.order import SampleOrder, rank_positions
 from dico_t2i.data.reader import (
-    Quarantined,
+    QuarantinedError,
     SampleError,
     ShardReader,
     check_finite,
@@ -231,7 +231,7 @@ def _ending(code: int) -> str:
 
 class _Sample(NamedTuple):
     key: str
-    pixels: Tensor | np.ndarray  # an image, or moments
+    pixels: Any  # an image, uint8 (3, H, W) tensor, or moments, float16 array
     captions: list[str]
     label: int
     features: tuple[np.ndarray, ...]  # of each caption: text and pooled, where they are stored
@@ -290,9 +290,7 @@ class _Samples:
         elif self.tokenize:
             batch.tokens = self.tokenize(batch.captions)
 
-    def _usable(
-        self, position: int, shard: int, member: int, flip: bool, bucket: int | None, tally: _Tally
-    ) -> _Sample:
+    def _usable(self, position: int, shard: int, member: int, flip: bool, bucket: int | None, tally: _Tally) -> _Sample:
         """The sample of a position, or the first of its replacements that can be used.
 
         Replacements whose shard is known to be lost are passed over in silence.
@@ -304,7 +302,7 @@ class _Samples:
                     return self._load(shard, member, flip, bucket, patient=attempt == 1)
                 except SampleError as error:
                     last = error
-                if isinstance(last, Quarantined):
+                if isinstance(last, QuarantinedError):
                     tally.quarantined += attempt == 1
                 else:
                     tally.bad.append(BadSample(position, names[shard], last.key, last.reason))

@@ -49,5 +49,7 @@ def _entry(line: str, where: str) -> tuple[str, str | None]:
     except (ValueError, TypeError, KeyError, RecursionError):
         shard = key = 0
     if not isinstance(shard, str) or not isinstance(key, str | None):
-        raise ValueError(f'{where}: expected {{"shard": name, "key": key or null, "reason": text}}, found {line[:100]!r}')
+        raise ValueError(
+            f'{where}: expected {{"shard": name, "key": key or null, "reason": text}}, found {line[:100]!r}'
+        )
     return shard, key

@@ -47,7 +47,7 @@ class SampleError(DataError):
         self.shard, self.key, self.reason = shard, key, reason
 
 
-class Quarantined(SampleError):
+class QuarantinedError(SampleError):
     """A sample that the quarantine list leaves out."""
 
 
@@ -84,7 +84,7 @@ class ShardReader:
     that, four times that, ... seconds. A shard that stays out of reach is *lost*: its samples fail at once, and one
     look a minute finds out whether it came back. Reads are positional, so processes forked from one another may
     share a reader. extensions: the members to read, where not all are wanted. obey_quarantine: whether samples on the
-    data set's quarantine list fail, as ``Quarantined``.
+    data set's quarantine list fail, as ``QuarantinedError``.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ShardReader:
         the shard cannot be read, or a checksum is wrong.
         """
         if self._quarantine.get(shard, ()) is None:
-            raise Quarantined(self.index.names[shard], "", "the shard is in quarantine")
+            raise QuarantinedError(self.index.names[shard], "", "the shard is in quarantine")
         if self.is_lost(shard):
             raise SampleError(self.index.names[shard], "", f"cannot be read: {self._lost[shard][1]}")
         retries = self.retries if patient and shard not in self._lost else 0
@@ -142,7 +142,7 @@ class ShardReader:
             raise SampleError(name, "", f"cannot be read: {error}") from None
         key = table.key(row)
         if key in (self._quarantine.get(shard) or ()):
-            raise Quarantined(name, key, "is in quarantine")
+            raise QuarantinedError(name, key, "is in quarantine")
         columns = opened.columns(self.extensions)
         offsets, sizes = table.offsets[row].tolist(), table.sizes[row].tolist()
         spans = {table.extensions[c]: (offsets[c], sizes[c]) for c in columns if offsets[c] >= 0}
@@ -263,7 +263,7 @@ def _decode(data: bytes, size: tuple[int, int], crop: Literal["center", "resize"
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise SampleError("", "", f"image of {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        turn = _TURNS.get(_orientation(image))
+        turn = _TURNS.get(orientation(image))
         # Where only a part is decoded at 1/2, 1/4 or 1/8, twice the pixels are left for the resize.
         pixels = _decode_jpeg(data, image, 2 * max(size)) if image.format == "JPEG" else None
         if pixels is None:
@@ -314,7 +314,8 @@ def _torch_has_lanczos() -> bool:
     return True
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; from 5 on height and width change places."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken EXIF does not spoil the pixels
