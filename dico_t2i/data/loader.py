@@ -40,6 +40,7 @@ PREFETCH = 4  # micro-batches per worker
 
 _MAX_OPEN_SHARDS = 256
 _MAX_LABEL_DIGITS = 9
+_SMALL_TENSOR = 1 << 16  # bytes
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _POLL_S = 1.0  # between two looks at the workers while a micro-batch is late
 _MAX_NAMED_SHARDS = 4
@@ -81,6 +82,16 @@ class Batch:
         """A copy whose tensors are in page-locked memory; the DataLoader calls it."""
         pinned = {name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**{**vars(self), **pinned})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker sends: each tensor through shared memory costs a connection, so small ones go as they are."""
+        return {
+            name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= _SMALL_TENSOR else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in state.items()})
 
 
 def make_loader(
@@ -327,7 +338,9 @@ class _Samples:
         shape = self.shapes[bucket]
         if self.reader.index.kind == "latents":
             moments = decode_array(_member(sample, MOMENTS), shape, "moments")
-            return moments[int(flip)] if moments.ndim == 4 else moments
+            moments = moments[int(flip)] if moments.ndim == 4 else moments
+            check_finite(moments, "moments")
+            return moments
         image = decode_image(_member(sample, *IMAGE_EXTENSIONS), (shape[0], shape[1]), self.data.crop)
         return image.flip(-1) if flip else image
 

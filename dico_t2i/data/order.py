@@ -93,12 +93,10 @@ class Order:
         entry, stream = np.divmod(within, self.streams)
         block, offset = np.divmod(entry, self.shuffle_block)
         blocks = -(-self._run // self.shuffle_block)
-        names, inverse = np.unique((epoch * self.streams + stream) * blocks + block, return_inverse=True)
-        shuffled = np.empty_like(offset)
-        # A batch touches each stream's block a few times: one lookup per block, not per sample.
-        by_block = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse))[:-1])
-        for name, rows in zip(names.tolist(), by_block, strict=True):
-            shuffled[rows] = self._block(name, name % blocks)[offset[rows]]
+        names = ((epoch * self.streams + stream) * blocks + block).tolist()
+        # A micro-batch has few entries of each block: one lookup each costs less than sorting them.
+        entries = [self._block(name, name % blocks)[at] for name, at in zip(names, offset.tolist(), strict=True)]
+        shuffled = np.array(entries, dtype=np.int64)
         sample = stream * self._run + block * self.shuffle_block + shuffled
         shard, member = np.empty_like(sample), np.empty_like(sample)
         for e in np.unique(epoch).tolist():
