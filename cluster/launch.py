@@ -88,14 +88,14 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
 
 def _check_inputs(config: Config, after: str | None) -> None:
     """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
-    from dico_t2i.data import check_data, load_index
+    from dico_t2i.data import check_data, load_data
     from dico_t2i.encoders import find_autoencoder, find_text_encoder
 
     find_autoencoder(config.autoencoder)
     if config.model.condition == "text":
         find_text_encoder(config.text_encoder)
     if after is None:
-        check_data(config, load_index(config.data.path))
+        check_data(config, load_data(config.data))
 
 
 def _check_python(cluster: ClusterConfig) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import Config, DiCoConfig, DiffusionConfig, HardwareConfig, Stage
-from dico_t2i.data import DatasetIndex, load_index
+from dico_t2i.data import DatasetIndex, load_data
 from dico_t2i.diffusion import build
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.models import DiCo, count_macs, count_parameters
@@ -397,10 +397,12 @@ def _text_flops(config: Config) -> float:
 
 
 def _index(config: Config, notes: list[str]) -> DatasetIndex | None:
-    if not (Path(config.data.path) / "index.json").exists():
-        notes.append(f"{config.data.path}: no data there yet; latents are assumed, and their size estimated")
+    folders = [path for path in config.data.paths if "://" not in path]
+    absent = [path for path in folders if not (Path(path) / "index.json").exists()]
+    if absent:
+        notes.append(f"{absent[0]}: no data there yet; latents are assumed, and their size estimated")
         return None
-    index = load_index(config.data.path)
+    index = load_data(config.data)
     if index.kind != "latents" and config.autoencoder.kind != "pixels":
         notes.append("raw images: the time of the autoencoder is not counted; data_prep/latents.py saves it")
     return index

@@ -12,6 +12,7 @@ with integer arithmetic, bit-equal on every device. The key is the seed, the cou
 import math
 import zlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_FEW_BLOCKS = 1 << 13  # up to here numpy's calls cost less than torch's
+
+Integers = TypeVar("Integers", np.ndarray, Tensor)
 
 
 def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
@@ -28,10 +32,24 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
     index: (N,) int64, any device. Returns (N, count) int64 on the same device.
     """
     blocks = -(-count // 4)
-    tag = zlib.crc32(purpose.encode())
     index = index.to(torch.int64)[:, None]
+    if index.device.type == "cpu" and blocks * len(index) <= _FEW_BLOCKS:
+        counters = (np.arange(blocks)[None, :], index.numpy())
+        few = np.stack(_philox(seed, purpose, *counters), axis=-1)
+        return torch.from_numpy(few.reshape(len(index), -1)[:, :count])
     block = torch.arange(blocks, device=index.device)[None, :]
-    c0, c1, c2, c3 = torch.broadcast_tensors(block, torch.full_like(block, tag), index & _WORD, (index >> 32) & _WORD)
+    return torch.stack(_philox(seed, purpose, block, index), dim=-1).flatten(1)[:, :count]
+
+
+def _philox(seed: int, purpose: str, block: Integers, index: Integers) -> tuple[Integers, ...]:
+    """The four words of each block (1, B) of each index (N, 1), int64 (N, B) each."""
+    zero = 0 * (block + index)
+    c0, c1, c2, c3 = (
+        zero + block,
+        zero + zlib.crc32(purpose.encode()),
+        zero + (index & _WORD),
+        zero + (index >> 32 & _WORD),
+    )
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # The product of two 32-bit words wraps in int64, which leaves its 64 bits intact.
@@ -43,7 +61,7 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
             p0 & _WORD,
         )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
+    return c0, c1, c2, c3
 
 
 def uniform(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:

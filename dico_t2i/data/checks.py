@@ -2,18 +2,37 @@
 
 from dico_t2i.config import Config, ConfigError
 from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.loader import POOLED, TEXT
+from dico_t2i.data.sources import make_order
 
 
 def check_data(config: Config, index: DatasetIndex) -> None:
-    """Raise ConfigError if the shards have not what the config needs."""
+    """Raise ConfigError or DataError if the shards have not what the config needs."""
     if len(index) < config.data.streams:
         raise ConfigError(
-            f"data.streams: {config.data.streams} streams need at least as many samples; {index.root} has {len(index)}"
+            f"data.streams: {config.data.streams} streams need at least as many samples; {index.location} has"
+            f" {len(index)}"
         )
-    extensions = set(index.shard(0).extensions)
     needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
-    if not extensions & needed:
+    for shard in index.starts:
+        extensions = set(index.shard(shard).extensions)
+        if not extensions & needed:
+            raise ConfigError(
+                f"model.condition: {config.model.condition} needs a .{' or .'.join(sorted(needed))} member in each"
+                f" sample; {index.path(shard)} has {', '.join(sorted(extensions))}"
+            )
+        if config.data.cached_text:
+            _check_features(config, index, extensions)
+    make_order(config.data, index, config.seed, config.train.global_batch)
+
+
+def _check_features(config: Config, index: DatasetIndex, extensions: set[str]) -> None:
+    missing = sorted({TEXT, POOLED} - extensions)
+    if config.model.condition != "text":
+        raise ConfigError(f"data.cached_text: model.condition is {config.model.condition}; it needs no text features")
+    if missing or "text_encoder" not in index.meta:
         raise ConfigError(
-            f"model.condition: {config.model.condition} needs a .{' or .'.join(sorted(needed))} member in each sample;"
-            f" {index.path(0)} has {', '.join(sorted(extensions))}"
+            f"data.cached_text: {index.location} holds no text features"
+            f" ({', '.join(missing) or 'no text_encoder in its meta data'}); encode them with data_prep/latents.py,"
+            " or leave data.cached_text out"
         )

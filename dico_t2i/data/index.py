@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dico_t2i.data.quarantine import Quarantine, quarantined_samples, read_quarantine
 from dico_t2i.files import flush, temporary, write_atomically
 
 Kind = Literal["images", "latents"]
@@ -32,6 +33,7 @@ MOMENTS = "moments.npy"
 VERSION = 1
 
 _CHUNK = 1 << 24
+_MAX_EXTRA_HEADER = 1 << 20  # bytes of a long name or of PAX fields; more is no name
 _log = getLogger(__name__)
 
 
@@ -49,7 +51,8 @@ class ShardIndex:
 
     extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two
     in bytes; -1 where a sample lacks that extension. key_bytes: uint8, all keys joined; key_bounds: int64
-    (n + 1,). tar_bytes: size of the tar. damage: one line for each place of the tar that could not be read.
+    (n + 1,). tar_bytes: size of the tar. damage: one line for each place of the tar that could not be read. bucket:
+    int16 (n,), the number of each sample's shape in the dataset's ``buckets``, if they were assigned.
     """
 
     extensions: tuple[str, ...]
@@ -60,6 +63,7 @@ class ShardIndex:
     key_bounds: np.ndarray
     tar_bytes: int
     damage: tuple[str, ...] = ()
+    bucket: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -71,6 +75,8 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         """Write to ``path``, atomically."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.bucket is not None:
+            arrays["bucket"] = self.bucket
         meta = {
             "version": str(VERSION),
             "extensions": json.dumps(self.extensions),
@@ -85,15 +91,16 @@ class ShardIndex:
         try:
             with safe_open(path, framework="numpy") as file:
                 meta = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                names = [*_ARRAYS, "bucket"] if "bucket" in file.keys() else _ARRAYS  # noqa: SIM118
+                arrays = {name: file.get_tensor(name) for name in names}
             index = ShardIndex(
                 **arrays,
-                extensions=tuple(json.loads(meta["extensions"])),
+                extensions=tuple(map(str, json.loads(meta["extensions"]))),
                 tar_bytes=int(meta["tar_bytes"]),
                 damage=tuple(json.loads(meta["damage"])),
             )
             version = int(meta["version"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise ShardError(f"{path}: not a readable shard index ({error}); {_remedy(path.parent)}") from None
         if version != VERSION:
             raise ShardError(f"{path}: index version {version}, expected {VERSION}; {_remedy(path.parent)}")
@@ -101,11 +108,21 @@ class ShardIndex:
         return index
 
     def _check(self, path: Path) -> None:
-        table = (len(self), len(self.extensions))
-        shapes = all(a.shape == table for a in (self.offsets, self.sizes, self.crc32))
-        inside = shapes and bool(np.all(self.offsets + self.sizes <= self.tar_bytes))
-        if not inside or self.key_bounds.shape != (len(self) + 1,):
+        table = (self.offsets, self.sizes, self.crc32)
+        good = self.offsets.ndim == 2 and all(a.shape == (len(self), len(self.extensions)) for a in table)
+        good = good and all(a.dtype == np.int64 for a in (*table, self.key_bounds)) and self.key_bytes.dtype == np.uint8
+        good = good and self.key_bounds.shape == (len(self) + 1,) and self.key_bytes.ndim == 1
+        if not good or not self._within_bounds():
             raise ShardError(f"{path}: inconsistent shard index; {_remedy(path.parent)}")
+
+    def _within_bounds(self) -> bool:
+        lowest, bounds = -1 if self.offsets.size else 0, self.key_bounds
+        low = all(a.min(initial=0) >= lowest for a in (self.offsets, self.sizes))
+        inside = low and self.sizes.max(initial=0) <= self.tar_bytes
+        inside = inside and bool(np.all(self.offsets <= self.tar_bytes - self.sizes))  # a sum could wrap
+        keys = bounds[0] == 0 and bounds[-1] == len(self.key_bytes) and bool(np.all(bounds[1:] >= bounds[:-1]))
+        buckets = self.bucket is None or (self.bucket.shape == (len(self),) and self.bucket.dtype == np.int16)
+        return inside and keys and buckets
 
 
 _ARRAYS = ("offsets", "sizes", "crc32", "key_bytes", "key_bounds")
@@ -113,7 +130,7 @@ _ARRAYS = ("offsets", "sizes", "crc32", "key_bytes", "key_bounds")
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """A folder of shards: names, samples and bytes of each, and the dataset's meta data."""
+    """A folder of shards: names, samples and bytes of each, the dataset's meta data, and what it leaves out."""
 
     root: Path
     kind: Kind
@@ -121,17 +138,43 @@ class DatasetIndex:
     samples: np.ndarray  # int64 (shards,)
     bytes: np.ndarray  # int64 (shards,)
     meta: dict[str, Any]
+    bucket_counts: np.ndarray | None = None  # int64 (shards, buckets): samples of each of the meta data's ``buckets``
+    quarantine: Quarantine = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Samples in all shards."""
         return int(self.samples.sum())
+
+    @property
+    def location(self) -> str:
+        """Where the data come from, for messages."""
+        return str(self.root)
+
+    @property
+    def quarantined(self) -> int:
+        """Samples that are left out."""
+        return quarantined_samples(self.quarantine, self.samples.tolist())
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of each bucket; none where they were not assigned."""
+        return [(int(height), int(width)) for height, width in self.meta.get("buckets", ())]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first shard of each source; there is one."""
+        return [0]
 
     def path(self, shard: int) -> Path:
         return self.root / self.names[shard]
 
     def shard(self, shard: int) -> ShardIndex:
         """The members of a shard, read from disk. Raises ShardError."""
-        return ShardIndex.load(_index_path(self.path(shard)))
+        return ShardIndex.load(index_path(self.path(shard)))
+
+    def open(self, shard: int) -> BinaryIO:
+        """The tar, unbuffered. Raises OSError or ShardError."""
+        return self.path(shard).open("rb", buffering=0)
 
 
 def load_index(root: str | Path) -> DatasetIndex:
@@ -145,7 +188,7 @@ def load_index(root: str | Path) -> DatasetIndex:
         raise DataError(f"{root}: no such data folder; give the folder that holds the shards (*.tar)")
     if not (root / "index.json").exists():
         return write_index(root)
-    index = _read_json(root)
+    index = read_index(root)
     _check_sizes(index)
     return index
 
@@ -169,12 +212,13 @@ def write_index(
         raise DataError(f"{root}: no shards (*.tar) in this folder")
     stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        _show_progress(pool.map(_index_and_save, stale), len(stale))
+        show_progress(pool.map(_index_and_save, stale), len(stale), "indexing shards")
+    buckets = len((meta or {}).get("buckets", ()))
     entries: list[dict[str, Any]] = []
     found: set[str] = set()
     for tar in tars:
-        shard = ShardIndex.load(_index_path(tar))
-        entries.append(_entry(tar, shard))
+        shard = ShardIndex.load(index_path(tar))
+        entries.append(_entry(tar, shard, buckets))
         found.update(shard.extensions)
     if not any(entry["samples"] for entry in entries):
         damage = "; ".join(entries[0].get("damage", ()))
@@ -183,7 +227,7 @@ def write_index(
         kind = "latents" if MOMENTS in found else "images"
     content = {"version": VERSION, "kind": kind, "shards": entries, "meta": dict(meta or {})}
     write_atomically(root / "index.json", (json.dumps(content, indent=1) + "\n").encode())
-    return _read_json(root)
+    return read_index(root)
 
 
 def rebuild_index(root: str | Path) -> DatasetIndex:
@@ -192,7 +236,7 @@ def rebuild_index(root: str | Path) -> DatasetIndex:
     kind, meta = None, None
     if (root / "index.json").exists():
         with suppress(DataError):
-            known = _read_json(root)
+            known = read_index(root)
             kind, meta = known.kind, known.meta
     return write_index(root, kind, meta, rebuild=True)
 
@@ -241,13 +285,15 @@ class ShardFile:
         self._file = self._part.open("xb")
         self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
         self._last_key = ""
+        self._buckets: list[int] = []
         self.samples = 0
         self.bytes = 0  # of the members, without headers
 
     def write(self, sample: Mapping[str, Any]) -> None:
         """Add a sample: ``__key__`` and, by extension, bytes, text, integers, arrays or JSON objects.
 
-        Raises DataError for a key or extension that would not be read back as given.
+        ``__bucket__``, if given for all samples, goes to the index. Raises DataError for a key or extension that
+        would not be read back as given.
         """
         members = {name: _encode(value) for name, value in sample.items() if not name.startswith("__")}
         key = str(sample.get("__key__", ""))
@@ -258,6 +304,8 @@ class ShardFile:
             raise DataError(f"{self.path}: sample {key!r} is {'repeated' if members else 'empty'}")
         self._tar.write({"__key__": key, **members})
         self._last_key = key
+        if "__bucket__" in sample:
+            self._buckets.append(int(sample["__bucket__"]))
         self.samples += 1
         self.bytes += sum(map(len, members.values()))
 
@@ -270,7 +318,11 @@ class ShardFile:
         index = index_shard(self._part)
         if index.damage or len(index) != self.samples:
             raise ShardError(f"{self.path}: not read back as written; {'; '.join(index.damage)}")
-        index.save(_index_path(self.path))
+        if self._buckets:
+            if len(self._buckets) != self.samples:
+                raise DataError(f"{self.path}: {len(self._buckets)} of {self.samples} samples have a __bucket__")
+            index = replace(index, bucket=np.array(self._buckets, np.int16))
+        index.save(index_path(self.path))
         self._part.replace(self.path)
         flush(self.path.parent)
         return index
@@ -342,13 +394,33 @@ class ShardWriter:
         self._open = None
 
 
+_EXTRA_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+class _TarInfo(tarfile.TarInfo):
+    """Refuses long names and PAX fields that claim too much, before they are read into memory."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTRA_HEADERS and not 0 <= self.size <= _MAX_EXTRA_HEADER:
+            raise tarfile.InvalidHeaderError(  # type: ignore[attr-defined]
+                f"an extended header of {self.size} bytes"
+            )
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 def _members(file: BinaryIO, damage: list[str]) -> Iterator[tuple[tarfile.TarInfo, bool]]:
     """The tar's members with whether their data is whole. Appends to ``damage`` what could not be read."""
     size = os.fstat(file.fileno()).st_size
     end = 0
     try:
         # Reading on behind zeros and bad headers finds what lies beyond a damaged stretch.
-        tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)  # noqa: SIM115
+        tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, tarinfo=_TarInfo)  # noqa: SIM115
         while (info := tar.next()) is not None:
             if info.size < 0 or info.offset < end:
                 raise tarfile.ReadError("impossible size in a header")
@@ -399,7 +471,7 @@ def _to_arrays(
 
 def _is_indexed(tar: Path) -> bool:
     try:
-        return ShardIndex.load(_index_path(tar)).tar_bytes == tar.stat().st_size
+        return ShardIndex.load(index_path(tar)).tar_bytes == tar.stat().st_size
     except ShardError:
         return False
 
@@ -408,15 +480,24 @@ def _index_and_save(tar: Path) -> None:
     shard = index_shard(tar)
     for place in shard.damage:
         _log.warning("%s: damaged at %s; %d samples can be read", tar, place, len(shard))
-    shard.save(_index_path(tar))
+    with suppress(ShardError):
+        known = ShardIndex.load(index_path(tar))
+        if np.array_equal(known.key_bytes, shard.key_bytes) and np.array_equal(known.key_bounds, shard.key_bounds):
+            shard = replace(shard, bucket=known.bucket)
+    shard.save(index_path(tar))
 
 
-def _entry(tar: Path, shard: ShardIndex) -> dict[str, Any]:
+def _entry(tar: Path, shard: ShardIndex, buckets: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": tar.name, "samples": len(shard), "bytes": shard.tar_bytes}
+    if buckets and shard.bucket is not None:
+        if shard.bucket.min(initial=0) < 0 or shard.bucket.max(initial=0) >= buckets:
+            raise ShardError(f"{index_path(tar)}: has buckets beyond the {buckets} of the data set; assign them anew")
+        entry["buckets"] = np.bincount(shard.bucket, minlength=buckets).tolist()
     return {**entry, "damage": list(shard.damage)} if shard.damage else entry
 
 
-def _read_json(root: Path) -> DatasetIndex:
+def read_index(root: Path) -> DatasetIndex:
+    """What ``index.json`` of a folder says, without a look at the shards. Raises DataError."""
     path = root / "index.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -425,14 +506,41 @@ def _read_json(root: Path) -> DatasetIndex:
         samples = np.array([int(shard["samples"]) for shard in shards], dtype=np.int64)
         sizes = np.array([int(shard["bytes"]) for shard in shards], dtype=np.int64)
         meta = dict(content["meta"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        counts = _bucket_counts(shards, meta)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not a readable dataset index ({error!r}); {_remedy(root)}") from None
     if version != VERSION or kind not in get_args(Kind):
         raise DataError(f"{path}: version {version!r}, kind {kind!r} is not known here; {_remedy(root)}")
-    outside = [name for name in names if Path(name).name != name]
-    if outside or not samples.sum():
-        raise DataError(f"{path}: {f'shard name {outside[0]!r}' if outside else 'no samples'}; {_remedy(root)}")
-    return DatasetIndex(root, kind, names, samples, sizes, meta)
+    problem = _problem(names, samples, sizes, counts)
+    if problem:
+        raise DataError(f"{path}: {problem}; {_remedy(root)}")
+    try:
+        quarantine = read_quarantine(root, names)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return DatasetIndex(root, kind, names, samples, sizes, meta, counts, quarantine)
+
+
+def _bucket_counts(shards: list[dict[str, Any]], meta: dict[str, Any]) -> np.ndarray | None:
+    """int64 (shards, buckets); None unless the buckets of all shards are known. Raises ValueError for odd shapes."""
+    shapes = [(int(height), int(width)) for height, width in meta.get("buckets", ())]
+    if not shapes or not all("buckets" in shard for shard in shards):
+        return None
+    return np.array([shard["buckets"] for shard in shards], dtype=np.int64).reshape(len(shards), len(shapes))
+
+
+def _problem(names: tuple[str, ...], samples: np.ndarray, sizes: np.ndarray, counts: np.ndarray | None) -> str | None:
+    """What cannot be in an index."""
+    outside = next((name for name in names if Path(name).name != name), None)
+    if outside is not None:
+        return f"shard name {outside!r}"
+    if len(set(names)) != len(names):
+        return "a shard name stands there twice"
+    if min(samples.min(initial=0), sizes.min(initial=0)) < 0 or (samples > sizes).any():
+        return "impossible numbers of samples or bytes"
+    if counts is not None and not (counts.min(initial=0) >= 0 and np.array_equal(counts.sum(1), samples)):
+        return "numbers of samples in buckets that do not add up"
+    return None if samples.sum() else "no samples"
 
 
 def _check_sizes(index: DatasetIndex) -> None:
@@ -451,7 +559,8 @@ def _remedy(root: Path) -> str:
     return f"index the folder anew: python -m dico_t2i.data {root}"
 
 
-def _index_path(tar: Path) -> Path:
+def index_path(tar: Path) -> Path:
+    """The index that belongs to a shard."""
     return tar.with_name(tar.name + ".index")
 
 
@@ -479,9 +588,9 @@ def _any_nonzero(file: BinaryIO, start: int, stop: int) -> bool:
     return any(chunk.count(0) != len(chunk) for chunk in chunks)
 
 
-def _show_progress(work: Iterable[None], total: int) -> None:
+def show_progress(work: Iterable[None], total: int, what: str) -> None:
     """Wait for all of ``work``, with a progress bar if there is more than one piece."""
     from rich.progress import track
 
-    for _ in track(work, "indexing shards", total=total, transient=True, disable=total < 2):
+    for _ in track(work, what, total=total, transient=True, disable=total < 2):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -21,16 +22,26 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dico_t2i import randomness
 from dico_t2i.config import DataConfig
 from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex
-from dico_t2i.data.order import Order, rank_positions
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
+from dico_t2i.data.order import SampleOrder, rank_positions
+from dico_t2i.data.reader import (
+    QuarantinedError,
+    SampleError,
+    ShardReader,
+    check_finite,
+    decode_array,
+    decode_image,
+    decode_rows,
+)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+TEXT, POOLED = "text.npy", "pooled.npy"  # features of each caption: float16 (captions, T, dim), (captions, pooled_dim)
 MAX_REPLACEMENTS = 100  # in a row, for one position
-NEIGHBOURS = 8  # of these so many are the next ones of the stream, the others lie anywhere in the epoch
 PREFETCH = 4  # micro-batches per worker
 
 _MAX_OPEN_SHARDS = 256
 _MAX_LABEL_DIGITS = 9
+_SMALL_TENSOR = 1 << 16  # bytes
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _POLL_S = 1.0  # between two looks at the workers while a micro-batch is late
 _MAX_NAMED_SHARDS = 4
 
@@ -49,7 +60,9 @@ class Batch:
     """A micro-batch of n samples, at CPU.
 
     positions: int64 (n,). images: uint8 (n, 3, H, W), or moments: float16 (n, 2C, h, w). captions and tokens
-    (what the tokenizer made of them) with texts, labels int64 (n,) with classes. bad: the samples replaced.
+    (what the tokenizer made of them) with texts, labels int64 (n,) with classes. text float16 (n, T, dim) and pooled
+    (n, pooled_dim) instead of tokens where the features are stored. sources: int64 (n,), which data set of a mixture
+    each is from. bad: the samples replaced; quarantined: how many more were, because of the quarantine list.
     """
 
     positions: Tensor
@@ -59,18 +72,32 @@ class Batch:
     captions: list[str] | None = None
     labels: Tensor | None = None
     tokens: Tensor | None = None
+    text: Tensor | None = None
+    pooled: Tensor | None = None
+    sources: Tensor | None = None
     bad: list[BadSample] = field(default_factory=list)
+    quarantined: int = 0
 
     def pin_memory(self) -> Batch:
         """A copy whose tensors are in page-locked memory; the DataLoader calls it."""
         pinned = {name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**{**vars(self), **pinned})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker sends: each tensor through shared memory costs a connection, so small ones go as they are."""
+        return {
+            name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= _SMALL_TENSOR else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in state.items()})
+
 
 def make_loader(
     data: DataConfig,
     index: DatasetIndex,
-    order: Order,
+    order: SampleOrder,
     *,
     seed: int,
     condition: Literal["class", "text"],
@@ -94,11 +121,12 @@ def make_loader(
     per_rank = len(positions_of(start_step))
     if per_rank % micro_batch:
         raise DataError(f"micro-batch {micro_batch} does not divide the {per_rank} samples of a rank and step")
-    shape = _moments_shape(data, index) if index.kind == "latents" else None
     # A block of a stream spans a few shards; all streams' shards should stay open.
     open_shards = min(_MAX_OPEN_SHARDS, 4 * order.streams // world)
-    reader = ShardReader(index, open_shards, retries, retry_wait_s)
-    samples = _Samples(data, reader, order, seed, condition, tokenize, shape)
+    wanted = _extensions(data, index, condition)
+    reader = ShardReader(index, open_shards, retries, retry_wait_s, extensions=wanted, obey_quarantine=True)
+    shapes = _shapes(data, index)
+    samples = _Samples(data, reader, order, seed, condition, tokenize, shapes)
     plan = _MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step)
     if not data.workers:
         return DataLoader(plan, batch_size=None, pin_memory=torch.cuda.is_available())
@@ -201,7 +229,7 @@ class _Supervision(Iterator[Batch]):
         number = self.number + (worker - self.number) % len(self.batches._workers)
         shards = self.plan.shards(number)
         more = f" and {len(shards) - _MAX_NAMED_SHARDS} more" if len(shards) > _MAX_NAMED_SHARDS else ""
-        root = self.plan.samples.reader.index.root
+        root = self.plan.samples.reader.index.location
         return f"step {self.plan.step(number)} needs of it {', '.join(shards[:_MAX_NAMED_SHARDS])}{more} in {root}"
 
 
@@ -214,9 +242,18 @@ def _ending(code: int) -> str:
 
 class _Sample(NamedTuple):
     key: str
-    pixels: Tensor  # image or moments
+    pixels: Any  # an image, uint8 (3, H, W) tensor, or moments, float16 array
     captions: list[str]
     label: int
+    features: tuple[np.ndarray, ...]  # of each caption: text and pooled, where they are stored
+
+
+@dataclass
+class _Tally:
+    """What was replaced in a micro-batch."""
+
+    bad: list[BadSample] = field(default_factory=list)
+    quarantined: int = 0
 
 
 @dataclass
@@ -225,37 +262,46 @@ class _Samples:
 
     data: DataConfig
     reader: ShardReader
-    order: Order
+    order: SampleOrder
     seed: int
     condition: Literal["class", "text"]
     tokenize: Callable[[list[str]], Tensor] | None
-    moments_shape: tuple[int, ...] | None  # as stored; None: images
+    shapes: dict[int | None, tuple[int, ...]]  # of images in pixels or of moments as stored, by bucket
 
     def batch(self, positions: np.ndarray) -> Batch:
         index = torch.from_numpy(positions)
         flips = [False] * len(positions)
         if self.data.flip:
             flips = (randomness.uniform(self.seed, "flip", index) < 0.5).tolist()
-        bad: list[BadSample] = []
         shards, members = (values.tolist() for values in self.order.locate(positions))
+        bucket, tally = self.order.bucket(int(positions[0])), _Tally()
         places = zip(positions.tolist(), shards, members, flips, strict=True)
-        samples = [self._usable(*place, bad=bad) for place in places]
-        batch = Batch(index, [sample.key for sample in samples], bad=bad)
-        pixels = torch.stack([sample.pixels for sample in samples])
-        if self.moments_shape is None:
-            batch.images = pixels
+        samples = [self._usable(*place, bucket, tally) for place in places]
+        batch = Batch(index, [sample.key for sample in samples], bad=tally.bad, quarantined=tally.quarantined)
+        if self.reader.index.kind == "images":
+            batch.images = torch.stack([sample.pixels for sample in samples])
         else:
-            batch.moments = pixels
+            batch.moments = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+        sources = self.order.sources(positions)
+        batch.sources = None if sources is None else torch.from_numpy(sources)
         if self.condition == "class":
             batch.labels = torch.tensor([sample.label for sample in samples])
-            return batch
-        counts = torch.tensor([len(sample.captions) for sample in samples])
-        choices = randomness.integers(self.seed, "caption", index, counts).tolist()
-        batch.captions = [sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)]
-        batch.tokens = self.tokenize(batch.captions) if self.tokenize else None
+        else:
+            self._add_text(batch, samples)
         return batch
 
-    def _usable(self, position: int, shard: int, member: int, flip: bool, bad: list[BadSample]) -> _Sample:
+    def _add_text(self, batch: Batch, samples: list[_Sample]) -> None:
+        """The caption drawn for each sample, and its tokens or features."""
+        counts = torch.tensor([len(sample.captions) for sample in samples])
+        choices = randomness.integers(self.seed, "caption", batch.positions, counts).tolist()
+        batch.captions = [sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)]
+        if self.data.cached_text:
+            rows = [[part[choice] for part in s.features] for s, choice in zip(samples, choices, strict=True)]
+            batch.text, batch.pooled = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        elif self.tokenize:
+            batch.tokens = self.tokenize(batch.captions)
+
+    def _usable(self, position: int, shard: int, member: int, flip: bool, bucket: int | None, tally: _Tally) -> _Sample:
         """The sample of a position, or the first of its replacements that can be used.
 
         Replacements whose shard is known to be lost are passed over in silence.
@@ -264,45 +310,68 @@ class _Samples:
         for attempt in range(1, MAX_REPLACEMENTS + 2):
             if attempt == 1 or not self.reader.is_lost(shard):
                 try:
-                    return self._load(shard, member, flip, patient=attempt == 1)
+                    return self._load(shard, member, flip, bucket, patient=attempt == 1)
                 except SampleError as error:
-                    bad.append(BadSample(position, names[shard], error.key, error.reason))
-            replacement = self._replacement(position, attempt)
-            shard, member = (int(values[0]) for values in self.order.locate(np.array([replacement])))
+                    last = error
+                if isinstance(last, QuarantinedError):
+                    tally.quarantined += attempt == 1
+                else:
+                    tally.bad.append(BadSample(position, names[shard], last.key, last.reason))
+            shard, member = self.order.replacement(position, attempt)
         raise DataError(
-            f"{self.reader.index.root / bad[-1].shard}: more than {MAX_REPLACEMENTS} bad samples in a row,"
-            f" the last: {bad[-1].key!r}, {bad[-1].reason}; check the data with data_prep/verify.py"
+            f"{self.reader.index.location}/{last.shard}: more than {MAX_REPLACEMENTS} bad samples in a row,"
+            f" the last: {last.key!r}, {last.reason}; check the data with data_prep/verify.py"
         )
 
-    def _replacement(self, position: int, attempt: int) -> int:
-        """Neighbours in the stream first; where they fail too the shard may be gone, so then any place of the epoch."""
-        if attempt <= NEIGHBOURS:
-            return self.order.successor(position, attempt)
-        length = self.order.epoch_length
-        draws = randomness.words(self.seed, "replacement", torch.tensor([position]), attempt)
-        return position - position % length + int(draws[0, -1]) % length
-
-    def _load(self, shard: int, member: int, flip: bool, patient: bool) -> _Sample:
-        sample = self.reader.read(shard, member, patient)
+    def _load(self, shard: int, member: int, flip: bool, bucket: int | None, patient: bool) -> _Sample:
+        sample = self.reader.read(shard, member, patient, bucket)
         key = sample["__key__"]
         try:
             captions = _captions(sample) if self.condition == "text" else []
             label = _label(sample) if self.condition == "class" else -1
-            return _Sample(key, self._pixels(sample, flip), captions, label)
+            features = _features(sample, len(captions)) if self.data.cached_text else ()
+            return _Sample(key, self._pixels(sample, flip, bucket), captions, label, features)
         except SampleError as error:
             raise SampleError(self.reader.index.names[shard], key, error.reason) from None
 
-    def _pixels(self, sample: dict[str, Any], flip: bool) -> Tensor:
-        if self.moments_shape is not None:
-            moments = decode_moments(_member(sample, MOMENTS), self.moments_shape)
-            return moments[int(flip)] if moments.ndim == 4 else moments
-        image = decode_image(_member(sample, *IMAGE_EXTENSIONS), self.data.image_size, self.data.crop)
+    def _pixels(self, sample: dict[str, Any], flip: bool, bucket: int | None) -> Tensor | np.ndarray:
+        shape = self.shapes[bucket]
+        if self.reader.index.kind == "latents":
+            moments = decode_array(_member(sample, MOMENTS), shape, "moments")
+            moments = moments[int(flip)] if moments.ndim == 4 else moments
+            check_finite(moments, "moments")
+            return moments
+        image = decode_image(_member(sample, *IMAGE_EXTENSIONS), (shape[0], shape[1]), self.data.crop)
         return image.flip(-1) if flip else image
 
 
-def _moments_shape(data: DataConfig, index: DatasetIndex) -> tuple[int, ...]:
-    """The shape of stored moments. Raises DataError if they are not of the config's images."""
-    path, meta = index.root / "index.json", index.meta
+def _extensions(data: DataConfig, index: DatasetIndex, condition: str) -> set[str]:
+    """The members that are needed of a sample; nothing else is read."""
+    pixels = {MOMENTS} if index.kind == "latents" else set(IMAGE_EXTENSIONS)
+    features = {TEXT, POOLED} if data.cached_text else set()
+    return pixels | features | ({"cls"} if condition == "class" else {"json", "txt"})
+
+
+def _shapes(data: DataConfig, index: DatasetIndex) -> dict[int | None, tuple[int, ...]]:
+    """The size of images in pixels, or the shape of moments as stored, of each bucket; None is without buckets.
+
+    Raises DataError if the index has no buckets, or its latents are not of the config's images.
+    """
+    square = (data.image_size, data.image_size)
+    sizes: dict[int | None, tuple[int, ...]] = dict(enumerate(index.buckets)) if data.buckets else {None: square}
+    if index.kind == "images":
+        return sizes
+    channels, size = _latent_meta(data, index)
+    mirrored = (2,) if index.meta.get("mirrored") else ()
+    return {
+        bucket: (*mirrored, 2 * channels, *(side * size // data.image_size for side in sides))
+        for bucket, sides in sizes.items()
+    }
+
+
+def _latent_meta(data: DataConfig, index: DatasetIndex) -> tuple[int, int]:
+    """Channels of the latents, and the side of those of a square image."""
+    path, meta = f"{index.location}/index.json", index.meta
     try:
         channels, size = int(meta["latent_channels"]), int(meta["latent_size"])
     except (KeyError, TypeError, ValueError):
@@ -315,8 +384,7 @@ def _moments_shape(data: DataConfig, index: DatasetIndex) -> tuple[int, ...]:
                 f"{path}: latents were made with {name}: {meta.get(name)}, but the config has"
                 f" data.{name}: {getattr(data, name)}; change the config or encode again"
             )
-    shape = (2 * channels, size, size)
-    return (2, *shape) if meta.get("mirrored") else shape
+    return channels, size
 
 
 def _member(sample: dict[str, Any], *extensions: str) -> bytes:
@@ -332,13 +400,46 @@ def _captions(sample: dict[str, Any]) -> list[str]:
     try:
         found = json.loads(sample.get("json", b"{}")).get("captions")
         if found is None:
-            found = [_member(sample, "txt").decode()]
-        captions = [text for text in found if text.strip()]
+            found = [_text(_member(sample, "txt"))]
+        if not isinstance(found, list):
+            raise TypeError("captions is not a list")
+        captions = [text if text.isascii() else _well_formed(text) for text in found if text.strip()]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SampleError("", "", f"captions cannot be read: {error}") from None
     if not captions:
         raise SampleError("", "", "has no caption")
     return captions
+
+
+def _text(data: bytes) -> str:
+    """Text in UTF-8 or UTF-16, by their byte order marks if they have any, or else in Windows-1252, Latin-1's superset.
+
+    Raises ValueError for other bytes.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252")
+    if _CONTROL.search(text):
+        raise ValueError("not text in UTF-8, UTF-16 or Windows-1252")
+    return text
+
+
+def _well_formed(text: str) -> str:
+    """The text without lone surrogates, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _features(sample: dict[str, Any], captions: int) -> tuple[np.ndarray, ...]:
+    """The stored text features, one row a caption. Raises SampleError."""
+    parts = tuple(decode_rows(_member(sample, name), name) for name in (TEXT, POOLED))
+    for part, name, axes in zip(parts, (TEXT, POOLED), (3, 2), strict=True):
+        if part.ndim != axes or len(part) != captions:
+            raise SampleError("", "", f"{name} is of shape {part.shape}, for {captions} captions")
+        check_finite(part, name)
+    return parts
 
 
 def _label(sample: dict[str, Any]) -> int:

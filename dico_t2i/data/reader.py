@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from dico_t2i.data.index import DataError, DatasetIndex, ShardError, ShardIndex
 
@@ -20,6 +26,7 @@ MAX_PIXELS = 1 << 27
 LOOK_AGAIN_S = 60.0  # before a shard that was lost is tried again
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of the content, whatever the member's name says
 
+_MAX_GAP = 4096  # bytes between the members of a sample that are read along; a tar header takes 512
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,31 +47,76 @@ class SampleError(DataError):
         self.shard, self.key, self.reason = shard, key, reason
 
 
+class QuarantinedError(SampleError):
+    """A sample that the quarantine list leaves out."""
+
+
+@dataclass
+class _Open:
+    """A shard that is being read. rows: of each bucket asked for, its members."""
+
+    file: BinaryIO
+    table: ShardIndex
+    rows: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def columns(self, extensions: Collection[str] | None) -> list[int]:
+        """The columns of the table to read."""
+        return [c for c, name in enumerate(self.table.extensions) if extensions is None or name in extensions]
+
+    def row(self, member: int, bucket: int | None) -> int:
+        """The row in the table of a member of the shard, or of a bucket in it. Raises ShardError."""
+        rows: range | np.ndarray = range(len(self.table))
+        if bucket is not None:
+            if bucket not in self.rows:
+                known = self.table.bucket
+                self.rows[bucket] = np.flatnonzero(known == bucket) if known is not None else np.empty(0, np.int64)
+            rows = self.rows[bucket]
+        if member >= len(rows):
+            of = "" if bucket is None else f" of bucket {bucket}"
+            raise IndexError(f"sample {member} is out of bounds for {len(rows)} samples{of}")
+        return int(rows[member])
+
+
 class ShardReader:
     """Reads samples by (shard, member), keeping the ``open_shards`` last used shards open.
 
     What the file system refuses is tried ``retries`` more times, the shard opened anew, after retry_wait_s, twice
     that, four times that, ... seconds. A shard that stays out of reach is *lost*: its samples fail at once, and one
     look a minute finds out whether it came back. Reads are positional, so processes forked from one another may
-    share a reader.
+    share a reader. extensions: the members to read, where not all are wanted. obey_quarantine: whether samples on the
+    data set's quarantine list fail, as ``QuarantinedError``.
     """
 
-    def __init__(self, index: DatasetIndex, open_shards: int = 64, retries: int = 0, retry_wait_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        index: DatasetIndex,
+        open_shards: int = 64,
+        retries: int = 0,
+        retry_wait_s: float = 0.5,
+        *,
+        extensions: Collection[str] | None = None,
+        obey_quarantine: bool = False,
+    ) -> None:
         self.index, self.open_shards, self.retries, self.retry_wait_s = index, open_shards, retries, retry_wait_s
-        self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
+        self.extensions = extensions
+        self._quarantine = index.quarantine if obey_quarantine else {}
+        self._open: OrderedDict[int, _Open] = OrderedDict()
         self._lost: dict[int, tuple[float, str]] = {}  # when to look again, and what was wrong
 
-    def read(self, shard: int, member: int, patient: bool = True) -> dict[str, Any]:
+    def read(self, shard: int, member: int, patient: bool = True, bucket: int | None = None) -> dict[str, Any]:
         """The members of a sample by extension, and its key as ``__key__``.
 
-        patient: whether to retry. Raises SampleError if the shard cannot be read or a checksum is wrong.
+        patient: whether to retry. bucket: ``member`` counts the samples of this bucket only. Raises SampleError if
+        the shard cannot be read, or a checksum is wrong.
         """
+        if self._quarantine.get(shard, ()) is None:
+            raise QuarantinedError(self.index.names[shard], "", "the shard is in quarantine")
         if self.is_lost(shard):
             raise SampleError(self.index.names[shard], "", f"cannot be read: {self._lost[shard][1]}")
         retries = self.retries if patient and shard not in self._lost else 0
         for attempt in range(retries + 1):
             try:
-                sample = self._read(shard, member)
+                sample = self._read(shard, member, bucket)
             except (OSError, ShardError) as error:
                 self._forget(shard)
                 reason = str(error)
@@ -81,51 +133,68 @@ class ShardReader:
         """Whether all samples of the shard would fail for now."""
         return shard in self._lost and time.monotonic() < self._lost[shard][0]
 
-    def _read(self, shard: int, member: int) -> dict[str, Any]:
-        name = self.index.names[shard]
-        file, table = self._shard(shard)
-        if member >= len(table):
-            raise SampleError(name, "", f"cannot be read: sample {member} is out of bounds for {len(table)} samples")
-        key = table.key(member)
-        sample: dict[str, Any] = {"__key__": key}
-        for column, extension in enumerate(table.extensions):
-            offset, size = int(table.offsets[member, column]), int(table.sizes[member, column])
-            if offset < 0:
-                continue
-            data = os.pread(file.fileno(), size, offset)
-            if len(data) != size or zlib.crc32(data) != table.crc32[member, column]:
+    def _read(self, shard: int, member: int, bucket: int | None) -> dict[str, Any]:
+        name, opened = self.index.names[shard], self._shard(shard)
+        table = opened.table
+        try:
+            row = opened.row(member, bucket)
+        except IndexError as error:
+            raise SampleError(name, "", f"cannot be read: {error}") from None
+        key = table.key(row)
+        if key in (self._quarantine.get(shard) or ()):
+            raise QuarantinedError(name, key, "is in quarantine")
+        columns = opened.columns(self.extensions)
+        offsets, sizes = table.offsets[row].tolist(), table.sizes[row].tolist()
+        spans = {table.extensions[c]: (offsets[c], sizes[c]) for c in columns if offsets[c] >= 0}
+        sample: dict[str, Any] = {"__key__": key, **_read_spans(opened.file, spans)}
+        checksums = dict(zip(table.extensions, table.crc32[row].tolist(), strict=True))
+        for extension, (offset, size) in spans.items():
+            if len(sample[extension]) != size or zlib.crc32(sample[extension]) != checksums[extension]:
                 self._forget(shard)  # the next read opens what has this name then
                 raise SampleError(name, key, f"checksum of {extension} at byte {offset} is wrong")
-            sample[extension] = data
         return sample
 
     def close(self) -> None:
         for shard in list(self._open):
             self._forget(shard)
 
-    def _shard(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
+    def _shard(self, shard: int) -> _Open:
         if shard not in self._open:
             while len(self._open) >= self.open_shards:
                 self._forget(next(iter(self._open)))
             table = self.index.shard(shard)
-            self._open[shard] = self.index.path(shard).open("rb", buffering=0), table
+            if table.tar_bytes > self.index.bytes[shard]:
+                raise ShardError(f"{self.index.names[shard]}: has the index of a larger shard")
+            self._open[shard] = _Open(self.index.open(shard), table)
         self._open.move_to_end(shard)
         return self._open[shard]
 
     def _forget(self, shard: int) -> None:
         if shard in self._open:
-            self._open.pop(shard)[0].close()
+            self._open.pop(shard).file.close()
 
 
-def decode_image(data: bytes, size: int, crop: Literal["center", "resize"]) -> Tensor:
-    """Decode to a square of RGB: uint8 (3, size, size).
+def _read_spans(file: BinaryIO, spans: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    """The bytes of each (offset, size), in one read where they lie close together."""
+    if not spans:
+        return {}
+    low = min(offset for offset, _ in spans.values())
+    high = max(offset + size for offset, size in spans.values())
+    if high - low > sum(size for _, size in spans.values()) + _MAX_GAP * len(spans):
+        return {name: os.pread(file.fileno(), size, offset) for name, (offset, size) in spans.items()}
+    data = os.pread(file.fileno(), high - low, low)
+    return {name: data[offset - low : offset - low + size] for name, (offset, size) in spans.items()}
 
-    "center" cuts the middle square and resizes it, "resize" squeezes the whole image; both by Lanczos. The
-    EXIF orientation is applied; transparent parts are white; of an animation the first frame is taken. Raises
-    SampleError if the bytes are no image that can be read, or one of more than 2^27 pixels.
+
+def decode_image(data: bytes, size: int | tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
+    """Decode to RGB of one size, a square's side or (H, W): uint8 (3, H, W).
+
+    "center" cuts the largest middle part of that shape and resizes it, "resize" squeezes the whole image; both by
+    Lanczos. The EXIF orientation is applied; transparent parts are white; of an animation the first frame is taken.
+    Raises SampleError if the bytes are no image that can be read, or one of more than 2^27 pixels.
     """
     try:
-        return _decode(data, size, crop)
+        return _decode(data, (size, size) if isinstance(size, int) else size, crop)
     except SampleError:
         raise
     except Exception as error:  # on bad bytes decoders raise nearly anything
@@ -137,36 +206,117 @@ def decode_moments(data: bytes, shape: tuple[int, ...]) -> Tensor:
 
     Raises SampleError for anything else, and for values that are not finite.
     """
+    moments = decode_array(data, shape, "moments")
+    check_finite(moments, "moments")
+    return torch.from_numpy(moments.copy())
+
+
+def decode_array(data: bytes, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """A float16 array of ``shape`` from the bytes of an ``.npy`` file, not to be written to, its numbers not looked at.
+
+    Raises SampleError for anything else; pickles are not loaded.
+    """
+    array = _from_npy(data, what)
+    if array.dtype != np.float16 or array.shape != shape:
+        raise SampleError("", "", f"{what} are {array.dtype} {array.shape}, expected float16 {shape}")
+    return array
+
+
+def decode_rows(data: bytes, what: str) -> np.ndarray:
+    """A float16 array of any shape, its numbers not looked at. Raises SampleError for anything else."""
+    array = _from_npy(data, what)
+    if array.dtype != np.float16 or not array.ndim:
+        raise SampleError("", "", f"{what} are {array.dtype} {array.shape}, expected float16")
+    return array
+
+
+def _from_npy(data: bytes, what: str) -> np.ndarray:
     try:
-        moments = np.load(io.BytesIO(data), allow_pickle=False)
+        length = 10 + int.from_bytes(data[8:10], "little")
+        shape, fortran_order, dtype = _npy_header(data[:length])
+        array = np.frombuffer(data, dtype, math.prod(shape), length)
+        return array.reshape(shape, order="F" if fortran_order else "C")
     except Exception as error:  # on bad bytes numpy's header parser raises nearly anything
-        raise SampleError("", "", f"moments cannot be decoded: {type(error).__name__}: {error}") from None
-    if not isinstance(moments, np.ndarray) or moments.dtype != np.float16 or moments.shape != shape:
-        found = f"{getattr(moments, 'dtype', type(moments))} {getattr(moments, 'shape', '')}"
-        raise SampleError("", "", f"moments are {found}, expected float16 {shape}")
-    if not np.isfinite(moments).all():
-        raise SampleError("", "", "moments are not finite")
-    return torch.from_numpy(moments)
+        raise SampleError("", "", f"{what} cannot be decoded: {type(error).__name__}: {error}") from None
 
 
-def _decode(data: bytes, size: int, crop: Literal["center", "resize"]) -> Tensor:
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raise SampleError for float16 numbers that are not finite."""
+    # All exponent bits set; many times faster than numpy's isfinite, which converts each number.
+    if array.size and (array.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
+        raise SampleError("", "", f"{what} are not finite")
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and dtype; the files of a data set begin alike. Raises ValueError."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not version 1.0 of the npy format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError("holds Python objects" if dtype.hasobject else "has a negative size")
+    return shape, fortran_order, dtype
+
+
+def _decode(data: bytes, size: tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
+    height, width = size
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise SampleError("", "", f"image of {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        image.draft(None, (2 * size, 2 * size))  # JPEG only: decodes at 1/2, 1/4 or 1/8 where that is enough
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image)
+        turn = _TURNS.get(orientation(image))
+        # Where only a part is decoded at 1/2, 1/4 or 1/8, twice the pixels are left for the resize.
+        pixels = _decode_jpeg(data, image, 2 * max(size)) if image.format == "JPEG" else None
+        if pixels is None:
+            image.draft(None, (2 * max(size), 2 * max(size)))
+            pixels = np.array(_to_rgb(image))
     if turn is not None:
-        rgb = rgb.transpose(turn)
+        pixels = np.array(Image.fromarray(pixels).transpose(turn))
     if crop == "center":
-        side = min(rgb.size)
-        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-        rgb = rgb.crop((left, top, left + side, top + side))
-    square = rgb.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        pixels = _middle(pixels, height, width)
+    return _resize(pixels, height, width)
 
 
-def _orientation(image: Image.Image) -> int:
+def _decode_jpeg(data: bytes, image: Image.Image, least: int) -> np.ndarray | None:
+    """uint8 (h, w, 3), scaled down by 1, 2, 4 or 8 to no less than ``least``; None for what Pillow has to read."""
+    if image.mode not in ("RGB", "L"):
+        return None
+    factor = next((f for f in (8, 4, 2) if min(image.size) // f >= least), 1)
+    width, height = (-(-side // factor) for side in image.size)
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    except ValueError:  # also of what libjpeg only warns of
+        return None
+
+
+def _middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest middle part with the proportion height to width."""
+    h, w = pixels.shape[:2]
+    cut_h, cut_w = min(h, max(1, round(w * height / width))), min(w, max(1, round(h * width / height)))
+    top, left = (h - cut_h) // 2, (w - cut_w) // 2
+    return pixels[top : top + cut_h, left : left + cut_w]
+
+
+def _resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 (h, w, 3) -> uint8 (3, height, width), by Lanczos with antialiasing."""
+    if _torch_has_lanczos():  # vectorised; within a level of Pillow's
+        planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        return interpolate(planes, size=(height, width), mode="lanczos", antialias=True)[0].contiguous()
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+@lru_cache(maxsize=1)
+def _torch_has_lanczos() -> bool:
+    try:
+        interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), size=(2, 2), mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError, RuntimeError):  # of older versions
+        return False
+    return True
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; from 5 on height and width change places."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken EXIF does not spoil the pixels

@@ -37,6 +37,16 @@ class Conditioner:
         features = self.text_encoder.encode(ids)
         return self._keep(features.tokens, features.pooled)
 
+    def of_features(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
+        """Stored features (N, 77, text_dim), (N, pooled_dim), in the encoder's dtype. Raises ValueError for others."""
+        null = self.null(len(tokens))
+        features = self._keep(tokens.to(null["cond"]), pooled.to(null["cond"]))
+        for name, value in features.items():
+            found, wanted = tuple(value.shape[1:]), tuple(null[name].shape[1:])
+            if found != wanted:
+                raise ValueError(f"stored text features are {found}, the text encoder's {wanted}")
+        return features
+
     def of_prompts(self, prompts: list[str]) -> Conditioning:
         assert self.text_encoder is not None
         return self.of_tokens(self.text_encoder.tokenize(prompts))

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,9 +33,11 @@ FIXED = (
     "data.flip",
     "data.streams",
     "data.shuffle_block",
+    "data.mixture",
+    "data.buckets",
     "train.global_batch",
 )
-FREE_WITHIN_FIXED = ("model.checkpoint_stages",)
+FREE_WITHIN_FIXED = ("model.checkpoint_stages", "data.mixture.*.path")
 
 
 class RunFolder:
@@ -116,6 +119,9 @@ def _flat(config: Config) -> dict[str, Any]:
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, inner)
+        elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+            for number, inner in enumerate(value):
+                walk(f"{prefix}.{number}", inner)
         else:
             flat[prefix] = value
 
@@ -124,4 +130,4 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)
+    return any(fnmatchcase(key, section) or key.startswith(section + ".") for section in sections)

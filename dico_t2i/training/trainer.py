@@ -12,7 +12,18 @@ from torch import Tensor
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError, Span
-from dico_t2i.data import Batch, DataError, DatasetIndex, Order, check_data, load_index, make_loader
+from dico_t2i.data import (
+    Batch,
+    BucketOrder,
+    DataError,
+    DatasetIndex,
+    MixtureOrder,
+    check_data,
+    load_data,
+    make_loader,
+    make_order,
+    same_encoder,
+)
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_encoders
@@ -28,6 +39,7 @@ from dico_t2i.training.run import RunFolder
 from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
 from dico_t2i.training.snapshot import write_snapshot
+from dico_t2i.training.sources import SourceLosses
 from dico_t2i.training.validation import Validation
 from dico_t2i.training.watchdog import Watchdog
 
@@ -48,9 +60,9 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
     world = join_world()
     config.batching(world.size)
     if world.is_main:
-        load_index(config.data.path)  # makes the index if there is none
+        load_data(config.data)  # makes the index if there is none
     dist.barrier()
-    index = load_index(config.data.path)
+    index = load_data(config.data)
     check_data(config, index)
     run = RunFolder(runs, config.name)
     changes = run.changes(config)
@@ -74,7 +86,7 @@ class Trainer:
         self.stop.install()
         self.dtype = WORKING_DTYPE[config.train.precision]
         self.autoencoder, self.conditioner = load_encoders(config, world.device, self.dtype)
-        self._check_latents(index)
+        self._check_encoders(index)
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
         self.micro_batch, self.accumulation = config.batching(world.size)
         self.total_steps = self._steps(config.train.duration)
@@ -83,8 +95,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         batching = (self.micro_batch, self.accumulation)
         self.engine = Engine(DiCo(config.model), config.train, config.optimizer, batching, world)
-        sizes = index.samples.tolist()
-        self.order = Order(config.seed, sizes, config.data.streams, config.data.shuffle_block)
+        self.order = make_order(config.data, index, config.seed, config.train.global_batch)
+        self.sources = SourceLosses([source.name for source in config.data.mixture], world.device)
         self.report = Reporter(config, run.path, self.total_steps, world.is_main)
         for line in changes:
             self.report.event(0, "config", f"changed since the last start: {line}")
@@ -92,6 +104,7 @@ class Trainer:
         keep_every = self._steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
         self.saver = Saver(config, run, world, self.engine, self.report, keep_every)
         self.bad_samples = 0
+        self.quarantined = 0
         self.step, self.position = self._resume()
 
     def fit(self) -> int:
@@ -148,6 +161,7 @@ class Trainer:
         for _ in range(self.accumulation):
             batch = meter.waiting(batches)
             losses = self._losses(batch)
+            self.sources.add(batch.sources, losses["loss"])
             self.engine.backward(losses["loss"].mean())
             norm = self.engine.step(rate)
             parts = [
@@ -187,6 +201,8 @@ class Trainer:
     def _condition(self, batch: Batch) -> dict[str, Tensor]:
         if batch.labels is not None:
             return self.conditioner.of_labels(batch.labels)
+        if batch.text is not None and batch.pooled is not None:
+            return self.conditioner.of_features(batch.text, batch.pooled)
         assert batch.tokens is not None
         return self.conditioner.of_tokens(batch.tokens)
 
@@ -220,6 +236,7 @@ class Trainer:
         for bad in batch.bad:
             self.report.event(self.step, "bad sample", f"{bad.shard} {bad.key}: {bad.reason}; another took its place")
         self.bad_samples += len(batch.bad)
+        self.quarantined += batch.quarantined
 
     def _announce(self) -> None:
         config, encoder = self.config, self.conditioner.text_encoder
@@ -233,17 +250,39 @@ class Trainer:
             f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
             total_steps=self.total_steps,
         )
+        for line in self._data_notes():
+            self.report.event(self.step, "data", line)
 
-    def _check_latents(self, index: DatasetIndex) -> None:
-        """Cached latents must come from the autoencoder of the config."""
-        if index.kind != "latents":
-            return
-        made, ours = index.meta.get("autoencoder", {}), self.autoencoder.identity()
-        if any(made.get(key) != ours.get(key) for key in ("kind", "weights", "config")):  # a folder may be renamed
-            raise ConfigError(
-                f"{index.root} holds latents of another autoencoder: {made}, the config has {ours};"
-                " set autoencoder to it, or encode again with data_prep/latents.py"
+    def _data_notes(self) -> Iterator[str]:
+        """What of the data is left out, and how they are mixed."""
+        order, size = self.order, self.config.train.global_batch
+        if self.index.quarantined:
+            yield f"{self.index.quarantined} samples are in quarantine: others take their place"
+        if isinstance(order, BucketOrder):
+            yield (
+                f"{len(order.steps)} of {len(self.index.buckets)} buckets, {sum(order.steps.values())} batches of"
+                f" {size} an epoch; {order.dropped} samples do not fill a batch, others in each epoch but for"
+                f" {order.unused} in buckets too small for one"
             )
+        if isinstance(order, MixtureOrder):
+            shares = zip(self.config.data.mixture, order.per_block.tolist(), strict=True)
+            yield f"of {order.block} samples of a stream: " + ", ".join(f"{n} {source.name}" for source, n in shares)
+
+    def _check_encoders(self, index: DatasetIndex) -> None:
+        """Cached latents must come from the autoencoder of the config, cached text from its text encoder."""
+        meta = index.meta
+        pairs = []
+        if index.kind == "latents":
+            pairs.append(("autoencoder", "latents", self.autoencoder.identity()))
+        if self.config.data.cached_text and self.conditioner.text_encoder is not None:
+            pairs.append(("text_encoder", "text features", self.conditioner.text_encoder.identity()))
+        for key, what, ours in pairs:
+            made = meta.get(key, {})
+            if not same_encoder(made, ours):
+                raise ConfigError(
+                    f"{index.location} holds {what} of another {key}: {made}, the config has {ours};"
+                    f" set {key} to it, or encode again with data_prep/latents.py"
+                )
 
     def _steps(self, span: Span) -> int:
         steps = span.in_steps(self.config.train.global_batch, len(self.index))
@@ -305,7 +344,7 @@ class Trainer:
         encoder = self.conditioner.text_encoder
         tokenize = encoder.tokenize if encoder else None
         made = Validation(self.config, self.world, self.micro_batch, tokenize, self._latents, self._condition)
-        self._check_latents(made.index)
+        self._check_encoders(made.index)
         return made
 
     def _validate(self) -> None:
@@ -380,8 +419,9 @@ class Meter:
     def report(self) -> None:
         """Write the means over the ranks since the last report; collective."""
         trainer, config = self.trainer, self.trainer.config
-        shares = torch.tensor([self.wait, self.seconds, self.other], device=trainer.world.device)
-        loss, mse, vb, wait, seconds, other = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
+        shares = torch.tensor([self.wait, self.seconds, self.other, trainer.quarantined], device=trainer.world.device)
+        means = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
+        loss, mse, vb, wait, seconds, other, quarantined = means
         values = {
             "loss": loss,
             "mse": mse,
@@ -397,9 +437,12 @@ class Meter:
             "skipped_steps": self.skipped,
             "save_pause_s": trainer.saver.pause_s,
             "bad_samples": trainer.bad_samples,
+            "quarantined_samples": round(quarantined * trainer.world.size),  # replaced since the start, by all ranks
             "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
             "eta_s": (trainer.total_steps - trainer.step) * seconds / self.steps,
         }
+        if isinstance(trainer.order, MixtureOrder):
+            values |= trainer.sources.report(trainer.order.counts(trainer.position))
         self._since_save.append(loss)
         trainer.report.log(trainer.step, values)
         self._reset()

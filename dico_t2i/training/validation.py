@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError
-from dico_t2i.data import Batch, Order, check_data, load_index, make_loader
+from dico_t2i.data import Batch, check_data, load_data, make_loader, make_order
 from dico_t2i.diffusion import build
 from dico_t2i.encoders.text import Tokenizer
 from dico_t2i.training.distributed import World
@@ -39,14 +39,15 @@ class Validation:
         self.config, self.settings, self.world = config, config.validation, world
         self.micro_batch, self.tokenize = micro_batch, tokenize
         self.latents, self.conditioning = latents, conditioning
-        self.index = load_index(self.settings.path)
-        check_data(config, self.index)
-        data, batch = config.data, config.train.global_batch
-        self.order = Order(config.seed, self.index.samples.tolist(), data.streams, data.shuffle_block)
+        held_out = {"path": self.settings.path, "mixture": (), "flip": False, "workers": 0}
+        self.data, batch = config.data.model_copy(update=held_out), config.train.global_batch
+        self.index = load_data(self.data)
+        check_data(config.model_copy(update={"data": self.data}), self.index)
+        self.order = make_order(self.data, self.index, config.seed, batch)
         self.batches = -(-self.settings.samples // batch)
         if self.batches * batch > self.order.epoch_length:
             raise ConfigError(
-                f"validation.samples: {self.settings.samples} in whole batches of {batch}, but {self.index.root} has"
+                f"validation.samples: {self.settings.samples} in whole batches of {batch}, but {self.index.location} has"
                 f" only {len(self.index)} samples; ask for fewer, or hold out more"
             )
         self.timesteps = band_middles(config.diffusion.steps, self.settings.bands)
@@ -84,7 +85,7 @@ class Validation:
     def _loader(self) -> Iterator[Batch]:
         return iter(
             make_loader(
-                self.config.data.model_copy(update={"path": self.settings.path, "flip": False, "workers": 0}),
+                self.data,
                 self.index,
                 self.order,
                 seed=self.config.seed,

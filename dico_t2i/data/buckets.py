@@ -1,0 +1,97 @@
+"""Aspect-ratio buckets: shapes of about equal area that the images of a data set are cropped to, each to the nearest.
+
+The network is convolutional and takes any height and width that 32 pixels divide.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dico_t2i.data.index import DataError, DatasetIndex, index_path, load_index, show_progress, write_index
+from dico_t2i.data.loader import IMAGE_EXTENSIONS
+from dico_t2i.data.reader import IMAGE_FORMATS, orientation
+from dico_t2i.data.sources import MULTIPLE
+
+MAX_RATIO = 2.0
+_HEADER_BYTES = 1 << 16  # where an image's size stands, unless much else comes before it
+
+Shape = tuple[int, int]  # height, width in pixels
+
+
+def bucket_shapes(base: int, max_ratio: float = MAX_RATIO) -> list[Shape]:
+    """The shapes for a budget of base x base pixels, from tall to wide.
+
+    For each height that is a multiple of 32, the widest width that is one too and stays within the budget; those
+    more than ``max_ratio`` times as long in one direction are left out. Raises DataError for a base that 32 does not
+    divide.
+    """
+    if base < MULTIPLE or base % MULTIPLE:
+        raise DataError(f"buckets of {base} pixels: must be a multiple of {MULTIPLE}")
+    tall = range(base, int(base * max_ratio) + 1, MULTIPLE)
+    pairs = [(height, base * base // height // MULTIPLE * MULTIPLE) for height in tall]
+    pairs = [(height, width) for height, width in pairs if width and height <= max_ratio * width]
+    return [*reversed(pairs), *((width, height) for height, width in pairs[1:])]
+
+
+def nearest_bucket(height: int, width: int, shapes: Sequence[Shape]) -> int:
+    """The number of the shape whose proportion is nearest, by the logarithm; the first where two are."""
+    wanted = math.log(width / height)
+    return min(range(len(shapes)), key=lambda i: abs(math.log(shapes[i][1] / shapes[i][0]) - wanted))
+
+
+def assign_buckets(root: str | Path, shapes: Sequence[Shape]) -> DatasetIndex:
+    """Write the nearest bucket of each image of a data set to its index; the tars stay as they are.
+
+    Only the images' headers are read. Images whose size cannot be read get the bucket nearest to a square: training
+    replaces them anyway. Raises DataError if the folder does not hold images.
+    """
+    index = load_index(root)
+    if index.kind != "images":
+        raise DataError(f"{root}: holds {index.kind}, whose shapes are fixed; assign buckets to images before encoding")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        work = pool.map(lambda shard: _assign(index, shard, shapes), range(len(index.names)))
+        show_progress(work, len(index.names), "assigning buckets")
+    return write_index(root, index.kind, {**index.meta, "buckets": [list(shape) for shape in shapes]})
+
+
+def describe_buckets(index: DatasetIndex) -> str:
+    """One line for each bucket: its shape and how many samples it has."""
+    assert index.bucket_counts is not None
+    counts = index.bucket_counts.sum(0).tolist()
+    return "\n".join(f"  {h} x {w}: {count}" for (h, w), count in zip(index.buckets, counts, strict=True))
+
+
+def _assign(index: DatasetIndex, shard: int, shapes: Sequence[Shape]) -> None:
+    table, square = index.shard(shard), nearest_bucket(1, 1, shapes)
+    columns = [table.extensions.index(name) for name in IMAGE_EXTENSIONS if name in table.extensions]
+    buckets = np.full(len(table), square, np.int16)
+    with index.open(shard) as file:
+        for row in range(len(table)):
+            column = next((c for c in columns if table.offsets[row, c] >= 0), None)
+            if column is None:
+                continue
+            size = _image_size(file.fileno(), int(table.offsets[row, column]), int(table.sizes[row, column]))
+            if size is not None:
+                buckets[row] = nearest_bucket(*size, shapes)
+    replace(table, bucket=buckets).save(index_path(index.path(shard)))
+
+
+def _image_size(descriptor: int, offset: int, length: int) -> Shape | None:
+    """Height and width of an image as it is shown, from its header; None if that cannot be read."""
+    for size in (min(_HEADER_BYTES, length), length):
+        try:
+            with Image.open(io.BytesIO(os.pread(descriptor, size, offset)), formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                return (width, height) if orientation(image) >= 5 else (height, width)
+        except Exception:  # on bad bytes decoders raise nearly anything
+            continue
+    return None

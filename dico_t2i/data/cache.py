@@ -1,0 +1,193 @@
+"""Shards at a URL, by way of local copies in a folder of bounded size that the processes of a node share.
+
+A copy is there whole or not at all: it is downloaded under a temporary name, by one process while the others wait for
+its lock, and checked against the size in the index. Before a download the least recently opened shards are deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from dico_t2i.config import CacheConfig
+from dico_t2i.data.index import DataError, DatasetIndex, ShardError, ShardIndex, index_path, read_index
+from dico_t2i.data.quarantine import FILE as QUARANTINE
+from dico_t2i.files import temporary, write_atomically
+
+GIGABYTE = 10**9
+
+_CONNECT_S, _SILENCE_S = 30.0, 60.0  # of a web server, after which a download has failed
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CachedIndex(DatasetIndex):
+    """A dataset at a URL. ``root`` is the folder of its local copies."""
+
+    url: str = ""
+    limit: int = 0  # bytes of all shards below the parent folder of ``root``
+
+    @property
+    def location(self) -> str:
+        return self.url
+
+    def shard(self, shard: int) -> ShardIndex:
+        path = index_path(self.path(shard))
+        try:
+            self._fetch(path, None).close()
+            return ShardIndex.load(path)
+        except ShardError:
+            path.unlink(missing_ok=True)  # a copy that was cut is fetched anew
+            raise
+
+    def open(self, shard: int) -> BinaryIO:
+        return self._fetch(self.path(shard), int(self.bytes[shard]))
+
+    def _fetch(self, path: Path, size: int | None) -> BinaryIO:
+        """Open a file of the cache, downloaded first if it is not there. Raises OSError or ShardError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock")):
+            with suppress(FileNotFoundError):
+                if size in (None, path.stat().st_size):
+                    os.utime(path)  # the mark of its last use
+                    return path.open("rb", buffering=0)
+            for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+            self._make_room(size or 0)
+            part = temporary(path)
+            try:
+                _download(f"{self.url}/{path.name}", part)
+                found = part.stat().st_size
+                if size not in (None, found):
+                    raise ShardError(f"{self.url}/{path.name}: {found} bytes came, {size} are in the index")
+                file = part.open("rb", buffering=0)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        self._make_room(0)  # what others downloaded meanwhile counts too
+        return file
+
+    def _make_room(self, size: int) -> None:
+        """Delete the shards not used for longest, until ``size`` bytes fit. Who has one open goes on reading it."""
+        with _locked(self.root.parent / ".lock"):
+            shards = _shards(self.root.parent)
+            total = size + sum(size for _, size, _ in shards)
+            for _, used, files in shards:
+                if total <= self.limit:
+                    return
+                for file in files:
+                    file.unlink(missing_ok=True)
+                total -= used
+
+
+def cached_index(url: str, cache: CacheConfig, retries: int = 0, retry_wait_s: float = 0.5) -> CachedIndex:
+    """The index of a dataset at a URL (or in a slow folder), whose shards come through the cache.
+
+    The copies lie in a folder named by URL and index, so shards of an index that has changed are not mixed up. Raises
+    DataError if there is no index, it cannot be read, or its largest shard is larger than the cache.
+    """
+    url = url.rstrip("/")
+    content = _patiently(lambda: _read(f"{url}/index.json"), f"{url}/index.json", retries, retry_wait_s)
+    if content is None:
+        raise DataError(
+            f"{url}: there is no index.json; index the folder where the shards lie, python -m dico_t2i.data DIR,"
+            " and put index.json and the *.index files there along with the shards"
+        )
+    folder = Path(cache.path).expanduser() / hashlib.sha256(url.encode() + b"\0" + content).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "index.json", content)
+    listed = _patiently(lambda: _read(f"{url}/{QUARANTINE}"), f"{url}/{QUARANTINE}", retries, retry_wait_s)
+    write_atomically(folder / QUARANTINE, listed or b"")
+    index, limit = read_index(folder), int(cache.max_gb * GIGABYTE)
+    if index.bytes.max() > limit:
+        raise DataError(
+            f"data.cache.max_gb: {cache.max_gb} is less than the largest shard of {url}, {int(index.bytes.max())} bytes"
+        )
+    return CachedIndex(**vars(replace(index, root=folder)), url=url, limit=limit)
+
+
+def _shards(folder: Path) -> list[tuple[float, int, list[Path]]]:
+    """Last use, bytes and files of each cached shard, the least recently used first. A shard's index goes with it."""
+    found: dict[str, tuple[float, int, list[Path]]] = {}
+    for data in (entry for entry in os.scandir(folder) if entry.is_dir()):
+        for file in os.scandir(data.path):
+            if not file.name.endswith((".tar", ".tar.index")):
+                continue
+            with suppress(FileNotFoundError):
+                used, size, files = found.get(name := file.path.removesuffix(".index"), (0.0, 0, []))
+                status = file.stat()
+                found[name] = max(used, status.st_mtime), size + status.st_size, [*files, Path(file.path)]
+    return sorted(found.values(), key=lambda shard: shard[0])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _patiently(work: Callable[[], Result], name: str, retries: int, wait_s: float) -> Result | None:
+    """The result of ``work``, tried again where it fails; None if what it reads is not there."""
+    for attempt in range(retries + 1):
+        try:
+            return work()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            reason = str(error)
+        if attempt < retries:
+            time.sleep(wait_s * 2**attempt)
+    raise DataError(f"{name}: cannot be read: {reason}")
+
+
+def _read(url: str) -> bytes:
+    with _remote_errors(url):
+        system, path = _file_system(url)
+        content: bytes = system.cat_file(path)
+        return content
+
+
+def _download(url: str, to: Path) -> None:
+    with _remote_errors(url):
+        system, path = _file_system(url)
+        system.get_file(path, str(to))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, as fsspec has it, and the path there. Raises DataError if a package is missing."""
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
+        options = {"client_kwargs": {"timeout": timeout}}
+    try:
+        return fsspec.url_to_fs(url, **options)
+    except ImportError as error:
+        scheme = url.partition("://")[0]
+        remedy = "pip install dico_t2i[s3]" if scheme in ("s3", "s3a") else str(error)
+        raise DataError(f"{url}: {scheme}:// needs another package: {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{url}: {error}") from None
+
+
+@contextmanager
+def _remote_errors(url: str) -> Iterator[None]:
+    """File systems of fsspec raise errors of their own kinds; here they become OSError."""
+    try:
+        yield
+    except (OSError, DataError):
+        raise
+    except Exception as error:
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error

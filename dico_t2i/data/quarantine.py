@@ -1,0 +1,55 @@
+"""Samples to leave out, as ``quarantine.jsonl`` beside the shards lists them; data_prep/verify.py writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+FILE = "quarantine.jsonl"
+
+Quarantine = Mapping[int, frozenset[str] | None]  # shard -> keys; None is the whole shard
+
+
+def read_quarantine(folder: Path, names: Sequence[str]) -> Quarantine:
+    """The quarantine of a folder of shards; empty without the file. Shards that are not in the index are passed over.
+
+    Each line is ``{"shard": name, "key": key or null for the whole shard, "reason": text}``. Raises ValueError with
+    the line that is not.
+    """
+    path = folder / FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    numbers = {name: number for number, name in enumerate(names)}
+    found: dict[int, set[str] | None] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        shard, key = _entry(line, f"{path}: line {number}")
+        if shard not in numbers:
+            continue
+        if key is None:
+            found[numbers[shard]] = None
+        elif (keys := found.setdefault(numbers[shard], set())) is not None:
+            keys.add(key)
+    return {shard: None if keys is None else frozenset(keys) for shard, keys in found.items()}
+
+
+def quarantined_samples(quarantine: Quarantine, samples: Sequence[int]) -> int:
+    """How many samples are left out, of shards with so many samples each."""
+    return sum(samples[shard] if keys is None else len(keys) for shard, keys in quarantine.items())
+
+
+def _entry(line: str, where: str) -> tuple[str, str | None]:
+    try:
+        entry = json.loads(line)
+        shard, key = entry["shard"], entry["key"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        shard = key = 0
+    if not isinstance(shard, str) or not isinstance(key, str | None):
+        raise ValueError(
+            f'{where}: expected {{"shard": name, "key": key or null, "reason": text}}, found {line[:100]!r}'
+        )
+    return shard, key
