@@ -405,7 +405,9 @@ class Config(Section):
         if self.model.condition == "text" and self.preview.labels:
             raise ValueError("preview.labels: a text-conditional model takes preview.prompts")
         if self.validation and self.validation.path in data.paths:
-            raise ValueError(f"validation.path: {self.validation.path} is what the run trains on; hold out other samples")
+            raise ValueError(
+                f"validation.path: {self.validation.path} is what the run trains on; hold out other samples"
+            )
         if self.validation and self.validation.bands > min(self.diffusion.steps, self.validation.samples):
             raise ValueError(f"validation.bands: {self.validation.bands} bands need as many samples and timesteps")
         return self

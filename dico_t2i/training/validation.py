@@ -47,8 +47,8 @@ class Validation:
         self.batches = -(-self.settings.samples // batch)
         if self.batches * batch > self.order.epoch_length:
             raise ConfigError(
-                f"validation.samples: {self.settings.samples} in whole batches of {batch}, but {self.index.location} has"
-                f" only {len(self.index)} samples; ask for fewer, or hold out more"
+                f"validation.samples: {self.settings.samples} in whole batches of {batch}, but"
+                f" {self.index.location} has only {len(self.index)} samples; ask for fewer, or hold out more"
             )
         self.timesteps = band_middles(config.diffusion.steps, self.settings.bands)
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
