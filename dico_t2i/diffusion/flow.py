@@ -87,12 +87,12 @@ def build(config: DiffusionConfig) -> Flow:
 
 
 def shifted(time: Time, shift: float) -> Time:
-    """Times in 0..1 moved towards noise by adding log(shift) to their logits (Stable Diffusion 3, equation 23)."""
+    """Times in 0..1 moved towards noise by adding log(shift) to their logits (Stable Diffusion 3)."""
     return shift * time / (1 + (shift - 1) * time)
 
 
 def logit_normal_density(time: Tensor, mean: float, std: float) -> Tensor:
-    """Density of t in 0..1 whose logit is N(mean, std^2), elementwise (Stable Diffusion 3, equation 19)."""
+    """Density of t in 0..1 whose logit is N(mean, std^2), elementwise (Stable Diffusion 3)."""
     time = time.clamp(2**-33, 1 - 2**-33)  # 0 itself can be drawn, once in 2^32
     normal = (torch.logit(time) - mean) / std
     return torch.exp(-0.5 * normal**2) / (std * math.sqrt(2 * math.pi) * time * (1 - time))
