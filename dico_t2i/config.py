@@ -249,10 +249,8 @@ class SamplerConfig(Section):
     steps: Positive = 250  # evaluations of the network; heun takes two a step, and one for the last
     guidance: NonNegativeFloat = 1.4  # w of uncond + w (cond - uncond); 1: no guidance
     guidance_channels: Literal["all", "three"] = "all"  # three: as the released code does
-    guidance_interval: tuple[Probability, Probability] = (
-        0.0,
-        1.0,
-    )  # of time, 1 is noise; none outside, at half the cost
+    # Times at which to guide, 0 is data and 1 noise; elsewhere the conditional network runs alone, at half the cost.
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)
     eta: Probability = 0.0  # ddim only
     shift: PositiveFloat = 1.0  # of a flow's times; more than 1 spends more of the steps near noise
 
