@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
-    sample.add_argument("--sampler", choices=("iddpm", "ddim", "dpm++"), help="default: the config's")
+    sample.add_argument(
+        "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
+    )
     sample.add_argument("--steps", type=int)
     sample.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
     sample.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")

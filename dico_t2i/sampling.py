@@ -76,7 +76,15 @@ class Pipeline:
         return sample(
             self.config.diffusion,
             sampler,
-            guided(self.model, cond, null, sampler.guidance, sampler.guidance_channels),
+            guided(
+                self.model,
+                cond,
+                null,
+                sampler.guidance,
+                sampler.guidance_channels,
+                sampler.guidance_interval,
+                self.config.diffusion.steps,
+            ),
             randomness.normal(0, "initial noise", index, shape),
             lambda step: randomness.normal(0, f"step noise {step}", index, shape),
             self.config.model.learn_sigma,

@@ -1,11 +1,31 @@
-"""The diffusion process: noise schedule, training losses, guidance and samplers.
+"""Diffusion processes: iDDPM and rectified flow; training losses, guidance and samplers.
 
 Everything here works on tensors and a callable that stands for the network, and knows nothing of either.
 """
 
+from dico_t2i.config import DiffusionConfig
+from dico_t2i.diffusion import flow, iddpm
+from dico_t2i.diffusion.flow import Flow
 from dico_t2i.diffusion.guidance import guided
-from dico_t2i.diffusion.iddpm import IDDPM, ModelFn, StepDistribution, build
+from dico_t2i.diffusion.iddpm import IDDPM, StepDistribution
+from dico_t2i.diffusion.process import ModelFn, Process
 from dico_t2i.diffusion.samplers import sample
 from dico_t2i.diffusion.schedule import Schedule, space_timesteps
 
-__all__ = ["IDDPM", "ModelFn", "Schedule", "StepDistribution", "build", "guided", "sample", "space_timesteps"]
+__all__ = [
+    "IDDPM",
+    "Flow",
+    "ModelFn",
+    "Process",
+    "Schedule",
+    "StepDistribution",
+    "build",
+    "guided",
+    "sample",
+    "space_timesteps",
+]
+
+
+def build(config: DiffusionConfig, learn_sigma: bool) -> Process:
+    """The process a config describes. Raises ValueError if there is no such process."""
+    return flow.build(config) if config.kind == "flow" else iddpm.build(config, learn_sigma)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dico_t2i.diffusion.iddpm import ModelFn, full_precision
+from dico_t2i.diffusion.process import ModelFn, full_precision
 
 
 def guided(
@@ -17,17 +17,25 @@ def guided(
     null: Mapping[str, Tensor],
     scale: float,
     channels: Literal["all", "three"] = "all",
+    interval: tuple[float, float] = (0.0, 1.0),
+    steps: int = 1000,
 ) -> ModelFn:
     """The guided network as a function of x (N, C, H, W) and t (N,).
 
     ``model_fn(x, t, **conditioning)`` runs once on a batch of 2N, conditional half first; ``cond`` and
     ``null`` hold its conditioning tensors, each (N, ...). Guidance applies to the C prediction channels; the
     variance channels are the conditional ones. ``channels="three"`` guides channels 0..2 only, as the
-    released code does. scale 1 is no guidance and runs the N conditional samples alone. Results are float32
-    (or float64). Raises ValueError if the two conditionings do not match.
+    released code does. scale 1 is no guidance and runs the N conditional samples alone; so it goes for timesteps
+    outside of ``interval``, bounds included, in fractions of ``steps`` (Kynkaanniemi et al. 2024): there, all of
+    t must be the same time, as samplers have it. Results are float32 (or float64). Raises ValueError if the two
+    conditionings do not match.
     """
+
+    def conditional(x: Tensor, t: Tensor) -> Tensor:
+        return full_precision(model_fn(x, t, **cond))
+
     if scale == 1:
-        return lambda x, t: full_precision(model_fn(x, t, **cond))
+        return conditional
     _check_alike(cond, null)
     both = {name: torch.cat((cond[name], null[name])) for name in cond}
 
@@ -38,7 +46,11 @@ def guided(
         base = out_null[:, :guides]
         return torch.cat((base + scale * (out_cond[:, :guides] - base), out_cond[:, guides:]), dim=1)
 
-    return guided_model
+    def guided_inside(x: Tensor, t: Tensor) -> Tensor:
+        inside = interval[0] * steps <= float(t[0]) <= interval[1] * steps
+        return (guided_model if inside else conditional)(x, t)
+
+    return guided_model if interval == (0, 1) else guided_inside
 
 
 def _check_alike(cond: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ inputs: coefficients are looked up in float64, and half-precision network output
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,16 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dico_t2i import randomness
 from dico_t2i.config import DiffusionConfig
+from dico_t2i.diffusion.process import ModelFn, full_precision, mean_per_sample
 from dico_t2i.diffusion.schedule import Schedule, make_schedule
-
-# x_t (N, C, H, W) and original timesteps (N,) -> (N, C or 2C, H, W)
-ModelFn = Callable[[Tensor, Tensor], Tensor]
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """x as float32, or unchanged if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class StepDistribution(NamedTuple):
@@ -47,7 +40,8 @@ class IDDPM:
     log-variance between the posterior's and beta (iDDPM, equation 15); without, the variance is beta, or the
     posterior's with sigma_small. The loss is the mean squared error, plus the variational bound if the
     variance is learned; rescale_learned_sigmas weighs the bound by (kept steps)/1000. use_kl makes the loss
-    the whole bound, times the number of kept steps.
+    the whole bound, times the number of kept steps. min_snr_gamma weighs the squared error, not the bound, by
+    Min-SNR (see ``min_snr_weights``).
     """
 
     diffusion_steps: int = 1000
@@ -58,6 +52,7 @@ class IDDPM:
     sigma_small: bool = False
     rescale_learned_sigmas: bool = False
     use_kl: bool = False
+    min_snr_gamma: float | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -66,6 +61,10 @@ class IDDPM:
     @property
     def num_timesteps(self) -> int:
         return len(self.schedule)
+
+    def draw_timesteps(self, seed: int, position: Tensor) -> Tensor:
+        """Uniform kept steps, int64. position (N,) int64 -> (N,)."""
+        return randomness.integers(seed, "timestep", position, self.num_timesteps)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of the forward process (DDPM, equation 4)."""
@@ -78,8 +77,9 @@ class IDDPM:
     def training_losses(self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of each sample, (N,): "loss", and its parts "mse" and "vb" (bits per dimension) if any.
 
-        Except with use_kl, vb has no gradient into the prediction channels and mse none into the variance
-        channels (iDDPM, section 3.1). Nothing waits for the device once the schedule is there.
+        "mse" is the plain squared error, whatever its weight in "loss". Except with use_kl, vb has no gradient into
+        the prediction channels and mse none into the variance channels (iDDPM, section 3.1). Nothing waits for the
+        device once the schedule is there.
         Raises ValueError if the network has the wrong number of channels.
         """
         x_start, noise = full_precision(x_start), full_precision(noise)
@@ -88,13 +88,24 @@ class IDDPM:
         if self.use_kl:
             vb = self._vb(prediction, variance_channels, x_start, x_t, t)
             return {"loss": vb * self.num_timesteps, "vb": vb}
-        mse = _mean_per_sample(((x_start if self.predict_xstart else noise) - prediction) ** 2)
+        mse = mean_per_sample(((x_start if self.predict_xstart else noise) - prediction) ** 2)
+        weighed = mse if self.min_snr_gamma is None else self.min_snr_weights(t).to(mse.dtype) * mse
         if not self.learn_sigma:
-            return {"loss": mse, "mse": mse}
+            return {"loss": weighed, "mse": mse}
         vb = self._vb(prediction.detach(), variance_channels, x_start, x_t, t)
         if self.rescale_learned_sigmas:
             vb = vb * (self.num_timesteps / 1000)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        return {"loss": weighed + vb, "mse": mse, "vb": vb}
+
+    def min_snr_weights(self, t: Tensor) -> Tensor:
+        """min(SNR, gamma) for an x_0 network, min(SNR, gamma)/SNR for the noise (Hang et al. 2023); (N,) float64.
+
+        Both are min(SNR, gamma) times the squared error of x_0, where SNR = abar / (1 - abar).
+        """
+        abar = self._at("alphas_cumprod", t).flatten()
+        snr = abar / (1 - abar)
+        capped = snr.clamp(max=self.min_snr_gamma)
+        return capped if self.predict_xstart else capped / snr
 
     def p_mean_variance(self, model_fn: ModelFn, x: Tensor, t: Tensor, clip: bool = False) -> StepDistribution:
         """p(x_{t-1} | x_t); clip clamps the estimate of x_0 to [-1, 1], which suits pixels, not latents."""
@@ -182,7 +193,7 @@ class IDDPM:
         true_log_variance = self._at("posterior_log_variance_clipped", t).to(x_t.dtype)
         kl = normal_kl(true_mean, true_log_variance, step.mean, step.log_variance)
         likelihood = discretized_gaussian_log_likelihood(x_start, step.mean, 0.5 * step.log_variance)
-        nats = torch.where(t == 0, -_mean_per_sample(likelihood), _mean_per_sample(kl))
+        nats = torch.where(t == 0, -mean_per_sample(likelihood), mean_per_sample(kl))
         return nats / math.log(2)
 
     def _at(self, name: str, t: Tensor) -> Tensor:
@@ -214,6 +225,7 @@ def build(config: DiffusionConfig, learn_sigma: bool, respacing: str = "") -> ID
         respacing=respacing,
         predict_xstart=config.prediction == "x0",
         learn_sigma=learn_sigma,
+        min_snr_gamma=config.min_snr_gamma if config.weighting == "min_snr" else None,
     )
     _ = diffusion.schedule  # an impossible schedule is an error here, not in the first step
     return diffusion
@@ -247,10 +259,6 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 def _approximate_cdf(x: Tensor) -> Tensor:
     """The standard normal's distribution function, within 4e-4 (the tanh form known from GELU)."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _mean_per_sample(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(dim=1)
 
 
 def _unless_last(t: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Samplers: from noise to latents, given the (guided) network.
 
-"iddpm" is ancestral sampling on respaced steps, "ddim" DDIM on the same steps, "dpm++" DPM-Solver++(2M).
+Of iDDPM: "iddpm" is ancestral sampling on respaced steps, "ddim" DDIM on the same steps, "dpm++" DPM-Solver++(2M).
+Of a flow: see ``flow_samplers``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dico_t2i.config import DiffusionConfig, SamplerConfig
-from dico_t2i.diffusion.iddpm import IDDPM, ModelFn, build, full_precision
+from dico_t2i.config import DiffusionConfig, SamplerConfig, check_sampler
+from dico_t2i.diffusion import flow
+from dico_t2i.diffusion.flow_samplers import Progress, StepNoise, sample_flow
+from dico_t2i.diffusion.iddpm import IDDPM, build
+from dico_t2i.diffusion.process import ModelFn, full_precision
 from dico_t2i.diffusion.schedule import Schedule
-
-StepNoise = Callable[[int], Tensor]
-Progress = Callable[[int, int], None]
 
 # DPM-Solver starts here: noisier steps of the cosine schedule divide by a signal that is all but gone.
 _LOWEST_HALF_LOG_SNR = -5.1
@@ -37,10 +38,13 @@ def sample(
     ``model_fn(x, t)`` is the network, already guided: the scale in ``sampler`` is the caller's to apply (see
     ``guidance.guided``). ``step_noise(k)`` gives the standard normal noise of step k = 0, 1, ..., shaped like
     ``noise``; deterministic samplers do not call it. An image depends on its own noise only.
-    ``progress(done, steps)`` is called after each step.
-    Raises ValueError for a number of steps or an eta that the sampler cannot do.
+    ``progress(done, steps)`` is called after each evaluation of the network.
+    Raises ValueError for a sampler of another process, or a number of steps or an eta that it cannot do.
     """
+    check_sampler(diffusion_config, sampler)
     x = full_precision(noise)
+    if diffusion_config.kind == "flow":
+        return sample_flow(flow.build(diffusion_config), sampler, model_fn, x, step_noise, progress)
     if sampler.kind == "dpm++":
         return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress)
     if not 0 <= sampler.eta <= 1:

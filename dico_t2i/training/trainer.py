@@ -180,7 +180,7 @@ class Trainer:
         seed, position = self.config.seed, batch.positions.to(self.world.device, non_blocking=True)
         latents = self._latents(batch, position)
         conditioning = self._conditioning(batch, position)
-        t = randomness.integers(seed, "timestep", position, self.config.diffusion.steps)
+        t = self.diffusion.draw_timesteps(seed, position)
         noise = randomness.normal(seed, "noise", position, latents.shape[1:])
 
         def network(x: Tensor, t: Tensor) -> Tensor:

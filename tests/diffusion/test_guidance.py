@@ -79,3 +79,12 @@ def test_conditionings_that_do_not_match_are_refused(inputs) -> None:
         guided(Network(), cond, {"cond": null["cond"]}, 2.0)
     with pytest.raises(ValueError, match="null conditioning of the same shapes"):
         guided(Network(), cond, {**null, "pooled": null["pooled"][:1]}, 2.0)
+
+
+@pytest.mark.parametrize(("t", "guides"), [(299.0, False), (300.0, True), (555.5, True), (800, True), (801, False)])
+def test_outside_of_the_interval_the_conditional_network_runs_alone(inputs, t: float, guides: bool) -> None:
+    x, _, cond, null = inputs
+    times, network = torch.full((3,), t), Network()
+    got = guided(network, cond, null, 3.5, interval=(0.3, 0.8))(x, times)
+    assert network.batches == [6 if guides else 3]
+    assert torch.equal(got, guided(network, cond, null, 3.5 if guides else 1.0)(x, times))

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from dico_t2i.config import DiffusionConfig
-from dico_t2i.diffusion import IDDPM, build
-from dico_t2i.diffusion.iddpm import discretized_gaussian_log_likelihood
+from dico_t2i.diffusion import IDDPM
+from dico_t2i.diffusion.iddpm import build, discretized_gaussian_log_likelihood
 
 T = torch.tensor([0, 1, 10, 500, 999])
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dico_t2i import randomness
 from dico_t2i.config import DiffusionConfig, SamplerConfig
-from dico_t2i.diffusion import ModelFn, build, sample
+from dico_t2i.diffusion import ModelFn, sample
+from dico_t2i.diffusion.iddpm import build
 from dico_t2i.diffusion.samplers import log_snr_timesteps
 
 MU = 0.5

@@ -1,0 +1,113 @@
+"""Samplers of a rectified flow: from noise at time 1 to latents at time 0, given the (guided) velocity.
+
+Their cost is counted in evaluations of the network, ``sampler.steps``. "euler" and "dpm++" take one for a step.
+"heun" takes two, but one for the last step, so as never to ask at time 0, where training has hardly been: n steps are
+2n - 1 evaluations. "euler_sde" takes one, and adds noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import count, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dico_t2i.config import SamplerConfig
+from dico_t2i.diffusion.flow import Flow, shifted
+from dico_t2i.diffusion.process import ModelFn
+
+Velocity = Callable[[Tensor, float], Tensor]
+StepNoise = Callable[[int], Tensor]
+Progress = Callable[[int, int], None]
+
+# The stochastic sampler makes one step without noise from here to the data, as REPA's does.
+_LAST_NOISY_TIME = 0.04
+
+
+def sample_flow(
+    flow: Flow,
+    sampler: SamplerConfig,
+    model_fn: ModelFn,
+    x: Tensor,
+    step_noise: StepNoise,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (N, C, H, W) from standard normal x of the same shape; arguments as in ``samplers.sample``."""
+    evaluations = count(1)
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        t = torch.full((len(x),), flow.steps * time, dtype=torch.float64, device=x.device)
+        v = flow.velocity(model_fn, x, t)
+        if progress:
+            progress(next(evaluations), sampler.steps)
+        return v
+
+    times = flow_times(sampler)
+    if sampler.kind == "euler_sde":
+        return _euler_sde(velocity, x, times, step_noise)
+    solve = {"euler": _euler, "heun": _heun, "dpm++": _dpm_solver}[sampler.kind]
+    return solve(velocity, x, times)
+
+
+def flow_times(sampler: SamplerConfig) -> list[float]:
+    """The times a sampler stops at, from 1 down to 0: evenly spaced, then moved by ``sampler.shift``."""
+    if sampler.kind == "euler_sde":
+        even = np.append(np.linspace(1, _LAST_NOISY_TIME, sampler.steps), 0.0)
+    else:
+        even = np.linspace(1, 0, (sampler.steps + 1) // 2 + 1 if sampler.kind == "heun" else sampler.steps + 1)
+    return [shifted(float(time), sampler.shift) for time in even]
+
+
+def _euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    for now, then in pairwise(times):
+        x = x + (then - now) * velocity(x, now)
+    return x
+
+
+def _heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """The mean of the velocities at both ends of a step, the second one found by Euler's step."""
+    for now, then in pairwise(times):
+        slope = velocity(x, now)
+        if then > 0:
+            slope = (slope + velocity(x + (then - now) * slope, then)) / 2
+        x = x + (then - now) * slope
+    return x
+
+
+def _dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with alpha = 1 - t and sigma = t.
+
+    A step exact for a constant estimate of x_0, which is extrapolated from the last two, linearly in
+    log(alpha/sigma). That is infinite at both ends, so the first two steps and the last use the estimate as it is.
+    """
+    before, earlier = 1.0, x
+    for now, then in pairwise(times):
+        x_start = x - now * velocity(x, now)
+        estimate = x_start
+        if before < 1 and then > 0:
+            step, last_step = (_half_log_snr(b) - _half_log_snr(a) for a, b in ((now, then), (before, now)))
+            estimate = x_start + step / (2 * last_step) * (x_start - earlier)
+        x = then / now * x + (1 - then / now) * estimate
+        before, earlier = now, x_start
+    return x
+
+
+def _half_log_snr(time: float) -> float:
+    return math.log1p(-time) - math.log(time)
+
+
+def _euler_sde(velocity: Velocity, x: Tensor, times: Sequence[float], step_noise: StepNoise) -> Tensor:
+    """Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW with w = 2t, which has the flow's marginals (SiT).
+
+    The score is -E[noise | x_t] / t, and E[noise | x_t] = x_t + (1 - t) v.
+    """
+    for k, (now, then) in enumerate(pairwise(times)):
+        v = velocity(x, now)
+        noise = x + (1 - now) * v
+        x = x + (then - now) * (v + noise)
+        if then > 0:
+            x = x + math.sqrt(2 * now * (now - then)) * step_noise(k)
+    return x
