@@ -16,7 +16,7 @@ from dico_t2i.ops.plain import KERNEL_SIZE, NORM_EPS, TAPS
 CHUNK = 32  # pixels whose sums over pixels one program takes
 CONV_PIXELS, CONV_CHANNELS = 64, 32  # tile of the 3x3 convolution
 TEXT_CHANNELS = 64  # two for each thread of a warp: a warp reads 128 bytes of bf16 at a time
-TEXT_PIXELS, TEXT_GRADIENT_PIXELS = 8, 4  # outputs in a row that a thread holds, for each tap of a column
+TEXT_PIXELS, TEXT_GRADIENT_PIXELS = 8, 4  # pixels of a row that a thread holds, for each of the rows it holds
 OPTIMIZER_BLOCK = 1024
 
 
@@ -220,41 +220,46 @@ def _depthwise_backward(x, weight, before, grad_x, sums, H, W, C, PIXELS: tl.con
 
 
 @triton.jit
-def _load_row(pointer, sample, row, columns, channels, H, W, C):
-    """Pixels (sample, row, columns) in float32, (PIXELS, CHANNELS); 0 outside the image."""
-    inside = (row >= 0) & (row < H) & (columns >= 0) & (columns < W)
-    at = (sample * H + row) * W * C + columns[:, None] * C + channels[None, :]
-    return tl.load(pointer + at, inside[:, None] & (channels < C)[None, :], other=0.0).to(tl.float32)
+def _load_row(pointer, sample, row, column, channels, H, W, C, COUNT: tl.constexpr):
+    """COUNT pixels of a row from a column on, each (CHANNELS,) in float32; 0 outside the image."""
+    pixels = ()
+    at = (sample * H + row) * W * C + channels
+    for p in tl.static_range(COUNT):
+        inside = (row >= 0) & (row < H) & (column + p >= 0) & (column + p < W)
+        value = tl.load(pointer + at + (column + p) * C, (channels < C) & inside, other=0.0)
+        pixels = pixels + (value.to(tl.float32),)
+    return pixels
 
 
 @triton.jit
 def _text_forward(
     x, context, out, H, W, C, T, FLIPPED: tl.constexpr, K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """A thread walks down a few columns of two channels and holds the K output rows that the current input row is part
-    of: what is loaded serves K taps at once, for all its pixels."""
-    sample = tl.program_id(2).to(tl.int64)
-    columns = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    channels = tl.program_id(1) * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), 2)
-    mask = (columns < W)[:, None] & (channels < C)[None, :]
+    """A thread walks down PIXELS columns of two channels and holds the K output rows that the current input row is part
+    of. What it loads of a row serves K columns of taps and all K output rows."""
+    sample, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * PIXELS
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     tokens = context + sample * T * C + channels
-    zero = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    window = (zero,) * K  # output rows row - K // 2 to row + K // 2
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    window = (zero,) * (K * PIXELS)  # output rows row - K // 2 to row + K // 2
     for row in range(H + K // 2):
+        source = _load_row(x, sample, row, first - K // 2, channels, H, W, C, PIXELS + K - 1)
         for j in tl.static_range(K):
-            source = _load_row(x, sample, row, columns + (j - K // 2), channels, H, W, C)
             sums = ()
             for k in tl.static_range(K):
                 tap = (K - 1 - k) * K + j
                 if FLIPPED:
                     tap = K * K - 1 - tap
                 factor = _load(tokens, tl.minimum(tap, T - 1) * C, channels < C)
-                sums = sums + (tl.fma(source, tl.broadcast_to(factor[None, :], source.shape), window[k]),)
+                for p in tl.static_range(PIXELS):
+                    sums = sums + (tl.fma(source[p + j], factor, window[k * PIXELS + p]),)
             window = sums
         if row >= K // 2:
-            at = (sample * H + row - K // 2) * W * C + columns[:, None] * C + channels[None, :]
-            tl.store(out + at, window[0].to(out.dtype.element_ty), mask)
-        window = window[1:] + (zero,)
+            at = (sample * H + row - K // 2) * W * C + channels
+            for p in tl.static_range(PIXELS):
+                value = window[p].to(out.dtype.element_ty)
+                tl.store(out + at + (first + p) * C, value, (channels < C) & (first + p < W))
+        window = window[PIXELS:] + (zero,) * PIXELS
 
 
 @triton.jit
@@ -264,29 +269,26 @@ def _text_taps(
 ):  # fmt: skip
     """Gradients of the kernels, (tiles, N, K * K, C) in float32: of K rows and GROUP columns of taps in a program.
 
-    A thread holds K rows of the output gradient; an input row that is loaded, shifted GROUP times, meets all of them.
-    All pixels of a channel are in one thread, so that their sum is arithmetic alone.
+    A thread holds K rows of the output gradient, PIXELS wide; an input row that it loads meets all of them.
     """
     sample = (tl.program_id(2) // (K // GROUP)).to(tl.int64)
     first_tap = tl.program_id(2) % (K // GROUP) * GROUP
-    channels = tl.program_id(1) * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), 2)
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(0) * columns_each
-    total = (tl.zeros((CHANNELS,), tl.float32),) * (K * GROUP)
-    for start in range(begin, tl.minimum(begin + columns_each, W), PIXELS):
-        columns = start + tl.arange(0, PIXELS)
-        window = (tl.zeros((PIXELS, CHANNELS), tl.float32),)  # rows -K // 2 to K // 2 - 1 of the output gradient
-        for k in tl.static_range(1, K):
-            window = window + (_load_row(grad, sample, k - 1 - K // 2, columns, channels, H, W, C),)
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    total = (zero,) * (K * GROUP)
+    for first in range(begin, tl.minimum(begin + columns_each, W), PIXELS):
+        window = (zero,) * (PIXELS * (K // 2 + 1))  # before row 0, and what leaves first; then rows 0 to K // 2 - 1
+        for k in tl.static_range(K // 2):
+            window = window + _load_row(grad, sample, k, first, channels, H, W, C, PIXELS)
         for row in range(H):
-            window = window[1:] + (_load_row(grad, sample, row + K // 2, columns, channels, H, W, C),)
-            for j in tl.static_range(GROUP):
-                source = _load_row(x, sample, row, columns + (first_tap + j - K // 2), channels, H, W, C)
+            window = window[PIXELS:] + _load_row(grad, sample, row + K // 2, first, channels, H, W, C, PIXELS)
+            source = _load_row(x, sample, row, first + first_tap - K // 2, channels, H, W, C, PIXELS + GROUP - 1)
+            for p in tl.static_range(PIXELS):
                 more = ()
                 for k in tl.static_range(K * GROUP):
-                    if k % GROUP == j:
-                        more = more + (total[k] + tl.sum(source * window[K - 1 - k // GROUP], 0),)
-                    else:
-                        more = more + (total[k],)
+                    gradient = window[(K - 1 - k // GROUP) * PIXELS + p]
+                    more = more + (tl.fma(source[p + k % GROUP], gradient, total[k]),)
                 total = more
     samples = tl.num_programs(2) // (K // GROUP)
     at = (tl.program_id(0) * samples + sample) * K * K * C + channels
