@@ -13,11 +13,11 @@ from golden_adapter_diffusion import *  # noqa: F403
 
 from dico_t2i.diffusion import guided
 from dico_t2i.models import DiCo, DiCoConfig, count_macs, count_parameters
-from dico_t2i.models.blocks import Block, Downsample, Head, Upsample, channel_norm
+from dico_t2i.models.blocks import Block, Downsample, Head, Upsample
 from dico_t2i.models.conditioning import TimestepEmbedding
 from dico_t2i.models.conditioning import sinusoid as sinusoid
 from dico_t2i.models.official import BLOCK_NAMES, load_official_state_dict, official_key, official_shape
-from dico_t2i.ops import text_dwconv
+from dico_t2i.ops import norm_modulate, text_dwconv
 
 
 def dico_config(config):
@@ -107,7 +107,7 @@ def upsample(channels, params, x):
 
 
 def layernorm2d(x):
-    return channel_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return norm_modulate(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def init_state(config, seed):

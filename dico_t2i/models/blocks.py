@@ -6,19 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dico_t2i.ops import conv3x3, depthwise3x3, pixel_shuffle, pixel_unshuffle, text_dwconv
-
-NORM_EPS = 1e-6
-
-
-def channel_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the channels of each pixel, without weights. (N, H, W, C) -> same."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift; x (N, H, W, C), shift and scale (N, 1, 1, C)."""
-    return torch.addcmul(shift, x, 1 + scale)
+from dico_t2i.ops import (
+    channel_scale,
+    conv3x3,
+    depthwise3x3_gelu_pool,
+    gated_residual,
+    norm_modulate,
+    pixel_shuffle,
+    pixel_unshuffle,
+    residual_norm_modulate,
+    text_dwconv,
+)
 
 
 class Conv3x3(nn.Module):
@@ -46,8 +44,8 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.depthwise.bias is not None
-        x = F.gelu(depthwise3x3(self.expand(x), self.depthwise.weight, self.depthwise.bias))
-        return self.project(x * torch.sigmoid(self.attention(x.mean((1, 2), keepdim=True))))
+        x, pooled = depthwise3x3_gelu_pool(self.expand(x), self.depthwise.weight, self.depthwise.bias)
+        return self.project(channel_scale(x, torch.sigmoid(self.attention(pooled))))
 
 
 class FeedForward(nn.Module):
@@ -115,11 +113,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, text: Tensor | None = None) -> Tensor:
         """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) -> (N, H, W, C)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None, None].chunk(6, dim=-1)
-        x = x + gate1 * self.conv(modulate(channel_norm(x), shift1, scale1))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        branch, gate = self.conv(norm_modulate(x, shift1, scale1)), gate1
         if self.text is not None:
-            x = x + self.text(channel_norm(x), text)
-        return x + gate2 * self.ffn(modulate(channel_norm(x), shift2, scale2))
+            x, normed = residual_norm_modulate(x, branch, gate)
+            branch, gate = self.text(normed, text), None
+        x, normed = residual_norm_modulate(x, branch, gate, shift2, scale2)
+        return gated_residual(x, gate2, self.ffn(normed))
 
 
 class Downsample(nn.Module):
@@ -153,5 +153,4 @@ class Head(nn.Module):
         self.out = Conv3x3(channels, out_channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(condition)[:, None, None].chunk(2, dim=-1)
-        return self.out(modulate(channel_norm(x), shift, scale))
+        return self.out(norm_modulate(x, *self.modulation(condition).chunk(2, dim=-1)))

@@ -129,8 +129,7 @@ def _as_on_cuda(autocast: bool) -> Iterator[None]:
     if autocast:
         rules |= {(F, name): _cast(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
         rules |= {(F, "scaled_dot_product_attention"): _cast(_fused_attention, torch.bfloat16)}
-        rules |= {(F, "layer_norm"): _cast(F.layer_norm, torch.float32)}
-        rules |= {(torch, name): _cast(getattr(torch, name), None) for name in ("addcmul", "cat")}
+        rules |= {(torch, "cat"): _cast(torch.cat, None)}
     usual = {place: getattr(*place) for place in rules}
     try:
         for place, function in rules.items():
@@ -182,7 +181,7 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
     elif func is aten.convolution_backward.default:
         flops, grouped = 2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]), args[9] > 1
     elif func._overloadpacket in flop_registry:
-        flops, grouped = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out), False
+        flops, grouped = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out), func.namespace == "dico_t2i"
     else:
         return 0, 0
     return (0, flops) if grouped else (flops, 0)

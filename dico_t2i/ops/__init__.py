@@ -1,6 +1,19 @@
-"""Operators of the network. Each has one public function here and a plain reference in ``ops.reference``."""
+"""Operators of the network on (N, H, W, C). Each has one public function here and a plain reference in ``reference``."""
 
-from dico_t2i.ops.convolution import conv3x3, depthwise3x3, pixel_shuffle, pixel_unshuffle
-from dico_t2i.ops.text_dwconv import KERNEL_SIZE, text_dwconv
+from dico_t2i.ops.convolution import conv3x3, pixel_shuffle, pixel_unshuffle
+from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
+from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
+from dico_t2i.ops.scale import channel_scale, gated_residual
+from dico_t2i.ops.text_dwconv import text_dwconv
 
-__all__ = ["KERNEL_SIZE", "conv3x3", "depthwise3x3", "pixel_shuffle", "pixel_unshuffle", "text_dwconv"]
+__all__ = [
+    "channel_scale",
+    "conv3x3",
+    "depthwise3x3_gelu_pool",
+    "gated_residual",
+    "norm_modulate",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "residual_norm_modulate",
+    "text_dwconv",
+]

@@ -12,11 +12,6 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int =
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)
 
 
-def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C)."""
-    return conv3x3(x, weight, bias, groups=x.shape[-1])
-
-
 def pixel_unshuffle(x: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, H/2, W/2, 4C); channel 4c + 2 dy + dx holds pixel (dy, dx) of channel c."""
     N, H, W, C = x.shape

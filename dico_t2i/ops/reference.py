@@ -1,5 +1,7 @@
 """What each operator computes, in the plainest code. Slow; the tests hold the fast ones against it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,39 @@ def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
     return out
 
 
-def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C); stride 1, zero padding 1."""
+def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C) and (N, C); stride 1, zero padding 1."""
     H, W = x.shape[1:3]
     padded = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
-    out = bias.expand_as(x)
+    before = bias.expand_as(x)
     for i in range(3):
         for j in range(3):
-            out = out + padded[:, i : i + H, j : j + W] * weight[:, 0, i, j]
-    return out
+            before = before + padded[:, i : i + H, j : j + W] * weight[:, 0, i, j]
+    out = before * 0.5 * (1 + torch.erf(before / math.sqrt(2)))
+    return out, out.sum((1, 2)) / (H * W)
+
+
+def norm_modulate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x (N, H, W, C), shift and scale (N, C) -> (N, H, W, C)."""
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = centred.square().sum(-1, keepdim=True) / x.shape[-1]
+    normed = centred / torch.sqrt(variance + 1e-6)
+    return normed if shift is None or scale is None else normed * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def residual_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x and branch (N, H, W, C), all else (N, C) -> two (N, H, W, C)."""
+    residual = x + branch if gate is None else gated_residual(x, gate, branch)
+    return residual, norm_modulate(residual, shift, scale)
+
+
+def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """x (N, H, W, C), scale (N, C) -> (N, H, W, C)."""
+    return x * scale[:, None, None]
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x and branch (N, H, W, C), gate (N, C) -> (N, H, W, C)."""
+    return x + gate[:, None, None] * branch

@@ -3,21 +3,20 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-KERNEL_SIZE = 9
-TAPS = KERNEL_SIZE**2
-PADDING = KERNEL_SIZE // 2
+from dico_t2i.ops.backend import backend, present
+from dico_t2i.ops.plain import TAPS
 
 
 def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
     """Convolve each channel of each sample with the kernel that its text tokens spell.
 
-    x (N, C, H, W) in any memory format; context (N, T, C), 1 <= T <= 81, in any dtype. The last token repeats
-    up to 81, token 9i + j of channel c is tap (i, j) of the kernel of channel c. Cross-correlation, stride 1, zero
-    padding 4. Computed in x's dtype, or in autocast's. Returns (N, C, H, W) in x's memory format; differentiable
-    once in both.
+    x (N, C, H, W) in any memory format, channels-last being the one that costs no copy; context (N, T, C),
+    1 <= T <= 81, in any dtype. The last token repeats up to 81, token 9i + j of channel c is tap (i, j) of the kernel of
+    channel c. Cross-correlation, stride 1, zero padding 4. Computed in x's dtype, or in autocast's; sums are in
+    float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable once in both.
     Raises ValueError when the shapes do not fit.
     """
     N, C = x.shape[:2]
@@ -27,7 +26,8 @@ def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
             f" got {tuple(x.shape)} and {tuple(context.shape)}"
         )
     dtype = _working_dtype(x)
-    return _TextConvolution.apply(x.to(dtype), context.to(dtype))
+    out = torch.ops.dico_t2i.text_dwconv(x.to(dtype).permute(0, 2, 3, 1), context.to(dtype)).permute(0, 3, 1, 2)
+    return out.contiguous() if x.is_contiguous() else out
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -37,48 +37,50 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class _TextConvolution(torch.autograd.Function):
-    """A grouped convolution, with its own backward.
-
-    The kernel gradient correlates the input with the output gradient: a forward convolution whose kernel is as
-    large as the image. torch's own backward computes it some 20 times slower.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: Tensor) -> Tensor:
-        ctx.save_for_backward(x, context)
-        return _correlate(x, _kernels(context), PADDING)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, context = ctx.saved_tensors
-        grad_x = grad_context = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _correlate(grad, _kernels(context).flip(2, 3), PADDING)
-        if ctx.needs_input_grad[1]:
-            grad_context = _tokens(_correlate(x, grad, PADDING), context.shape[1])
-        return grad_x, grad_context
+@torch.library.custom_op("dico_t2i::text_dwconv", mutates_args=())
+def _text(x: Tensor, context: Tensor) -> Tensor:
+    return backend(x).text_forward(x.contiguous(), context.contiguous())
 
 
-def _correlate(x: Tensor, kernels: Tensor, padding: int) -> Tensor:
-    """x (N, C, H, W) with kernels (N, C, h, w), one for each sample and channel, in x's memory format."""
-    N, C, H, W = x.shape
-    planes = x.reshape(1, N * C, H, W)
-    out = F.conv2d(planes, kernels.reshape(N * C, 1, *kernels.shape[2:]), padding=padding, groups=N * C)
-    out = out.reshape(N, C, *out.shape[2:])
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+@torch.library.custom_op("dico_t2i::text_dwconv_backward", mutates_args=())
+def _text_backward(
+    x: Tensor, context: Tensor, grad: Tensor, wants_x: bool, wants_context: bool
+) -> tuple[Tensor, Tensor]:
+    inputs = (tensor.contiguous() for tensor in (x, context, grad))
+    return present(*backend(x).text_backward(*inputs, (wants_x, wants_context)))  # type: ignore[return-value]
 
 
-def _kernels(context: Tensor) -> Tensor:
-    """Tokens (N, T, C) -> kernels (N, C, 9, 9); taps T to 80 repeat the last token."""
-    N, T, C = context.shape
-    taps = torch.cat((context, context[:, -1:].expand(-1, TAPS - T, -1)), dim=1)
-    return taps.transpose(1, 2).reshape(N, C, KERNEL_SIZE, KERNEL_SIZE)
+@_text.register_fake
+def _(x: Tensor, context: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-def _tokens(kernels: Tensor, count: int) -> Tensor:
-    """The adjoint of ``_kernels``: (N, C, 9, 9) -> (N, T, C), the repeated taps summed."""
-    taps = kernels.flatten(2).transpose(1, 2)
-    return torch.cat((taps[:, : count - 1], taps[:, count - 1 :].sum(1, keepdim=True)), dim=1)
+@_text_backward.register_fake
+def _(x: Tensor, context: Tensor, grad: Tensor, wants_x: bool, wants_context: bool) -> tuple[Tensor, ...]:
+    wants = ((wants_x, x), (wants_context, context))
+    return present(*(like.new_empty(like.shape) if wanted else None for wanted, like in wants))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wants = ctx.needs_input_grad
+    grads = torch.ops.dico_t2i.text_dwconv_backward(*ctx.saved_tensors, grad, *wants)
+    return tuple(gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True))
+
+
+_text.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.dico_t2i.text_dwconv)
+def _flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * TAPS * torch.Size(x_shape).numel()
+
+
+@register_flop_formula(torch.ops.dico_t2i.text_dwconv_backward)
+def _backward_flops(
+    x_shape: Any, context_shape: Any, grad_shape: Any, wants_x: bool, wants_context: bool, **_: Any
+) -> int:
+    return (wants_x + wants_context) * _flops(x_shape)

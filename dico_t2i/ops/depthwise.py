@@ -1,0 +1,68 @@
+"""The middle of DiCo's ConvModule: depthwise 3x3 convolution, GELU, and the mean over pixels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dico_t2i.ops.backend import backend
+
+
+def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU (exact) of a depthwise 3x3 convolution with zero padding, and its mean over pixels.
+
+    x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C) and (N, C), in x's dtype. Backward computes the
+    convolution again: it keeps x alone. Raises ValueError when the shapes do not fit.
+    """
+    C = x.shape[-1]
+    if x.ndim != 4 or weight.shape != (C, 1, 3, 3) or bias.shape != (C,):
+        raise ValueError(
+            "depthwise3x3_gelu_pool: x (N, H, W, C), weight (C, 1, 3, 3) and bias (C,) expected,"
+            f" got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    return torch.ops.dico_t2i.depthwise(x, weight, bias)
+
+
+@torch.library.custom_op("dico_t2i::depthwise", mutates_args=())
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return backend(x).depthwise_forward(x.contiguous(), weight, bias)
+
+
+@torch.library.custom_op("dico_t2i::depthwise_backward", mutates_args=())
+def _depthwise_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backend(x).depthwise_backward(x.contiguous(), weight, bias, grad.contiguous(), grad_mean)
+
+
+@_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[3])
+
+
+@_depthwise_backward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.dico_t2i.depthwise_backward(*ctx.saved_tensors, grad, grad_mean)
+
+
+_depthwise.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.dico_t2i.depthwise)
+def _flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * 9 * torch.Size(x_shape).numel()
+
+
+@register_flop_formula(torch.ops.dico_t2i.depthwise_backward)
+def _backward_flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Both gradients. The convolution that is computed again is not counted, as the field does it."""
+    return 2 * _flops(x_shape)

@@ -1,0 +1,200 @@
+"""The operators of operators.c on CPU tensors, compiled once for the machine they run on.
+
+The library lies in the user's cache, under the hash of everything it depends on. Its threads are torch's: it is linked
+to the OpenMP that torch has loaded. Without a compiler ``library`` is None, and so it is with DICO_NO_COMPILER=1.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("operators.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+NORM_EPS = 1e-6
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled operators; None, said once in the log, where they cannot be had."""
+    if os.environ.get("DICO_NO_COMPILER") == "1":
+        return None
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        logger.warning("No C compiler (cc): operators run through torch, slower on the CPU, above all with text.")
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip()
+        logger.warning("%s could not be compiled; operators run through torch, slower on the CPU. %s", SOURCE, reason)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The library's path; compiled if it is not there yet, by one process at a time."""
+    runtime = _openmp()
+    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, FLAGS, runtime, _cpu())).encode()).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_t2i" / "operators"
+    path = folder / f"{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                _compile(compiler, runtime, Path(made))
+                (Path(made) / "operators.so").replace(path)
+    return path
+
+
+def _compile(compiler: str, runtime: str | None, folder: Path) -> None:
+    """SOURCE -> folder/operators.so."""
+    made, linked = folder / "operators.o", folder / "operators.so"
+    openmp = [runtime] if runtime else ["-fopenmp"]
+    for command in (
+        [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
+        [compiler, "-shared", str(made), *openmp, "-lm", "-o", str(linked)],
+    ):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _openmp() -> str | None:
+    """The GNU OpenMP that torch has loaded: a second one's threads would wait in the way of the first's."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return None
+    return next((path for path in sorted(mapped) if Path(path).name.startswith("libgomp")), None)
+
+
+def _cpu() -> str:
+    """What the compiler looks at: the processor's architecture and its features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "model", "Feat"))}))
+
+
+def call(name: str, *arguments: Tensor | int | float | None | ctypes.Array) -> None:
+    """Run a function of the library on contiguous float32 tensors; it also gets torch's number of threads."""
+    loaded = library()
+    assert loaded is not None
+    if getattr(loaded, name)(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads())):
+        raise MemoryError(f"{name}: no memory for work space")
+
+
+def _argument(value: Tensor | int | float | None | ctypes.Array) -> object:
+    if isinstance(value, Tensor):
+        assert value.dtype == torch.float32
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_float(value) if isinstance(value, float) else value
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _new(wanted: object, *shape: int) -> Tensor | None:
+    """Memory for an output that is there if what it belongs to is."""
+    return None if wanted is None or wanted is False else torch.empty(shape)
+
+
+def _as(like: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    return None if like is None or tensor is None else tensor.to(like.dtype)
+
+
+def norm_forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    N, H, W, C = x.shape
+    residual, out = _new(branch, N, H, W, C), torch.empty(x.shape)
+    mean, rstd = torch.empty(N, H, W), torch.empty(N, H, W)
+    inputs = map(_float, (x, branch, gate, shift, scale))
+    call("norm_forward", *inputs, residual, out, mean, rstd, N, H * W, C, NORM_EPS)
+    return _as(x, residual), out.to(x.dtype), mean, rstd
+
+
+def norm_backward(
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    grad_residual: Tensor | None,
+    grad_out: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    N, H, W, C = residual.shape
+    grad_x, grad_branch = torch.empty(residual.shape), _new(gate, N, H, W, C)
+    grad_gate, grad_shift, grad_scale = _new(gate, N, C), _new(scale, N, C), _new(scale, N, C)
+    inputs = map(_float, (residual, mean, rstd, scale, branch, gate, grad_residual, grad_out))
+    outputs = (grad_x, grad_branch, grad_gate, grad_shift, grad_scale)
+    call("norm_backward", *inputs, *outputs, N, H * W, C)
+    likes = (residual, branch, gate, scale, scale)
+    return tuple(map(_as, likes, outputs))  # type: ignore[return-value]
+
+
+def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
+    N, H, W, C = x.shape
+    out = torch.empty(x.shape)
+    call("scale_forward", *map(_float, (x, scale, base)), out, N, H * W, C)
+    return out.to(x.dtype)
+
+
+def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    N, H, W, C = x.shape
+    grad_x, grad_scale = torch.empty(x.shape), torch.empty(N, C)
+    call("scale_backward", *map(_float, (x, scale, grad)), grad_x, grad_scale, N, H * W, C)
+    return grad_x.to(x.dtype), grad_scale.to(scale.dtype)
+
+
+def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    N, H, W, C = x.shape
+    out, mean = torch.empty(x.shape), torch.empty(N, C)
+    call("depthwise_forward", *map(_float, (x, weight, bias)), out, mean, N, H, W, C)
+    return out.to(x.dtype), mean.to(x.dtype)
+
+
+def depthwise_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, H, W, C = x.shape
+    grad_x, sums = torch.empty(x.shape), torch.empty(N, 10, C)
+    call("depthwise_backward", *map(_float, (x, weight, bias, grad, grad_mean)), grad_x, sums, N, H, W, C)
+    grad_weight, grad_bias = sums[:, :9].sum(0).T.reshape(weight.shape), sums[:, 9].sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def text_forward(x: Tensor, context: Tensor) -> Tensor:
+    N, H, W, C = x.shape
+    out = torch.empty(x.shape)
+    call("text_forward", *map(_float, (x, context)), out, N, H, W, C, context.shape[1])
+    return out.to(x.dtype)
+
+
+def text_backward(
+    x: Tensor, context: Tensor, grad: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    N, H, W, C = x.shape
+    grad_x, grad_context = _new(wants[0], *x.shape), _new(wants[1], *context.shape)
+    inputs = map(_float, (x, context, grad))
+    call("text_backward", *inputs, grad_x, grad_context, N, H, W, C, context.shape[1])
+    return _as(x, grad_x), _as(context, grad_context)

@@ -1,0 +1,494 @@
+/* The network's operators on the CPU, on contiguous float32 tensors (N, H, W, C), vectorised over channels.
+
+   Convolutions work on one sample and LANES channels at a time, in a zero-padded copy (a tile) that stays in cache.
+   Every sum has an order that depends on shapes alone: results do not depend on the number of threads.
+   Vectors (a number for each sample and channel) are (N, C); pixels are the H * W of a sample. A NULL argument is
+   a part that is not there. Functions return 0, or 1 when out of memory. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define PIXELS 8       /* outputs of a row that are computed together, in registers */
+#define CHUNK 64       /* pixels whose sums one task takes */
+#define MAX_TAPS 81
+#define inlined static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int64_t size;
+
+inlined size smaller(size a, size b) { return a < b ? a : b; }
+inlined size round_up(size n, size unit) { return (n + unit - 1) / unit * unit; }
+
+static void *take(size count, size bytes) { return aligned_alloc(64, round_up(count * bytes, 64)); }
+
+/* exp(v) of v <= 0, to 2e-7; 0 below -87. */
+inlined float exp_negative(float v) {
+    v = v < -87.0f ? -87.5f : v;
+    float n = v * 1.44269504f + 12582912.0f; /* the integer part, in the lowest bits */
+    int32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.0f;
+    float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+    float e = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f
+              + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+    int32_t power = (bits + 127) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    return e * scale;
+}
+
+/* Normal distribution and density at x. 1 - cdf(t) = exp(-t^2 / 2) times a polynomial in 1 / (1 + 0.21 t) for t >= 0,
+   fitted here to a relative error of 2e-8. */
+inlined void normal(float x, float *cdf, float *density) {
+    float t = fabsf(x), u = 1.0f / (1.0f + 0.21f * t), e = exp_negative(-0.5f * t * t);
+    float p = u * (8.37115743e-2f + u * (8.50688791e-2f + u * (6.91920264e-2f + u * (1.24873262e-1f
+              + u * (-9.39263995e-2f + u * (3.49402640e-1f + u * (-3.30254714e-1f + u * (2.83589155e-1f
+              + u * -7.16564161e-2f))))))));
+    float tail = p * e;
+    *cdf = x < 0 ? tail : 1.0f - tail;
+    *density = 0.398942280f * e;
+}
+
+inlined float gelu(float x) {
+    float cdf, density;
+    normal(x, &cdf, &density);
+    return x * cdf;
+}
+
+inlined float gelu_slope(float x) {
+    float cdf, density;
+    normal(x, &cdf, &density);
+    return cdf + x * density;
+}
+
+/* ---- LayerNorm over channels, with what stands before (residual, gate) and after it (scale, shift) ---- */
+
+/* residual = x + gate * branch; out = LayerNorm(residual) * (1 + scale) + shift. */
+int norm_forward(const float *x, const float *branch, const float *gate, const float *shift, const float *scale,
+                 float *residual, float *out, float *mean, float *rstd, size N, size pixels, size C, float eps,
+                 size threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size p = 0; p < N * pixels; p++) {
+        const size n = p / pixels;
+        const float *row = x + p * C;
+        float *y = out + p * C, sum = 0, squares = 0;
+        if (branch) {
+            const float *b = branch + p * C, *g = gate ? gate + n * C : NULL;
+            float *r = residual + p * C;
+            if (g) {
+#pragma omp simd reduction(+ : sum)
+                for (size c = 0; c < C; c++) sum += r[c] = row[c] + g[c] * b[c];
+            } else {
+#pragma omp simd reduction(+ : sum)
+                for (size c = 0; c < C; c++) sum += r[c] = row[c] + b[c];
+            }
+            row = r;
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (size c = 0; c < C; c++) sum += row[c];
+        }
+        const float m = sum / C;
+#pragma omp simd reduction(+ : squares)
+        for (size c = 0; c < C; c++) squares += (row[c] - m) * (row[c] - m);
+        const float s = 1.0f / sqrtf(squares / C + eps);
+        mean[p] = m, rstd[p] = s;
+        if (scale) {
+            const float *a = scale + n * C, *b = shift + n * C;
+#pragma omp simd
+            for (size c = 0; c < C; c++) y[c] = (row[c] - m) * s * (1.0f + a[c]) + b[c];
+        } else {
+#pragma omp simd
+            for (size c = 0; c < C; c++) y[c] = (row[c] - m) * s;
+        }
+    }
+    return 0;
+}
+
+/* sums (N, chunks, C) -> out (N, C), in order. */
+static void add_chunks(const float *sums, float *out, size N, size chunks, size C, size threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size n = 0; n < N; n++)
+        for (size k = 0; k < chunks; k++) {
+            const float *s = sums + (n * chunks + k) * C;
+            float *o = out + n * C;
+#pragma omp simd
+            for (size c = 0; c < C; c++) o[c] = k ? o[c] + s[c] : s[c];
+        }
+}
+
+/* Gradients of norm_forward. grad_residual, of its first output, may be NULL; so may branch, gate and scale, and the
+   gradients that belong to them. Without a gate the branch's gradient is grad_x. */
+int norm_backward(const float *residual, const float *mean, const float *rstd, const float *scale, const float *branch,
+                  const float *gate, const float *grad_residual, const float *grad_out, float *grad_x,
+                  float *grad_branch, float *grad_gate, float *grad_shift, float *grad_scale, size N, size pixels,
+                  size C, size threads) {
+    const size chunks = (pixels + CHUNK - 1) / CHUNK, count = N * chunks * C;
+    float *gate_sums = gate ? take(count, 4) : NULL, *shift_sums = scale ? take(2 * count, 4) : NULL;
+    float *scale_sums = scale && shift_sums ? shift_sums + count : NULL;
+    const int failed = (gate && !gate_sums) || (scale && !shift_sums);
+    if (!failed) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (size task = 0; task < N * chunks; task++) {
+            const size n = task / chunks, first = task % chunks * CHUNK, last = smaller(first + CHUNK, pixels);
+            const float *a = scale ? scale + n * C : NULL;
+            float *gs = gate ? gate_sums + task * C : NULL;
+            float *hs = scale ? shift_sums + task * C : NULL, *ss = scale ? scale_sums + task * C : NULL;
+            if (gs) memset(gs, 0, C * 4);
+            if (hs) memset(hs, 0, C * 4), memset(ss, 0, C * 4);
+            for (size p = n * pixels + first; p < n * pixels + last; p++) {
+                const float *r = residual + p * C, *go = grad_out + p * C, m = mean[p], s = rstd[p];
+                float *gx = grad_x + p * C, sum = 0, dot = 0;
+                if (a) {
+#pragma omp simd reduction(+ : sum, dot)
+                    for (size c = 0; c < C; c++) {
+                        const float g = go[c], h = (r[c] - m) * s, scaled = g * (1.0f + a[c]);
+                        hs[c] += g;
+                        ss[c] += g * h;
+                        sum += scaled;
+                        dot += scaled * h;
+                    }
+                } else {
+#pragma omp simd reduction(+ : sum, dot)
+                    for (size c = 0; c < C; c++) {
+                        sum += go[c];
+                        dot += go[c] * ((r[c] - m) * s);
+                    }
+                }
+                sum /= C, dot /= C;
+                if (a) {
+#pragma omp simd
+                    for (size c = 0; c < C; c++)
+                        gx[c] = s * (go[c] * (1.0f + a[c]) - sum - (r[c] - m) * s * dot);
+                } else {
+#pragma omp simd
+                    for (size c = 0; c < C; c++) gx[c] = s * (go[c] - sum - (r[c] - m) * s * dot);
+                }
+                if (grad_residual) {
+                    const float *gr = grad_residual + p * C;
+#pragma omp simd
+                    for (size c = 0; c < C; c++) gx[c] += gr[c];
+                }
+                if (gate) {
+                    const float *b = branch + p * C, *g = gate + n * C;
+                    float *gb = grad_branch + p * C;
+#pragma omp simd
+                    for (size c = 0; c < C; c++) {
+                        gb[c] = gx[c] * g[c];
+                        gs[c] += gx[c] * b[c];
+                    }
+                }
+            }
+        }
+        if (gate) add_chunks(gate_sums, grad_gate, N, chunks, C, threads);
+        if (scale) {
+            add_chunks(shift_sums, grad_shift, N, chunks, C, threads);
+            add_chunks(scale_sums, grad_scale, N, chunks, C, threads);
+        }
+    }
+    free(gate_sums);
+    free(shift_sums);
+    return failed;
+}
+
+/* ---- a factor for each sample and channel ---- */
+
+/* out = base + x * scale. */
+int scale_forward(const float *x, const float *scale, const float *base, float *out, size N, size pixels, size C,
+                  size threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size p = 0; p < N * pixels; p++) {
+        const float *row = x + p * C, *s = scale + p / pixels * C, *b = base ? base + p * C : NULL;
+        float *y = out + p * C;
+        if (b) {
+#pragma omp simd
+            for (size c = 0; c < C; c++) y[c] = b[c] + row[c] * s[c];
+        } else {
+#pragma omp simd
+            for (size c = 0; c < C; c++) y[c] = row[c] * s[c];
+        }
+    }
+    return 0;
+}
+
+int scale_backward(const float *x, const float *scale, const float *grad, float *grad_x, float *grad_scale, size N,
+                   size pixels, size C, size threads) {
+    const size chunks = (pixels + CHUNK - 1) / CHUNK;
+    float *sums = take(N * chunks * C, 4);
+    if (!sums) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size task = 0; task < N * chunks; task++) {
+        const size n = task / chunks, first = task % chunks * CHUNK, last = smaller(first + CHUNK, pixels);
+        const float *s = scale + n * C;
+        float *total = sums + task * C;
+        memset(total, 0, C * 4);
+        for (size p = n * pixels + first; p < n * pixels + last; p++) {
+            const float *row = x + p * C, *g = grad + p * C;
+            float *gx = grad_x + p * C;
+#pragma omp simd
+            for (size c = 0; c < C; c++) {
+                gx[c] = g[c] * s[c];
+                total[c] += g[c] * row[c];
+            }
+        }
+    }
+    add_chunks(sums, grad_scale, N, chunks, C, threads);
+    free(sums);
+    return 0;
+}
+
+/* ---- depthwise convolutions ---- */
+
+/* Tile rows: `border` pixels of zeros, the row, zeros up to the stride. */
+inlined size tile_stride(size W, size border) { return round_up(W, PIXELS) + 2 * border; }
+
+static void load_tile(vec *tile, const float *x, size H, size W, size C, size c, size border) {
+    const size stride = tile_stride(W, border), lanes = smaller(LANES, C - c);
+    for (size h = 0; h < H; h++) {
+        vec *row = tile + h * stride;
+        memset(row, 0, border * sizeof(vec));
+        memset(row + border + W, 0, (stride - border - W) * sizeof(vec));
+        const float *source = x + h * W * C + c;
+        if (lanes == LANES)
+            for (size w = 0; w < W; w++) memcpy(row + border + w, source + w * C, sizeof(vec));
+        else
+            for (size w = 0; w < W; w++) {
+                vec v = {0};
+                memcpy(&v, source + w * C, lanes * 4);
+                row[border + w] = v;
+            }
+    }
+}
+
+inlined void store(float *out, const vec *value, size lanes) {
+    if (lanes == LANES)
+        memcpy(out, value, sizeof(vec));
+    else
+        memcpy(out, value, lanes * 4);
+}
+
+/* PIXELS outputs of row y, from column w on: the sum over taps (K, K) of tap times shifted input. */
+inlined void correlate(vec *out, const vec *tile, const vec *taps, size y, size w, size H, size stride, const int K) {
+    vec sum[PIXELS] = {0};
+    for (int i = 0; i < K; i++) {
+        const size source = y + i - K / 2;
+        if (source < 0 || source >= H) continue;
+        const vec *row = tile + source * stride + w;
+#pragma GCC unroll 9
+        for (int j = 0; j < K; j++) {
+            const vec tap = taps[i * K + j];
+#pragma GCC unroll 8
+            for (int p = 0; p < PIXELS; p++) sum[p] += row[p + j] * tap;
+        }
+    }
+    for (int p = 0; p < PIXELS; p++) out[p] = sum[p];
+}
+
+/* Gradients of one row of taps, i: the sum over pixels of output gradient times shifted input. Both tiles have the
+   same border. */
+inlined void correlate_taps(vec *out, const vec *tile, const vec *grad, size i, size H, size W, size stride,
+                            const int K) {
+    vec sum[9] = {0};
+    for (size y = 0; y < H; y++) {
+        const size source = y + i - K / 2;
+        if (source < 0 || source >= H) continue;
+        for (size w = 0; w < W; w += PIXELS) {
+            const vec *row = tile + source * stride + w, *g = grad + y * stride + w + K / 2;
+#pragma GCC unroll 8
+            for (int p = 0; p < PIXELS; p++)
+#pragma GCC unroll 9
+                for (int j = 0; j < K; j++) sum[j] += row[p + j] * g[p];
+        }
+    }
+    for (int j = 0; j < K; j++) out[j] = sum[j];
+}
+
+/* Store the convolution of a tile into channels [c, c + lanes) of out (H, W, C). */
+inlined void correlate_all(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes,
+                           const int K) {
+    const size stride = tile_stride(W, K / 2);
+    vec sums[PIXELS];
+    for (size y = 0; y < H; y++)
+        for (size w = 0; w < W; w += PIXELS) {
+            correlate(sums, tile, taps, y, w, H, stride, K);
+            for (size p = 0; p < smaller(PIXELS, W - w); p++) store(out + (y * W + w + p) * C, sums + p, lanes);
+        }
+}
+
+static void load_tokens(vec *taps, const float *context, size T, size C, size lanes, int flipped) {
+    for (size k = 0; k < MAX_TAPS; k++) {
+        vec v = {0};
+        memcpy(&v, context + smaller(k, T - 1) * C, lanes * 4);
+        taps[flipped ? MAX_TAPS - 1 - k : k] = v;
+    }
+}
+
+/* context (N, T, C): token k is tap k of the 9x9 kernels, the last token all taps from T - 1 on. */
+int text_forward(const float *x, const float *context, float *out, size N, size H, size W, size C, size T,
+                 size threads) {
+    const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, 4);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        vec *tile = take(area, sizeof(vec)), taps[MAX_TAPS];
+        failed |= !tile;
+#pragma omp for schedule(static)
+        for (size task = 0; task < N * groups; task++) {
+            const size n = task / groups, c = task % groups * LANES, lanes = smaller(LANES, C - c);
+            if (!tile) continue;
+            load_tile(tile, x + n * H * W * C, H, W, C, c, 4);
+            load_tokens(taps, context + n * T * C + c, T, C, lanes, 0);
+            correlate_all(out + n * H * W * C + c, tile, taps, H, W, C, lanes, 9);
+        }
+        free(tile);
+    }
+    return failed;
+}
+
+/* Either gradient may be NULL. */
+int text_backward(const float *x, const float *context, const float *grad, float *grad_x, float *grad_context, size N,
+                  size H, size W, size C, size T, size threads) {
+    const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, 4);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        vec *tile = take(2 * area, sizeof(vec)), *grad_tile = tile + area, taps[MAX_TAPS];
+        failed |= !tile;
+#pragma omp for schedule(static)
+        for (size task = 0; task < N * groups; task++) {
+            const size n = task / groups, c = task % groups * LANES, lanes = smaller(LANES, C - c);
+            const size sample = n * H * W * C, tokens = n * T * C + c;
+            if (!tile) continue;
+            load_tile(grad_tile, grad + sample, H, W, C, c, 4);
+            if (grad_x) {
+                load_tokens(taps, context + tokens, T, C, lanes, 1);
+                correlate_all(grad_x + sample + c, grad_tile, taps, H, W, C, lanes, 9);
+            }
+            if (grad_context) {
+                load_tile(tile, x + sample, H, W, C, c, 4);
+                for (size i = 0; i < 9; i++)
+                    correlate_taps(taps + 9 * i, tile, grad_tile, i, H, W, tile_stride(W, 4), 9);
+                for (size k = T; k < MAX_TAPS; k++) taps[T - 1] += taps[k];
+                for (size k = 0; k < T; k++) store(grad_context + tokens + k * C, taps + k, lanes);
+            }
+        }
+        free(tile);
+    }
+    return failed;
+}
+
+/* weight (C, 3, 3), bias (C): channels [c, c + lanes). */
+static void load_weight(vec *taps, vec *offset, const float *weight, const float *bias, size c, size lanes) {
+    *offset = (vec){0};
+    memcpy(offset, bias + c, lanes * 4);
+    for (size k = 0; k < 9; k++) {
+        taps[k] = (vec){0};
+        for (size l = 0; l < lanes; l++) taps[k][l] = weight[(c + l) * 9 + k];
+    }
+}
+
+/* out = gelu(convolution of x + bias); mean (N, C): of out over pixels. */
+int depthwise_forward(const float *x, const float *weight, const float *bias, float *out, float *mean, size N, size H,
+                      size W, size C, size threads) {
+    const size groups = (C + LANES - 1) / LANES, stride = tile_stride(W, 1);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        vec *tile = take(H * stride, sizeof(vec)), taps[9], offset, sums[PIXELS];
+        failed |= !tile;
+#pragma omp for schedule(static)
+        for (size task = 0; task < N * groups; task++) {
+            const size n = task / groups, c = task % groups * LANES, lanes = smaller(LANES, C - c);
+            if (!tile) continue;
+            load_tile(tile, x + n * H * W * C, H, W, C, c, 1);
+            load_weight(taps, &offset, weight, bias, c, lanes);
+            vec total = {0};
+            for (size y = 0; y < H; y++)
+                for (size w = 0; w < W; w += PIXELS) {
+                    correlate(sums, tile, taps, y, w, H, stride, 3);
+                    const size used = smaller(PIXELS, W - w);
+                    for (size p = 0; p < PIXELS; p++) sums[p] += offset;
+                    float *flat = (float *)sums;
+#pragma omp simd
+                    for (size k = 0; k < PIXELS * LANES; k++) flat[k] = gelu(flat[k]);
+                    for (size p = 0; p < used; p++) {
+                        total += sums[p];
+                        store(out + ((n * H + y) * W + w + p) * C + c, sums + p, lanes);
+                    }
+                }
+            total /= (float)(H * W);
+            store(mean + n * C + c, &total, lanes);
+        }
+        free(tile);
+    }
+    return failed;
+}
+
+/* Gradients of depthwise_forward; what came before GELU is computed again. sums (N, 10, C): of each sample, those of
+   the nine taps and of the bias. */
+int depthwise_backward(const float *x, const float *weight, const float *bias, const float *grad,
+                       const float *grad_mean, float *grad_x, float *sums, size N, size H, size W, size C,
+                       size threads) {
+    const size groups = (C + LANES - 1) / LANES, stride = tile_stride(W, 1), area = H * stride;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        vec *tile = take(2 * area, sizeof(vec)), *slopes = tile + area, taps[9], flipped[9], offset;
+        failed |= !tile;
+#pragma omp for schedule(static)
+        for (size task = 0; task < N * groups; task++) {
+            const size n = task / groups, c = task % groups * LANES, lanes = smaller(LANES, C - c);
+            const size sample = n * H * W * C;
+            if (!tile) continue;
+            load_tile(tile, x + sample, H, W, C, c, 1);
+            load_tile(slopes, grad + sample, H, W, C, c, 1);
+            load_weight(taps, &offset, weight, bias, c, lanes);
+            for (size k = 0; k < 9; k++) flipped[k] = taps[8 - k];
+            vec pooled = {0}, total = {0}, before[PIXELS];
+            memcpy(&pooled, grad_mean + n * C + c, lanes * 4);
+            pooled /= (float)(H * W);
+            for (size y = 0; y < H; y++)
+                for (size w = 0; w < W; w += PIXELS) {
+                    vec *g = slopes + y * stride + w + 1;
+                    correlate(before, tile, taps, y, w, H, stride, 3);
+                    for (size p = 0; p < PIXELS; p++) before[p] += offset;
+                    float *flat = (float *)before;
+#pragma omp simd
+                    for (size k = 0; k < PIXELS * LANES; k++) flat[k] = gelu_slope(flat[k]);
+                    for (size p = 0; p < smaller(PIXELS, W - w); p++) {
+                        g[p] = (g[p] + pooled) * before[p];
+                        total += g[p];
+                    }
+                }
+            correlate_all(grad_x + sample + c, slopes, flipped, H, W, C, lanes, 3);
+            for (size i = 0; i < 3; i++) correlate_taps(taps + 3 * i, tile, slopes, i, H, W, stride, 3);
+            for (size k = 0; k < 9; k++) store(sums + (n * 10 + k) * C + c, taps + k, lanes);
+            store(sums + (n * 10 + 9) * C + c, &total, lanes);
+        }
+        free(tile);
+    }
+    return failed;
+}
+
+/* ---- the optimizer ---- */
+
+/* One step of AdamW, and of averages of the weights: averages[k] += rates[k] (weight - averages[k]). */
+int adamw(float *weight, const float *grad, float *exp_avg, float *exp_avg_sq, float *const *averages,
+          const float *rates, size count, size numel, float decay, float beta1, float beta2, float step_size,
+          float root_correction, float eps, size threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+    for (size i = 0; i < numel; i++) {
+        const float g = grad[i], m = exp_avg[i] + (1.0f - beta1) * (g - exp_avg[i]);
+        const float v = beta2 * exp_avg_sq[i] + (1.0f - beta2) * g * g;
+        exp_avg[i] = m, exp_avg_sq[i] = v;
+        weight[i] = weight[i] * decay - step_size * m / (sqrtf(v) / root_correction + eps);
+        for (size k = 0; k < count; k++) averages[k][i] += rates[k] * (weight[i] - averages[k][i]);
+    }
+    return 0;
+}

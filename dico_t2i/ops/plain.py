@@ -1,0 +1,129 @@
+"""The operators through torch alone: any device and dtype. float64 always comes here."""
+
+import torch
+from torch import Tensor
+
+from dico_t2i.ops.convolution import conv3x3
+
+NORM_EPS = 1e-6
+KERNEL_SIZE = 9
+TAPS = KERNEL_SIZE**2
+
+aten = torch.ops.aten
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float64 as it is, all else in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _each(vector: Tensor) -> Tensor:
+    """(N, C) -> (N, 1, 1, C), in float32 or more."""
+    return _wide(vector)[:, None, None]
+
+
+def norm_forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    residual = None if branch is None else x + branch if gate is None else scale_forward(branch, gate, x)
+    source = _wide(x if residual is None else residual)
+    out, mean, rstd = aten.native_layer_norm(source, source.shape[-1:], None, None, NORM_EPS)
+    if scale is not None and shift is not None:
+        out = torch.addcmul(_each(shift), out, 1 + _each(scale))
+    return residual, out.to(x.dtype), mean[..., 0], rstd[..., 0]
+
+
+def norm_backward(
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    grad_residual: Tensor | None,
+    grad_out: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    source, grad, mean, rstd = _wide(residual), _wide(grad_out), mean[..., None], rstd[..., None]
+    grad_branch = grad_gate = grad_shift = grad_scale = None
+    if scale is not None:
+        grad_shift = grad.sum((1, 2)).to(scale.dtype)
+        grad_scale = (grad * ((source - mean) * rstd)).sum((1, 2)).to(scale.dtype)
+        grad = grad * (1 + _each(scale))
+    none = [True, False, False]
+    grad_x = aten.native_layer_norm_backward(grad, source, source.shape[-1:], mean, rstd, None, None, none)[0]
+    if grad_residual is not None:
+        grad_x = grad_x + grad_residual
+    grad_x = grad_x.to(residual.dtype)
+    if gate is not None and branch is not None:
+        grad_branch, grad_gate = scale_backward(branch, gate, grad_x)
+    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale
+
+
+def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
+    scaled = _each(scale).to(x.dtype)
+    return x * scaled if base is None else torch.addcmul(base, x, scaled)
+
+
+def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return grad * _each(scale).to(grad.dtype), (_wide(grad) * x).sum((1, 2)).to(scale.dtype)
+
+
+def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.nn.functional.gelu(_depthwise(x, weight, bias))
+    return out, out.mean((1, 2))
+
+
+def depthwise_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, H, W, C = x.shape
+    slope = aten.gelu_backward(grad + (grad_mean / (H * W))[:, None, None], _depthwise(x, weight, bias))
+    planes, source = slope.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = aten.convolution_backward(
+            planes, source, weight.to(x.dtype), [C], [1, 1], [1, 1], [1, 1], False, [0, 0], C, [True, True, True]
+        )
+    return grads[0].permute(0, 2, 3, 1).contiguous(), grads[1].to(weight.dtype), grads[2].to(bias.dtype)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return conv3x3(x, weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1]).contiguous()
+
+
+def text_forward(x: Tensor, context: Tensor) -> Tensor:
+    return _correlate(x, _kernels(context))
+
+
+def text_backward(
+    x: Tensor, context: Tensor, grad: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The kernel gradient correlates the input with the output gradient: a convolution with a kernel as large as the
+    image. torch's own backward computes it some 20 times slower."""
+    grad_x = _correlate(grad, _kernels(context).flip(1, 2)) if wants[0] else None
+    grad_context = _tokens(_correlate(x, grad), context.shape[1]) if wants[1] else None
+    return grad_x, grad_context
+
+
+def _correlate(x: Tensor, kernels: Tensor) -> Tensor:
+    """x (N, H, W, C) with kernels (N, h, w, C), one for each sample and channel, padding 4; (N, ., ., C)."""
+    N, H, W, C = x.shape
+    h, w = kernels.shape[1:3]
+    planes = x.permute(0, 3, 1, 2).reshape(1, N * C, H, W)
+    weights = kernels.permute(0, 3, 1, 2).reshape(N * C, 1, h, w)
+    with torch.autocast(x.device.type, enabled=False):
+        out = torch.nn.functional.conv2d(planes, weights, padding=KERNEL_SIZE // 2, groups=N * C)
+    return out.reshape(N, C, *out.shape[2:]).permute(0, 2, 3, 1).contiguous()
+
+
+def _kernels(context: Tensor) -> Tensor:
+    """Tokens (N, T, C) -> kernels (N, 9, 9, C); taps T to 80 repeat the last token."""
+    N, T, C = context.shape
+    taps = torch.cat((context, context[:, -1:].expand(-1, TAPS - T, -1)), dim=1)
+    return taps.reshape(N, KERNEL_SIZE, KERNEL_SIZE, C)
+
+
+def _tokens(kernels: Tensor, count: int) -> Tensor:
+    """The adjoint of ``_kernels``: (N, 9, 9, C) -> (N, T, C), the repeated taps summed."""
+    taps = kernels.flatten(1, 2)
+    return torch.cat((taps[:, : count - 1], taps[:, count - 1 :].sum(1, keepdim=True)), dim=1)

@@ -1,0 +1,83 @@
+"""Every function of a backend on random inputs, against the same in float64 through torch.
+
+``python -m tests.ops.cases MODULE`` prints the largest errors: so the Triton kernels run where TRITON_INTERPRET=1 is
+set before Triton is imported.
+"""
+
+import json
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dico_t2i.ops import plain
+
+Tensors = tuple[Tensor | None, ...]
+
+
+def double(arguments):
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def difference(got: Tensors, expected: Tensors) -> float:
+    """The largest error of any element, relative to its tensor's largest."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.shape == b.shape
+            error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)
+            worst = max(worst, float(error.nan_to_num(1e9)))
+    return worst
+
+
+def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[str, float]:
+    """Of each function; x (N, H, W, C) and all else but the convolution's weights are of the dtype."""
+    N, H, W, C = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    def run(name, *arguments):
+        got, expected = getattr(module, name)(*arguments), getattr(plain, name)(*double(arguments))
+        got, expected = ((r,) if isinstance(r, Tensor) else r for r in (got, expected))
+        found[f"{name}:{len(found)}"] = difference(got, expected)
+        return got
+
+    found: dict[str, float] = {}
+    x, y, g, gate, shift, scale = draw(*shape), draw(*shape), draw(*shape), draw(N, C), draw(N, C), draw(N, C)
+    for branch, gated, modulated in ((False, False, True), (True, True, True), (True, False, True), (True, True, False)):
+        parts = (y if branch else None, gate if gated else None)
+        modulation = (shift, scale) if modulated else (None, None)
+        residual, _, mean, rstd = run("norm_forward", x, *parts, *modulation)
+        residual = x if residual is None else residual
+        kept = (y, gate) if gated else (None, None)
+        run("norm_backward", residual, mean, rstd, modulation[1], *kept, y if branch else None, g)
+    run("scale_forward", x, gate, None)
+    run("scale_forward", x, gate, y)
+    run("scale_backward", x, gate, g)
+    weight, bias = torch.randn(C, 1, 3, 3, generator=generator), torch.randn(C, generator=generator)
+    run("depthwise_forward", x, weight, bias)
+    run("depthwise_backward", x, weight, bias, g, gate)
+    for count in tokens:
+        context = draw(N, count, C)
+        run("text_forward", x, context)
+        run("text_backward", x, context, g, (True, True))
+    return found
+
+
+def main(name: str) -> None:
+    module = import_module(name)
+    found = {
+        "float32": errors(module, (2, 3, 5, 24), torch.float32, tokens=()),
+        "bfloat16": errors(module, (1, 5, 7, 70), torch.bfloat16, tokens=()),
+        "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
+    }
+    print("RESULT" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

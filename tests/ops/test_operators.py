@@ -1,0 +1,201 @@
+"""The operators against plain references in float64, each implementation against that, and torch's view of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dico_t2i import ops
+from dico_t2i.models.blocks import Block, TextConvolution, TextProjection
+from dico_t2i.ops import native, plain, reference
+from tests.ops.cases import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = [(2, 5, 7, 24), (1, 8, 8, 33), (3, 9, 12, 3), (1, 1, 1, 416), (2, 32, 9, 8)]
+LIMITS = {torch.float32: 5e-6, torch.bfloat16: 6e-2}
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+def made(kind, shape=(2, 5, 6, 7), dtype=torch.float64):
+    """Leaves for an operator: maps "x", "y" to (N, H, W, C), "v" to (N, C), "w" and "b" to a convolution's."""
+    N, _, _, C = shape
+    sizes = {"x": shape, "y": shape, "v": (N, C), "w": (C, 1, 3, 3), "b": (C,)}
+    generator = torch.Generator().manual_seed(len(kind))
+    return [torch.randn(sizes[k], generator=generator, dtype=dtype).requires_grad_() for k in kind]
+
+
+CASES = [
+    ("norm_modulate", "x"),
+    ("norm_modulate", "xvv"),
+    ("residual_norm_modulate", "xy"),
+    ("residual_norm_modulate", "xyv"),
+    ("residual_norm_modulate", "xyvvv"),
+    ("channel_scale", "xv"),
+    ("gated_residual", "xvy"),
+    ("depthwise3x3_gelu_pool", "xwb"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_values_and_gradients_are_the_references(name, kind):
+    inputs = made(kind)
+    both = []
+    for module in (ops, reference):
+        out = getattr(module, name)(*inputs)
+        out = (out,) if isinstance(out, torch.Tensor) else out
+        weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=o.dtype) for o in out]
+        loss = sum((o * w).sum() for o, w in zip(out, weights, strict=True))
+        both.append((*out, *torch.autograd.grad(loss, inputs)))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_torch_can_trace_them(name, kind):
+    """Shapes, strides and gradients as declared: what torch.compile and the meta device rely on."""
+    inputs = made(kind, dtype=torch.float32)
+    operator, arguments = {
+        "norm_modulate": (torch.ops.dico_t2i.norm_modulate, (*inputs, None, None)[:3]),
+        "residual_norm_modulate": (torch.ops.dico_t2i.residual_norm_modulate, (*inputs, None, None, None)[:5]),
+        "channel_scale": (torch.ops.dico_t2i.scale, (*inputs, None)[:3]),
+        "gated_residual": (torch.ops.dico_t2i.scale, (inputs[-1], *inputs[1:-1], inputs[0])),
+        "depthwise3x3_gelu_pool": (torch.ops.dico_t2i.depthwise, tuple(inputs)),
+    }[name]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("module", [plain, pytest.param(native, marks=needs_compiler)], ids=["torch", "c"])
+def test_every_implementation_is_that_of_float64(module, shape, dtype):
+    found = errors(module, shape, dtype, tokens=(77, 81, 1))
+    assert max(found.values()) < LIMITS[dtype], found
+
+
+def test_triton_kernels_through_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ops.cases", "dico_t2i.ops.kernels"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.partition("RESULT")[2])
+    for kind, limit in (("float32", 5e-6), ("text", 5e-6), ("bfloat16", 2e-2)):
+        assert max(found[kind].values()) < limit, found[kind]
+
+
+@needs_compiler
+def test_results_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    x, grad, context, vector = (torch.randn(s) for s in ((2, 16, 16, 40), (2, 16, 16, 40), (2, 77, 40), (2, 40)))
+    weight, bias = torch.randn(40, 1, 3, 3), torch.randn(40)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            _, _, mean, rstd = native.norm_forward(x, None, None, vector, vector)
+            results.append(
+                (
+                    *native.norm_backward(x, mean, rstd, vector, grad, vector, None, grad),
+                    *native.depthwise_backward(x, weight, bias, grad, vector),
+                    *native.scale_backward(x, vector, grad),
+                    *native.text_backward(x, context, grad, (True, True)),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_compiler
+def test_gelu_is_exact_in_the_tails():
+    """On a grid, of a convolution that does nothing; torch's own GELU errs by 4e-7 at most."""
+    x = torch.linspace(-14, 14, 8 * 40 * 8).reshape(1, 8, 40, 8)
+    weight = torch.zeros(8, 1, 3, 3)
+    weight[:, 0, 1, 1] = 1
+    got, _ = native.depthwise_forward(x, weight, torch.zeros(8))
+    expected = torch.nn.functional.gelu(x.double())
+    assert (got - expected).abs().max() < 6e-7
+    assert ((got - expected) / expected)[(x > -5) & (x != 0)].abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", ""])
+def test_without_a_compiler_torch_takes_over(monkeypatch, caplog, tmp_path, compiler):
+    """It is said once; nothing is left behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.setenv("DICO_NO_COMPILER", "1")
+    native.library.cache_clear()
+    try:
+        x = torch.randn(1, 4, 4, 8)
+        for _ in range(2):
+            torch.testing.assert_close(ops.norm_modulate(x), reference.norm_modulate(x))
+        assert native.library() is None
+    finally:
+        native.library.cache_clear()
+    assert len(caplog.records) == (1 if compiler else 0)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def block_and_inputs():
+    torch.manual_seed(0)
+    block = Block(12, 2.0, TextConvolution(TextProjection(6, 12)))
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block, (torch.randn(2, 8, 8, 12, requires_grad=True), torch.randn(2, 12), torch.randn(2, 77, 6))
+
+
+def gradients(block, run, inputs):
+    loss = run(*inputs).square().mean()
+    return torch.autograd.grad(loss, (inputs[0], *block.parameters()))
+
+
+def test_a_block_compiles_as_one_graph_and_can_be_recomputed():
+    block, inputs = block_and_inputs()
+    expected = gradients(block, block, inputs)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    recomputed = gradients(block, lambda *a: checkpoint(block, *a, use_reentrant=False), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, expected, strict=True))
+    for a, b in zip(gradients(block, compiled, inputs), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_block_keeps_what_it_must():
+    """The text branch has no gate: it need not be kept. The FFN is twice as wide."""
+    names = "x norm expanded gelu scaled branch residual norm residual norm ffn".split()
+    block, inputs = block_and_inputs()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(*inputs)
+    assert out.requires_grad  # what was kept is there until here
+    pixels = 2 * 8 * 8
+    channels = sum(t.shape[-1] for t in kept.values() if t.numel() == pixels * t.shape[-1])
+    assert channels == 12 * (len(names) + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, v: ops.norm_modulate(x, v),
+        lambda x, v: ops.norm_modulate(x, v[:, :3], v[:, :3]),
+        lambda x, v: ops.residual_norm_modulate(x, x[:, :2]),
+        lambda x, v: ops.channel_scale(x, v[:1]),
+        lambda x, v: ops.gated_residual(x, v, x[..., :3]),
+        lambda x, v: ops.depthwise3x3_gelu_pool(x, torch.zeros(4, 1, 3, 3), torch.zeros(3)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        wrong(torch.zeros(2, 4, 4, 4), torch.zeros(2, 4))
