@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from dico_t2i.diffusion.iddpm import ModelFn, full_precision
 
 
 def guided(
     model_fn: Callable[..., Tensor],
-    cond: Mapping[str, Tensor],
-    null: Mapping[str, Tensor],
+    cond: Mapping[str, Any],
+    null: Mapping[str, Any],
     scale: float,
     channels: Literal["all", "three"] = "all",
 ) -> ModelFn:
     """The guided network as a function of x (N, C, H, W) and t (N,).
 
     ``model_fn(x, t, **conditioning)`` runs once on a batch of 2N, conditional half first; ``cond`` and
-    ``null`` hold its conditioning tensors, each (N, ...). Guidance applies to the C prediction channels; the
+    ``null`` hold its conditioning, tensors (N, ...) or nested tuples and dicts of them; those of ``null`` may be
+    (1, ...), one for all. Guidance applies to the C prediction channels; the
     variance channels are the conditional ones. ``channels="three"`` guides channels 0..2 only, as the
     released code does. scale 1 is no guidance and runs the N conditional samples alone. Results are float32
     (or float64). Raises ValueError if the two conditionings do not match.
     """
     if scale == 1:
         return lambda x, t: full_precision(model_fn(x, t, **cond))
-    _check_alike(cond, null)
-    both = {name: torch.cat((cond[name], null[name])) for name in cond}
+    _check_alike(dict(cond), dict(null))
+    both = tree_map(lambda c, u: torch.cat((c, u.expand(len(c), *u.shape[1:]))), dict(cond), dict(null))
 
     def guided_model(x: Tensor, t: Tensor) -> Tensor:
         output = full_precision(model_fn(torch.cat((x, x)), torch.cat((t, t)), **both))
@@ -41,7 +43,11 @@ def guided(
     return guided_model
 
 
-def _check_alike(cond: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> None:
-    shapes, null_shapes = ({name: tuple(x.shape) for name, x in c.items()} for c in (cond, null))
-    if shapes != null_shapes:
+def _check_alike(cond: dict[str, Any], null: dict[str, Any]) -> None:
+    (values, form), (null_values, null_form) = tree_flatten(cond), tree_flatten(null)
+    fit = form == null_form and all(
+        c.shape[1:] == u.shape[1:] and len(u) in (1, len(c)) for c, u in zip(values, null_values, strict=True)
+    )
+    if not fit:
+        shapes, null_shapes = (tree_map_only(Tensor, lambda x: tuple(x.shape), c) for c in (cond, null))
         raise ValueError(f"guidance needs null conditioning of the same shapes: {null_shapes}, expected {shapes}")

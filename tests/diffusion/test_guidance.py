@@ -78,4 +78,12 @@ def test_conditionings_that_do_not_match_are_refused(inputs) -> None:
     with pytest.raises(ValueError, match="null conditioning of the same shapes"):
         guided(Network(), cond, {"cond": null["cond"]}, 2.0)
     with pytest.raises(ValueError, match="null conditioning of the same shapes"):
-        guided(Network(), cond, {**null, "pooled": null["pooled"][:1]}, 2.0)
+        guided(Network(), cond, {**null, "pooled": null["pooled"][:2]}, 2.0)
+
+
+def test_one_null_serves_all_samples(inputs) -> None:
+    x, t, cond, _ = inputs
+    network = Network()
+    one = {name: value[:1] for name, value in cond.items()}
+    each = {name: value.expand_as(cond[name]) for name, value in one.items()}
+    assert torch.equal(guided(network, cond, one, 2.0)(x, t), guided(network, cond, each, 2.0)(x, t))
