@@ -32,7 +32,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         rates = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
         angles = t.float()[:, None] * rates
-        return self.mlp(torch.cat((torch.cos(angles), torch.sin(angles)), dim=1).to(self.mlp[0].weight.dtype))
+        features = torch.cat((torch.cos(angles), torch.sin(angles)), dim=1)
+        return self.mlp(features.to(next(self.parameters()).dtype))
 
 
 class Embeddings(nn.Module):
@@ -129,7 +130,7 @@ class Stem(nn.Module):
         self.proj = nn.Conv2d(channels, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        return self.proj(x.to(self.proj.weight.dtype))
 
 
 class FinalLayer(nn.Module):
@@ -173,7 +174,7 @@ class PlainDiCo(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, pooled: Tensor | None = None) -> Tensor:
         y1, y2, y3 = self.y_embedder(cond, pooled)
         c1, c2, c3 = self.t_embedder_1(t) + y1, self.t_embedder_2(t) + y2, self.t_embedder_3(t) + y3
-        skip1 = _through(self.encoder_level_1, self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)), c1, cond)
+        skip1 = _through(self.encoder_level_1, self.x_embedder(x), c1, cond)
         skip2 = _through(self.encoder_level_2, self.down1_2(skip1), c2, cond)
         x = _through(self.latent, self.down2_3(skip2), c3, cond)
         x = self.reduce_chan_level2(torch.cat((self.up3_2(x), skip2), dim=1))
