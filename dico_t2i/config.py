@@ -199,6 +199,7 @@ class TrainConfig(Section):
     micro_batch: Positive = 32  # at most this many samples per rank and pass; the rest is gradient accumulation
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
+    compile: Literal["off", "blocks"] = "off"  # blocks: torch.compile, one kind of block after the other
     hang_timeout_s: PositiveFloat = 600.0  # without progress of a rank, after which the job ends and names it
     first_step_timeout_s: PositiveFloat = 1800.0  # the same for the first step, for saves and for previews
 

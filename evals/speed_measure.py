@@ -15,7 +15,6 @@ from dico_t2i.models.trace import Pass
 
 _WARM_UPS = 2  # compile, choose kernels, fill caches; the second may still choose a layout
 _SHORTEST_ROUND_S = 0.2  # of a GPU: short work is repeated, so that launches and clocks even out
-_PRODUCT_SIZES = {"cuda": 8192, "cpu": 1536}
 
 
 @dataclass
@@ -82,19 +81,6 @@ def compare(contenders: Sequence[Contender], rounds: int, device: torch.device, 
             result.operators, added = _profile(contender.run, device)
             result.peak_memory += added
     return results
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product: the best of several."""
-    size = _PRODUCT_SIZES[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def product() -> None:
-        torch.mm(a, b, out=out)
-
-    _seconds(product, 2, device)
-    return 2 * size**3 / min(_seconds(product, 4, device) for _ in range(5))
 
 
 def free_memory(device: torch.device) -> None:

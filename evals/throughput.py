@@ -27,7 +27,8 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import run
 from dico_t2i.models import VARIANTS, DiCoConfig
-from evals.speed_measure import Contender, compare, free_memory, measure_peak
+from dico_t2i.training.cost import product_rate
+from evals.speed_measure import Contender, compare, free_memory
 from evals.speed_networks import Condition, Setting, contender, samplers, text_convolutions
 from evals.speed_report import Finding, Goal, as_json, markdown, operator_table, plot, table
 
@@ -194,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = args.rounds or (10 if cuda else 3)
     cases = _chosen(args, GPU if cuda and not args.quick else QUICK)
     console = Console(width=max(_TABLE_WIDTH, Console().width))
-    peak = measure_peak(device, torch.bfloat16 if cuda else torch.float32)
+    peak = product_rate(device, torch.bfloat16 if cuda else torch.float32)
     findings = measure(cases, rounds, device, console)
     setting = describe(device, rounds, peak)
     console.print(table(findings, peak))

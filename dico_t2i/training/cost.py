@@ -1,5 +1,6 @@
 """The arithmetic and the memory traffic of a config's training step, traced without computing it."""
 
+import time
 from functools import cache
 
 import torch
@@ -18,6 +19,20 @@ def traced_pass(config: Config, micro_batch: int) -> Pass:
 
 def autocast(config: Config) -> bool:
     return config.train.precision == "bf16" and config.train.zero_stage == 0
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product: the best of a few tries, well under a second of work."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def optimizer_traffic(parameters: int, averages: int) -> int:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_encoders
 from dico_t2i.training import checkpoint as ckpt
+from dico_t2i.training.ahead import Ahead
 from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
@@ -108,11 +110,12 @@ class Trainer:
                 self.report.close()
 
     def _loop(self, watchdog: Watchdog) -> int:
-        meter = Meter(self, watchdog)
         batches = self._loader()
+        meter = Meter(self, watchdog)
+        ahead = Ahead(partial(meter.waiting, batches), self._inputs, self.world.device)
         self.engine.model.train()
         while self.step < self.total_steps:
-            self._train_step(batches, meter)
+            self._train_step(ahead, meter)
             if self._due(self.config.log.every):
                 meter.report()
             if self._due(self.config.preview.every):
@@ -132,42 +135,45 @@ class Trainer:
             meter.excluded(partial(self._save, meter))
         return self._finish(0)
 
-    def _train_step(self, batches: Iterator[Batch], meter: "Meter") -> None:
+    def _train_step(self, ahead: "Ahead[Batch, Inputs]", meter: "Meter") -> None:
         """One update, or a step skipped by the guard."""
-        started = time.monotonic()
         batch_size = self.config.train.global_batch
         self.engine.limit = self.guard.limit
         total = torch.zeros(3, device=self.world.device)
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
-        norm = math.nan
-        for _ in range(self.accumulation):
-            batch = meter.waiting(batches)
-            losses = self._losses(batch)
+        for number in range(self.accumulation):
+            batch, inputs = ahead.take()
+            losses = self._losses(inputs)
             self.engine.backward(losses["loss"].mean())
+            if self.step + 1 < self.total_steps or number + 1 < self.accumulation:
+                ahead.start()
             norm = self.engine.step(rate)
             parts = [
                 losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in ("loss", "mse", "vb")
             ]
             total += torch.stack(parts).detach() / self.accumulation
             self._note_bad(batch)
-        self.guard.judge(self.step, self.position, batch_size, norm, self.engine.skipped)
+        self.guard.hear(self.step, self.position, batch_size, norm, self.engine.skipped)
         self.step += 1
         self.position += batch_size
-        meter.add(total, norm, self.engine.skipped, time.monotonic() - started)
+        meter.add(total, norm, self.engine.skipped)
         self.report.advance(self.step)
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Per-sample losses. Every draw is a function of the seed and the sample's position."""
+    def _inputs(self, batch: Batch) -> "Inputs":
+        """What the network and the loss take. Every draw is a function of the seed and the sample's position."""
         seed, position = self.config.seed, batch.positions.to(self.world.device, non_blocking=True)
         latents = self._latents(batch, position)
         conditioning = self._conditioning(batch, position)
         t = randomness.integers(seed, "timestep", position, self.config.diffusion.steps)
-        noise = randomness.normal(seed, "noise", position, latents.shape[1:])
+        return Inputs(latents, conditioning, t, randomness.normal(seed, "noise", position, latents.shape[1:]))
+
+    def _losses(self, inputs: "Inputs") -> dict[str, Tensor]:
+        """Per-sample losses."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.engine.model(x, t, **conditioning)
+            return self.engine.model(x, t, **inputs.conditioning)
 
-        return self.diffusion.training_losses(network, latents, t, noise)
+        return self.diffusion.training_losses(network, inputs.latents, inputs.t, inputs.noise)
 
     def _latents(self, batch: Batch, position: Tensor) -> Tensor:
         if batch.moments is not None:
@@ -258,6 +264,7 @@ class Trainer:
         return any_rank(flags, self.world.device)
 
     def _save(self, meter: "Meter") -> None:
+        self.guard.settle()
         self.saver.save(self.step, self.position, meter.loss_since_save(), self.guard)
 
     def _resume(self) -> tuple[int, int]:
@@ -271,12 +278,14 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go back to the last checkpoint; the data goes on from here, past the stretch that did the harm."""
         rollbacks, step = self.guard.state.rollbacks, self.step
+        skipped = self.guard.skipped_in_row
+        self.guard.settle()
         self.saver.drain()
         found = self.saver.restore(self.guard) if rollbacks < self.config.guard.max_rollbacks else None
         if found is None:
             why = "after a rollback" if rollbacks else "and there is no checkpoint to go back to"
             raise TrainingError(
-                f"{self.guard.skipped_in_row} steps in a row up to step {step} had no usable gradient, {why}."
+                f"{skipped} steps in a row up to step {step} had no usable gradient, {why}."
                 f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or look at the data"
             )
         self.step = found[0]
@@ -316,15 +325,23 @@ class Trainer:
         return code
 
 
+class Inputs(NamedTuple):
+    """A micro-batch as the network takes it, on the device. t (N,) int64; latents and noise (N, C, H, W)."""
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    t: Tensor
+    noise: Tensor
+
+
 class Meter:
-    """Sums what happens between two reports."""
+    """Sums what happens between two reports. What is on the device stays there until a report asks for it."""
 
     wait: float  # seconds spent waiting for data
-    seconds: float  # seconds of training steps, waiting included
     other: float  # seconds of previews and saves
     steps: int
-    skipped: int
-    norm: float
+    skipped: Tensor
+    norm: Tensor
     losses: Tensor
 
     def __init__(self, trainer: Trainer, watchdog: Watchdog) -> None:
@@ -350,22 +367,23 @@ class Meter:
         self.watchdog.beat(self.trainer.step, "step", extra)
         self.other += time.monotonic() - started
 
-    def add(self, losses: Tensor, norm: float, skipped: bool, seconds: float) -> None:
+    def add(self, losses: Tensor, norm: Tensor, skipped: Tensor) -> None:
         self.steps += 1
-        self.seconds += seconds
         self.norm, self.skipped = norm, self.skipped + skipped
         self.losses += losses
 
     def report(self) -> None:
         """Write the means over the ranks since the last report; collective."""
         trainer, config = self.trainer, self.trainer.config
-        shares = torch.tensor([self.wait, self.seconds, self.other], device=trainer.world.device)
+        skipped = int(self.skipped)  # waits for the device: only then is the time of the steps known
+        spent = time.monotonic() - self._began - self.other
+        shares = torch.tensor([self.wait, spent, self.other], device=trainer.world.device)
         loss, mse, vb, wait, seconds, other = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
         values = {
             "loss": loss,
             "mse": mse,
             "vb": vb,
-            "grad_norm": self.norm,
+            "grad_norm": float(self.norm),
             "lr": trainer.engine.adam.param_groups[0]["lr"],
             "images": trainer.position,
             "epoch": trainer.position / len(trainer.index),
@@ -373,7 +391,7 @@ class Meter:
             "step_s": seconds / self.steps,
             "data_wait": wait / seconds,
             "other_s": other,
-            "skipped_steps": self.skipped,
+            "skipped_steps": skipped,
             "save_pause_s": trainer.saver.pause_s,
             "bad_samples": trainer.bad_samples,
             "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
@@ -389,7 +407,8 @@ class Meter:
         return sum(losses) / len(losses) if losses else math.inf
 
     def _reset(self) -> None:
-        self.steps, self.skipped = 0, 0
-        self.wait, self.seconds, self.other = 0.0, 0.0, 0.0
-        self.norm = math.nan
-        self.losses = torch.zeros(3, device=self.trainer.world.device)
+        device = self.trainer.world.device
+        self.steps, self.skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
+        self.wait, self.other, self._began = 0.0, 0.0, time.monotonic()
+        self.norm = torch.tensor(math.nan, device=device)
+        self.losses = torch.zeros(3, device=device)
