@@ -72,9 +72,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    from dico_t2i.plan import expected_memory
     from dico_t2i.training.trainer import train
 
-    return train(config, arguments.runs)
+    return train(config, arguments.runs, expect=expected_memory)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

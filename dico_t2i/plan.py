@@ -153,6 +153,16 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
+    """Bytes of a rank by part, whatever cluster the config names; for training to tell beside what it measures."""
+    tasks = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
+    here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
+    memory = asdict(_estimate(here).memory)
+    kept = ("weights", "master_weights", "moments", "averages")
+    rest = sum(size for part, size in memory.items() if part not in (*kept, "context"))
+    return {**{part: memory[part] for part in kept}, "the rest": rest}
+
+
 def _estimate(config: Config) -> Estimate:
     ranks, hardware = config.cluster.ranks, config.cluster.hardware
     micro, accumulation = config.batching(ranks)

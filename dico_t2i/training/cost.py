@@ -1,6 +1,7 @@
 """The arithmetic and the memory traffic of a config's training step, traced without computing it."""
 
 import time
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -10,6 +11,43 @@ from dico_t2i.config import Config, DiCoConfig, DiffusionConfig
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.models.trace import Pass, trace_training
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One rank's step as it is counted, and what its device can do.
+
+    flops: useful ones, two for each multiply-accumulate of products and of convolutions channel by channel, forward and
+    backward; what is computed a second time to save memory does not count. traffic: bytes that the operations of the
+    network and of the optimizer read and write. peak: operations a second of one large matrix product, measured.
+    """
+
+    flops: float
+    traffic: float
+    peak: float
+
+    def rates(self, step_s: float) -> dict[str, float]:
+        """For the metrics of a step that took so many seconds."""
+        return {
+            "flops_utilization": self.flops / step_s / self.peak,
+            "flops_per_s": self.flops / step_s,
+            "bytes_per_s": self.traffic / step_s,
+        }
+
+
+def step_cost(config: Config, ranks: int, parameters: int, device: torch.device) -> StepCost:
+    """Count a step of the config on so many ranks, without the frozen encoders, and measure the device; seconds."""
+    micro, passes = config.batching(ranks)
+    keeping = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_stages": ()})})
+    useful, done = traced_pass(keeping, micro), traced_pass(config, micro)
+    share = 1 / ranks if config.train.zero_stage > 0 else 1.0
+    update = share * optimizer_traffic(parameters, len(config.optimizer.ema))
+    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return StepCost(
+        flops=passes * float(useful.products.sum() + useful.others.sum()),
+        traffic=passes * float(done.traffic.sum()) + update,
+        peak=product_rate(device, precision),
+    )
 
 
 def traced_pass(config: Config, micro_batch: int) -> Pass:

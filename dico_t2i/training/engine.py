@@ -19,7 +19,7 @@ from dico_t2i.models import DiCo
 from dico_t2i.training.buckets import reduce_bucket
 from dico_t2i.training.checkpoint import Piece
 from dico_t2i.training.distributed import World
-from dico_t2i.training.optimizer import WEIGHT, AdamWEMA
+from dico_t2i.training.optimizer import MOMENTS, WEIGHT, AdamWEMA
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -127,6 +127,19 @@ class Engine:
             begin, end = self.world.rank * share, min(piece.numel, (self.world.rank + 1) * share)
             if begin < end:
                 yield piece.narrow(begin, end)
+
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank keeps from step to step, by part; named as in ``plan.Memory``."""
+        parameters = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
+        masters = self._flat_weights() if self.stage > 0 else []
+        states = list(self.adam.state.values())
+        averages = set(self.adam.state_names) - set(MOMENTS)
+        return {
+            "weights": sum(p.nbytes for p in parameters),
+            "master_weights": sum(m.nbytes for m in masters),
+            "moments": sum(state[name].nbytes for state in states for name in MOMENTS),
+            "averages": sum(state[name].nbytes for state in states for name in averages),
+        }
 
     def publish_weights(self) -> None:
         """Copy the fp32 pieces, after they were written to, into the weights that the forward pass uses."""

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,11 @@ from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_encoders
 from dico_t2i.training import checkpoint as ckpt
 from dico_t2i.training.ahead import Ahead
+from dico_t2i.training.cost import StepCost, step_cost
 from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
-from dico_t2i.training.metrics import Reporter, peak_memory_bytes
+from dico_t2i.training.metrics import Reporter, memory_report, peak_memory_bytes
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.preview import sample_preview
 from dico_t2i.training.run import RunFolder
@@ -39,10 +40,14 @@ class TrainingError(ValueError):
     """Training that cannot go on; the message says where it stopped and what to look at."""
 
 
-def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
+# Bytes of a rank, by part, that a config on so many ranks is expected to take (plan.expected_memory).
+Expectation = Callable[[Config, int], Mapping[str, float]]
+
+
+def train(config: Config, runs: Path, lock_patience_s: float = 0.0, expect: Expectation | None = None) -> int:
     """Train, or go on with, the run of this config. Returns the exit code: 0 done, 75 stopped by a signal.
 
-    lock_patience_s: how long to wait for another job to leave the run folder.
+    lock_patience_s: how long to wait for another job to leave the run folder. expect: told beside what is measured.
     Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
     """
     world = join_world()
@@ -60,16 +65,22 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
     with run.locked(lock_patience_s):
         run.write_config(config)
         write_snapshot(run.starts, world)
-        return Trainer(config, index, run, world, changes).fit()
+        return Trainer(config, index, run, world, changes, expect).fit()
 
 
 class Trainer:
     """One rank's part of a run."""
 
     def __init__(
-        self, config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
+        self,
+        config: Config,
+        index: DatasetIndex,
+        run: RunFolder,
+        world: World,
+        changes: Sequence[str] = (),
+        expect: Expectation | None = None,
     ) -> None:
-        self.config, self.index, self.run, self.world = config, index, run, world
+        self.config, self.index, self.run, self.world, self.expect = config, index, run, world, expect
         self.stop = StopFlag()
         self.stop.install()
         self.dtype = WORKING_DTYPE[config.train.precision]
@@ -114,8 +125,11 @@ class Trainer:
         meter = Meter(self, watchdog)
         ahead = Ahead(partial(meter.waiting, batches), self._inputs, self.world.device)
         self.engine.model.train()
+        first = self.step
         while self.step < self.total_steps:
             self._train_step(ahead, meter)
+            if self.step == first + 1:
+                meter.excluded(self._tell_memory)
             if self._due(self.config.log.every):
                 meter.report()
             if self._due(self.config.preview.every):
@@ -233,6 +247,19 @@ class Trainer:
             f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
             total_steps=self.total_steps,
         )
+
+    @cached_property
+    def cost(self) -> StepCost:
+        parameters = sum(shape.numel() for shape in self.engine.shapes.values())
+        return step_cost(self.config, self.world.size, parameters, self.world.device)
+
+    def _tell_memory(self) -> None:
+        """After the first step, when everything has been made."""
+        if not self.world.is_main:
+            return
+        held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
+        expected = self.expect(self.config, self.world.size) if self.expect else None
+        self.report.event(self.step, "memory", memory_report(held, peak, expected), bytes={**held, "peak": peak})
 
     def _check_latents(self) -> None:
         """Cached latents must come from the autoencoder of the config."""
@@ -394,6 +421,7 @@ class Meter:
             "skipped_steps": skipped,
             "save_pause_s": trainer.saver.pause_s,
             "bad_samples": trainer.bad_samples,
+            **(trainer.cost.rates(seconds / self.steps) if trainer.world.is_main else {}),
             "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
             "eta_s": (trainer.total_steps - trainer.step) * seconds / self.steps,
         }
