@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dico_t2i.models.trace import Pass
 
-_WARM_UPS = 2  # compile, choose kernels, fill caches; the second may still choose a layout
+_WARM_UPS = {"cuda": 3, "cpu": 1}  # to compile, to choose kernels, to make the optimizer's state
 _SHORTEST_ROUND_S = 0.2  # of a GPU: short work is repeated, so that launches and clocks even out
 
 
@@ -68,7 +68,7 @@ def compare(contenders: Sequence[Contender], rounds: int, device: torch.device, 
     results = []
     repeats = []
     for contender in contenders:
-        for _ in range(_WARM_UPS):
+        for _ in range(_WARM_UPS[device.type]):
             once = _seconds(contender.run, 1, device)
         repeats.append(max(1, round(_SHORTEST_ROUND_S / once)) if device.type == "cuda" else 1)
         results.append(Result(contender.name, contender.images, [], 0.0, contender.cost))

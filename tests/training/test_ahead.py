@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dico_t2i.config import DiCoConfig, GuardConfig, OptimizerConfig, load_config
+from dico_t2i.config import ConfigError, DiCoConfig, GuardConfig, OptimizerConfig, load_config
 from dico_t2i.models import DiCo
 from dico_t2i.training.ahead import Ahead
 from dico_t2i.training.guard import Guard
@@ -101,5 +101,8 @@ def test_compiled_blocks_compute_what_the_others_do():
         assert plain is None or torch.allclose(plain, fast, rtol=1e-4, atol=1e-6)
 
 
-def test_compiling_is_asked_for(runs):
+def test_compiling_is_off_unless_asked_for_and_never_at_stage_3(runs):
     assert load_config(runs.config).train.compile == "off"
+    assert load_config(runs.config, ["train.compile=blocks"]).train.compile == "blocks"
+    with pytest.raises(ConfigError, match="zero_stage: 3"):
+        load_config(runs.config, ["train.compile=blocks", "train.zero_stage=3"])
