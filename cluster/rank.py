@@ -24,9 +24,11 @@ def main(folder: Path, runs: Path, start: int) -> int:
     print(f"{START_MARK}{start}", flush=True)
     try:
         from dico_t2i.config import load_config
+        from dico_t2i.plan import expected_memory
         from dico_t2i.training.trainer import train
 
-        return train(load_config(folder / "config.yaml"), runs, LOCK_PATIENCE_S if start else 0.0)
+        config, patience = load_config(folder / "config.yaml"), LOCK_PATIENCE_S if start else 0.0
+        return train(config, runs, patience, expected_memory)
     except ValueError as error:  # a config, data, a model or a checkpoint that can't be used: the message says it all
         _note(notes, USER_ERROR, str(error))
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dico_t2i.config import SamplerConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,9 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
     )
     sample.add_argument("--steps", type=int)
+    sample.add_argument(
+        "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"
+    )
     sample.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
     sample.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    sample.add_argument("--batch", type=int, default=16)
+    sample.add_argument("--batch", type=int, default=16, help="images sampled at a time (default: 16)")
+    sample.add_argument("--decode-batch", type=int, default=16, help="images decoded at a time (default: 16)")
     sample.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     sample.set_defaults(run=_sample)
 
@@ -66,9 +74,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    from dico_t2i.plan import expected_memory
     from dico_t2i.training.trainer import train
 
-    return train(config, arguments.runs)
+    return train(config, arguments.runs, expect=expected_memory)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -114,10 +123,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     kind = "text" if arguments.labels is None else "class"
     if pipeline.config.model.condition != kind:
         raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
-    changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
-    sampler = type(pipeline.config.sampler).model_validate(
-        {**pipeline.config.sampler.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
-    )
+    sampler = _sampler(arguments, pipeline.config.sampler)
     seeds = list(range(arguments.seed, arguments.seed + len(conditions)))
     encoder = pipeline.conditioner.text_encoder
     if encoder is not None and encoder.seeded:
@@ -130,10 +136,19 @@ def _sample(arguments: argparse.Namespace) -> int:
             sampler,
             arguments.batch,
             lambda done, total: progress.update(task, completed=done, total=total),
+            arguments.decode_batch,
         )
     save_images(images, [str(c) for c in conditions], seeds, arguments.out)
     print(f"{len(images)} images and grid.png in {arguments.out}")
     return 0
+
+
+def _sampler(arguments: argparse.Namespace, default: "SamplerConfig") -> "SamplerConfig":
+    """The config's sampler under --fast under what is asked for by name."""
+    changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
+    asked = {key: value for key, value in changes.items() if value is not None}
+    fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
+    return type(default).model_validate({**default.model_dump(), **fast, **asked})
 
 
 def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:

@@ -259,8 +259,18 @@ class TrainConfig(Section):
     micro_batch: Positive = 32  # at most this many samples per rank and pass; the rest is gradient accumulation
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
+    compile: Literal["off", "blocks"] = "off"  # blocks: torch.compile, one kind of block after the other
     hang_timeout_s: PositiveFloat = 600.0  # without progress of a rank, after which the job ends and names it
     first_step_timeout_s: PositiveFloat = 1800.0  # the same for the first step, for saves and for previews
+
+    @model_validator(mode="after")
+    def _weights_stay_in_compiled_blocks(self) -> TrainConfig:
+        if self.compile != "off" and self.zero_stage == 3:
+            raise ValueError(
+                f"compile: {self.compile} does not work with zero_stage: 3, whose weights come and go inside a block;"
+                " take stage 1 or 2, or compile: off"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

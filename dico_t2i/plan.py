@@ -11,21 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dico_t2i.config import Config, DiCoConfig, DiffusionConfig, HardwareConfig, Stage
+from dico_t2i.config import Config, HardwareConfig, Stage
 from dico_t2i.data import DatasetIndex, load_data
-from dico_t2i.diffusion import build
 from dico_t2i.encoders import MissingModelError, find_autoencoder
-from dico_t2i.models import DiCo, count_macs, count_parameters
-from dico_t2i.models.trace import Pass, trace_training
+from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.models.trace import Pass
 from dico_t2i.training.buckets import reduce_bucket
+from dico_t2i.training.cost import optimizer_traffic, traced_pass
 
 CONTEXT_BYTES = 2e9  # of CUDA, NCCL and the libraries' workspaces; an assumption
 USABLE = 0.95  # of memory; the rest is lost to fragmentation; an assumption
@@ -126,7 +123,7 @@ def make_plan(config: Config) -> Plan:
     parameters = count_parameters(config.model)
     notes: list[str] = []
     index = _index(config, notes)
-    traced = _traced(config)
+    traced = traced_pass(config, micro)
     estimate = _estimate(config)
     if _encoder_bytes(config) is None:
         notes.append("the size of the frozen encoders is not known here: left out")
@@ -156,10 +153,20 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
+    """Bytes of a rank by part, whatever cluster the config names; for training to tell beside what it measures."""
+    tasks = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
+    here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
+    memory = asdict(_estimate(here).memory)
+    kept = ("weights", "master_weights", "moments", "averages")
+    rest = sum(size for part, size in memory.items() if part not in (*kept, "context"))
+    return {**{part: memory[part] for part in kept}, "the rest": rest}
+
+
 def _estimate(config: Config) -> Estimate:
     ranks, hardware = config.cluster.ranks, config.cluster.hardware
     micro, accumulation = config.batching(ranks)
-    traced = _traced(config)
+    traced = traced_pass(config, micro)
     memory = _memory(config, traced, accumulation)
     network_s = accumulation * _roofline(config, traced)
     text_s = accumulation * micro * _text_flops(config) / _rates(config)[0]
@@ -255,9 +262,8 @@ def _rates(config: Config) -> tuple[float, float]:
 
 
 def _optimizer_traffic(config: Config) -> float:
-    """Bytes of AdamW's update: gradient, weight and moments read, three written, and each average read and written."""
     share = 1 / config.cluster.ranks if config.train.zero_stage > 0 else 1.0
-    return (28 + 12 * len(config.optimizer.ema)) * count_parameters(config.model) * share
+    return share * optimizer_traffic(count_parameters(config.model), len(config.optimizer.ema))
 
 
 def _communication(config: Config, stage: int) -> Communication:
@@ -275,42 +281,6 @@ def _communication(config: Config, stage: int) -> Communication:
     network = hardware.network_gb_s * config.cluster.ranks_per_node  # each of a node's devices carries its share
     rate = hardware.link_gb_s if config.cluster.nodes == 1 else min(network, hardware.link_gb_s)
     return Communication(sent, sent / (1e9 * rate))
-
-
-def _traced(config: Config) -> Pass:
-    """One pass of a rank's micro-batch."""
-    micro, _ = config.batching(config.cluster.ranks)
-    return _trace(config.model, config.diffusion, config.latent_size, micro, _autocast(config), _dtype(config))
-
-
-@cache
-def _trace(
-    model: DiCoConfig, diffusion: DiffusionConfig, size: int, micro: int, autocast: bool, dtype: torch.dtype
-) -> Pass:
-    with torch.device("meta"):
-        network = DiCo(model).to(dtype).train()
-        objective = build(diffusion, model.learn_sigma)
-
-    def loss() -> Tensor:
-        with torch.device("meta"):
-            x, t = torch.empty(micro, model.in_channels, size, size), torch.zeros(micro, dtype=torch.int64)
-            cond = torch.zeros(micro, dtype=torch.int64)
-            if model.condition == "text":
-                cond = torch.empty(micro, model.text_tokens, model.text_dim, dtype=dtype)
-            pooled = torch.empty(micro, model.pooled_dim, dtype=dtype) if model.pooled_text else None
-            noise = torch.empty_like(x)
-            return objective.training_losses(lambda a, b: network(a, b, cond, pooled), x, t, noise)["loss"].mean()
-
-    return trace_training(network, loss, autocast=autocast)
-
-
-def _autocast(config: Config) -> bool:
-    return config.train.precision == "bf16" and config.train.zero_stage == 0
-
-
-def _dtype(config: Config) -> torch.dtype:
-    """Of the weights in the forward pass; ZeRO-0 trains fp32 weights under autocast."""
-    return torch.bfloat16 if config.train.precision == "bf16" and not _autocast(config) else torch.float32
 
 
 def _remedies(config: Config) -> dict[str, Estimate]:

@@ -1,20 +1,22 @@
 """From weights and prompts to images."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError, SamplerConfig, load_config
-from dico_t2i.diffusion import guided, sample
+from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.models import DiCo
@@ -30,11 +32,12 @@ class Pipeline:
     """Everything that turns prompts or labels into images."""
 
     config: Config
-    model: nn.Module
+    model: DiCo
     autoencoder: Autoencoder
     conditioner: Conditioner
     device: torch.device
 
+    @torch.no_grad()
     def generate(
         self,
         conditions: Sequence[str | int],
@@ -42,13 +45,15 @@ class Pipeline:
         sampler: SamplerConfig,
         batch: int = 16,
         progress: Progress | None = None,
+        decode_batch: int = 16,
     ) -> Tensor:
         """Images (N, 3, H, W) uint8 on the host, one for each prompt or label and its seed.
 
         An image's noise depends on its own seed only, whatever the batch. ``progress(done, total)`` counts steps
-        over all batches.
+        over all batches. decode_batch: images that go through the autoencoder at a time, whose memory it bounds.
         """
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
+        null = self._prepared(self.conditioner.null(1)) if sampler.guidance != 1 else {}
         images = []
         for number, chunk in enumerate(chunks):
 
@@ -56,14 +61,14 @@ class Pipeline:
                 if progress:
                     progress(number * steps + done, len(chunks) * steps)
 
-            latents = self._latents(conditions[chunk], seeds[chunk], sampler, report)
-            images.append(self.autoencoder.decode(latents).cpu())
+            latents = self._latents(self._conditioning(conditions[chunk]), null, seeds[chunk], sampler, report)
+            images += [self.autoencoder.decode(part).cpu() for part in latents.split(decode_batch)]
         return torch.cat(images)
 
-    @torch.no_grad()
     def _latents(
         self,
-        conditions: Sequence[str | int],
+        cond: dict[str, Any],
+        null: dict[str, Any],
         seeds: Sequence[int],
         sampler: SamplerConfig,
         report: Progress,
@@ -71,30 +76,69 @@ class Pipeline:
         index = torch.tensor(seeds, device=self.device)
         size = self.config.latent_size
         shape = (self.config.model.in_channels, size, size)
-        cond = self._conditioning(conditions)
-        null = self.conditioner.null(len(seeds)) if sampler.guidance != 1 else {}
+        noise = randomness.normal(0, "initial noise", index, shape)
+        network = guided(
+            self.model,
+            cond,
+            null,
+            sampler.guidance,
+            sampler.guidance_channels,
+            sampler.guidance_interval,
+            self.config.diffusion.steps,
+            wrap=lambda network: as_cuda_graph(network, noise),
+        )
         return sample(
             self.config.diffusion,
             sampler,
-            guided(
-                self.model,
-                cond,
-                null,
-                sampler.guidance,
-                sampler.guidance_channels,
-                sampler.guidance_interval,
-                self.config.diffusion.steps,
-            ),
-            randomness.normal(0, "initial noise", index, shape),
+            network,
+            noise,
             lambda step: randomness.normal(0, f"step noise {step}", index, shape),
             self.config.model.learn_sigma,
             report,
         )
 
-    def _conditioning(self, conditions: Sequence[str | int]) -> dict[str, Tensor]:
-        if self.config.model.condition == "text":
-            return self.conditioner.of_prompts([str(c) for c in conditions])
-        return self.conditioner.of_labels(torch.tensor([int(c) for c in conditions]))
+    def _conditioning(self, conditions: Sequence[str | int]) -> dict[str, Any]:
+        """Each different prompt is encoded, and its kernels are made, once."""
+        if self.config.model.condition == "class":
+            return self.conditioner.of_labels(torch.tensor([int(c) for c in conditions]))
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, conditions)))}
+        prepared = self._prepared(self.conditioner.of_prompts(list(numbers)))
+        if len(numbers) == len(conditions):
+            return prepared
+        rows = torch.tensor([numbers[str(c)] for c in conditions], device=self.device)
+        return tree_map(lambda values: values[rows], prepared)
+
+    def _prepared(self, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The conditioning with all work on the text done that is the same at every step."""
+        if self.config.model.condition == "class":
+            return dict(conditioning)
+        return {**conditioning, "cond": self.model.text_kernels(conditioning["cond"])}
+
+
+def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
+    """The network as one CUDA graph, for inputs x shaped as ``like``; itself on other devices.
+
+    A replay costs one launch instead of thousands, which is what small batches wait for.
+    """
+    if like.device.type != "cuda":
+        return network
+    x, t = torch.zeros_like(like), torch.zeros(len(like), device=like.device)
+    side = torch.cuda.Stream(like.device)
+    side.wait_stream(torch.cuda.current_stream(like.device))
+    with torch.cuda.stream(side):  # kernels are chosen and compiled before the capture, which allows neither
+        network(x, t)
+    torch.cuda.current_stream(like.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = network(x, t)
+
+    def replay(x_now: Tensor, t_now: Tensor) -> Tensor:
+        x.copy_(x_now)
+        t.copy_(t_now)
+        graph.replay()
+        return output.clone()  # the next replay writes into the same memory
+
+    return replay
 
 
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Autoencoder, Conditioner]:

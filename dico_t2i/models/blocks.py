@@ -1,6 +1,7 @@
 """The blocks of DiCo. Tensors are (N, H, W, C) throughout: a pointwise convolution is a matrix product."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,12 @@ class TextProjection(nn.Module):
         return self.out(F.gelu(self.hidden(tokens)))
 
 
+class TextKernel(NamedTuple):
+    """All that a block's text branch makes of the tokens alone; the same at every timestep."""
+
+    value: Tensor  # (N, T, C), or keys and values (N, T, 2C) of cross-attention
+
+
 class TextConvolution(nn.Module):
     """Dynamic depthwise convolution by the text (paper, section 3.4)."""
 
@@ -78,8 +85,11 @@ class TextConvolution(nn.Module):
         super().__init__()
         self.projection = projection  # None: the stage has made the kernels
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        context = text if self.projection is None else self.projection(text)
+    def kernel(self, text: Tensor) -> TextKernel:
+        return TextKernel(text if self.projection is None else self.projection(text))
+
+    def forward(self, x: Tensor, text: Tensor | TextKernel) -> Tensor:
+        context = (text if isinstance(text, TextKernel) else self.kernel(text)).value
         return text_dwconv(x.permute(0, 3, 1, 2), context).permute(0, 2, 3, 1)
 
 
@@ -93,10 +103,14 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(text_dim, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def kernel(self, text: Tensor) -> TextKernel:
+        return TextKernel(self.key_value(text))
+
+    def forward(self, x: Tensor, text: Tensor | TextKernel) -> Tensor:
         N, H, W, C = x.shape
         query = self.query(x).reshape(N, H * W, -1, self.head_dim).transpose(1, 2)
-        key, value = self.key_value(text).reshape(N, text.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        both = (text if isinstance(text, TextKernel) else self.kernel(text)).value
+        key, value = both.reshape(N, both.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).reshape(N, H, W, C))
 
@@ -111,8 +125,8 @@ class Block(nn.Module):
         self.text = text
         self.ffn = FeedForward(channels, ratio)
 
-    def forward(self, x: Tensor, condition: Tensor, text: Tensor | None = None) -> Tensor:
-        """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) -> (N, H, W, C)."""
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor | TextKernel | None = None) -> Tensor:
+        """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or its kernel -> (N, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         branch, gate = self.conv(norm_modulate(x, shift1, scale1)), gate1
         if self.text is not None:

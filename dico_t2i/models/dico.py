@@ -1,6 +1,7 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
 from functools import partial
+from itertools import cycle
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from dico_t2i.models.blocks import (
     Downsample,
     Head,
     TextConvolution,
+    TextKernel,
     TextProjection,
     Upsample,
 )
@@ -23,13 +25,17 @@ from dico_t2i.models.conditioning import TimestepEmbedding
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
+# What the blocks of each stage make of the text: one for each block, or one that all share.
+TextKernels = dict[str, tuple[TextKernel, ...]]
+
 
 class DiCo(nn.Module):
     """DiCo with class labels or text.
 
     ``model(x, t, cond, pooled=None)``: x (N, C, H, W) with H and W divisible by 4; t (N,) in 0..999, possibly
     fractional; cond class ids (N,), the null class being ``num_classes``, or text tokens (N, T, text_dim); pooled
-    (N, pooled_dim) with ``pooled_text`` only. Returns (N, C or 2C, H, W) in the weights' dtype: the noise and, with
+    (N, pooled_dim) with ``pooled_text`` only. In place of tokens, cond may be what ``text_kernels`` made of them: many
+    timesteps of one text then share that work. Returns (N, C or 2C, H, W) in the weights' dtype: the noise and, with
     ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns 0.
     """
 
@@ -75,7 +81,33 @@ class DiCo(nn.Module):
             else:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, pooled: Tensor | None = None) -> Tensor:
+    def text_kernels(self, tokens: Tensor) -> TextKernels:
+        """What does not depend on the timestep: tokens (N, T, text_dim) -> every block's kernels, to pass as ``cond``.
+
+        Raises ValueError for a model of classes.
+        """
+        if self.config.condition != "text":
+            raise ValueError("text_kernels: this model is conditioned on classes")
+        kernels: TextKernels = {}
+        for stage in STAGES:
+            text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
+            branches = [cast(Block, block).text for block in self._blocks(stage)]
+            kernels[stage] = tuple(
+                cast(TextConvolution, b).kernel(text) for b in branches[: 1 if self.stage_text else None]
+            )
+        return kernels
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile make kernels for each kind of block; blocks that are alike share them.
+
+        Compiling by block takes seconds where the whole network takes minutes. Not for weights that are gathered inside a
+        block, as ZeRO-3 does it.
+        """
+        for stage in STAGES:
+            for block in self._blocks(stage):
+                block.compile(dynamic=False)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
         c1, c2, c3 = self._conditions(t, cond, pooled)
         text = cond if self.config.condition == "text" else None
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
@@ -86,7 +118,7 @@ class DiCo(nn.Module):
         x = self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c2, text)
         return self.head(x, c2).permute(0, 3, 1, 2)
 
-    def _conditions(self, t: Tensor, cond: Tensor, pooled: Tensor | None) -> list[Tensor]:
+    def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> list[Tensor]:
         """The adaLN inputs, after SiLU, of the three widths: (N, D), (N, 2D), (N, 4D)."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
@@ -99,14 +131,19 @@ class DiCo(nn.Module):
             conditions.append(F.silu(embedded))
         return conditions
 
-    def _run(self, stage: str, x: Tensor, condition: Tensor, text: Tensor | None) -> Tensor:
-        if stage in self.stage_text:
-            text = self.stage_text[stage](text)
+    def _run(self, stage: str, x: Tensor, condition: Tensor, text: Tensor | TextKernels | None) -> Tensor:
+        if isinstance(text, dict):
+            texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
+        else:
+            texts = (self.stage_text[stage](text) if stage in self.stage_text else text,)
         recompute = self.training and stage in self.config.checkpoint_stages
-        for block in cast(nn.ModuleList, self.stages[stage]):
+        for block, each in zip(self._blocks(stage), cycle(texts), strict=False):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x = run(x, condition, text)
+            x = run(x, condition, each)
         return x
+
+    def _blocks(self, stage: str) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.stages[stage])
 
 
 def _condition_embedding(config: DiCoConfig, width: int) -> nn.Module:

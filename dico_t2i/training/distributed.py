@@ -4,10 +4,13 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_flags_group: dist.ProcessGroup | None = None  # of host memory, so that to agree needs no wait for a GPU
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if device.type == "cuda":
+        global _flags_group
+        _flags_group = _flags_group or cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
 
 
@@ -65,8 +71,8 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """For each flag, whether it is set on any rank; collective."""
-    values = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    values = torch.tensor(flags, dtype=torch.int32, device="cpu" if _flags_group else device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_flags_group)
     return [bool(value) for value in values.tolist()]
 
 

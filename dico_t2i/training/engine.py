@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dico_t2i.config import OptimizerConfig, TrainConfig
+from dico_t2i.models import DiCo
 from dico_t2i.training.buckets import reduce_bucket
 from dico_t2i.training.checkpoint import Piece
 from dico_t2i.training.distributed import World
-from dico_t2i.training.optimizer import WEIGHT, AdamWEMA
+from dico_t2i.training.optimizer import MOMENTS, WEIGHT, AdamWEMA
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -36,12 +37,14 @@ class Engine:
     """A model in training: forward, backward, step, and access to its fp32 state."""
 
     def __init__(
-        self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
+        self, model: DiCo, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
     ) -> None:
         """batching: samples per rank and pass, passes per step."""
         self.world, self.stage = world, train.zero_stage
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         model.to(world.device)
+        if train.compile == "blocks":
+            model.compile_blocks()
         self.adam = AdamWEMA(model.parameters(), optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -49,10 +52,11 @@ class Engine:
             config=_deepspeed_config(train, optimizer, batching, sum(shape.numel() for shape in self.shapes.values())),
             dist_init_required=False,
         )
-        self.adam.veto = lambda: not (math.isfinite(self.norm) and self.norm <= self.limit)
+        self.adam.veto = self._unusable
+        self.adam.deferred = world.device.type == "cuda"
         self.limit = math.inf  # steps with a larger gradient norm are skipped
-        self.skipped = False
-        self._norm = math.nan
+        self.skipped = torch.tensor(False, device=world.device)
+        self._norm = torch.tensor(math.nan, device=world.device)
 
     @property
     def model(self) -> nn.Module:
@@ -63,28 +67,35 @@ class Engine:
         """Add the gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> float:
-        """End a micro-batch; after the last of a step, update. Returns the gradient norm (before clipping).
+    def step(self, lr: float) -> Tensor:
+        """End a micro-batch; after the last of a step, update. Returns the norm of the last gradient before clipping.
 
         A step whose gradient norm is not finite, or above ``limit``, leaves everything as it was and sets ``skipped``.
-        Between the updates the norm is nan.
+        Both are tensors of no dimension on the device, which nothing here waits for; DeepSpeed itself does at stage 3,
+        in fp32 at stages 1 and 2, and where it clips.
         """
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-            return math.nan
+            return self._norm
         for group in self.adam.param_groups:
             group["lr"] = lr
         if self.stage == 0:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._norm = torch.nn.utils.get_total_norm(gradients)
         self.engine.step()
-        self.skipped = self.adam.veto()
-        return self.norm
+        self.skipped, self._norm = self._unusable(), self._global_norm()
+        return self._norm
 
-    @property
-    def norm(self) -> float:
-        """The global gradient norm of the step; inf if DeepSpeed has found it not finite."""
-        return self._norm if self.stage == 0 else float(self.engine.optimizer._global_grad_norm)
+    def _global_norm(self) -> Tensor:
+        """The gradient norm over all ranks; inf if DeepSpeed has found it not finite."""
+        if self.stage == 0:
+            return self._norm
+        return torch.as_tensor(self.engine.optimizer._global_grad_norm, device=self.world.device)
+
+    def _unusable(self) -> Tensor:
+        """Whether the gradient would spoil the weights."""
+        norm = self._global_norm()
+        return ~(norm.isfinite() & (norm <= self.limit))
 
     def materialize(self, step: int) -> None:
         """Create the optimizer state as it is after ``step`` steps, ready to be filled through ``pieces``."""
@@ -116,6 +127,19 @@ class Engine:
             begin, end = self.world.rank * share, min(piece.numel, (self.world.rank + 1) * share)
             if begin < end:
                 yield piece.narrow(begin, end)
+
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank keeps from step to step, by part; named as in ``plan.Memory``."""
+        parameters = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
+        masters = self._flat_weights() if self.stage > 0 else []
+        states = list(self.adam.state.values())
+        averages = set(self.adam.state_names) - set(MOMENTS)
+        return {
+            "weights": sum(p.nbytes for p in parameters),
+            "master_weights": sum(m.nbytes for m in masters),
+            "moments": sum(state[name].nbytes for state in states for name in MOMENTS),
+            "averages": sum(state[name].nbytes for state in states for name in averages),
+        }
 
     def publish_weights(self) -> None:
         """Copy the fp32 pieces, after they were written to, into the weights that the forward pass uses."""
@@ -178,6 +202,8 @@ def _deepspeed_config(
     }
     if train.precision == "bf16":
         # At stage 0 DeepSpeed's bf16 optimizer makes a spurious first step; autocast over fp32 weights does not.
-        key = "torch_autocast" if train.zero_stage == 0 else "bf16"
-        config[key] = {"enabled": True, "dtype": "bfloat16"} if train.zero_stage == 0 else {"enabled": True}
+        if train.zero_stage == 0:
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        else:  # the optimizer leaves out steps that are not finite, by the norm, and needs no search that waits for it
+            config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     return config

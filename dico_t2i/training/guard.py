@@ -2,8 +2,13 @@
 
 import json
 import math
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from dico_t2i.config import GuardConfig
 
@@ -28,6 +33,7 @@ class Guard:
         self.config, self.quarantine = config, quarantine
         self.state = GuardState()
         self.skipped_in_row = 0
+        self._heard: deque[tuple[tuple[int, int, int], Callable[[], list[float]]]] = deque()
 
     @property
     def limit(self) -> float:
@@ -39,6 +45,22 @@ class Guard:
     def lost(self) -> bool:
         """Whether so many steps in a row were skipped that going on is no use."""
         return self.skipped_in_row >= self.config.max_skipped
+
+    def hear(self, step: int, position: int, batch: int, norm: Tensor, skipped: Tensor) -> None:
+        """Take note of a step while its norm may still be in the making: on a GPU one step later, so that none waits.
+
+        Where spikes are looked for the next limit needs this norm, and it is waited for. norm, skipped: no dimension.
+        """
+        self._heard.append(((step, position, batch), _on_its_way(torch.stack((norm.double(), skipped.double())))))
+        late = norm.is_cuda and self.config.spike == 0
+        self.settle(keep=1 if late else 0)
+
+    def settle(self, keep: int = 0) -> None:
+        """Judge all steps heard of but the last ``keep``."""
+        while len(self._heard) > keep:
+            where, read = self._heard.popleft()
+            norm, skipped = read()
+            self.judge(*where, norm, bool(skipped))
 
     def judge(self, step: int, position: int, batch: int, norm: float, skipped: bool) -> None:
         """Take note of a step on samples [position, position + batch)."""
@@ -60,3 +82,19 @@ class Guard:
         if self.quarantine is not None:
             with self.quarantine.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _on_its_way(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy from the device; the result waits for the copy, and for nothing that came after it."""
+    if not values.is_cuda:
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read

@@ -34,7 +34,8 @@ class AdamWEMA(torch.optim.AdamW):
             fused=True,
         )
         self.decays = config.ema
-        self.veto: Callable[[], bool] = lambda: False  # asked before a step: leave everything as it is?
+        self.veto: Callable[[], Tensor] | None = None  # asked before a step: leave everything as it is?
+        self.deferred = False  # the answer stays on the device, and nobody waits for it
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -53,12 +54,19 @@ class AdamWEMA(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.materialize((w for w in weights if not self.state[w]), step=0)
-        if not weights or self.veto():
+        skip = self.veto() if self.veto is not None and weights else None
+        if not weights or (skip is not None and not self.deferred and skip):
             return
+        self.found_inf = skip.float() if skip is not None and self.deferred else None  # torch's kernels heed it
         super().step(closure)
         for decay in self.decays:
             averages = [self.state[w][ema_name(decay)] for w in weights]
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            if self.found_inf is None:
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+                continue
+            share = (1 - decay) * (1 - self.found_inf)
+            for average, weight in zip(averages, weights, strict=True):
+                average.lerp_(weight, share)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int) -> float:

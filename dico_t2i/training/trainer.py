@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,13 @@ from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_encoders
 from dico_t2i.training import checkpoint as ckpt
+from dico_t2i.training.ahead import Ahead
 from dico_t2i.training.averaged import averaged_model
+from dico_t2i.training.cost import StepCost, step_cost
 from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
-from dico_t2i.training.metrics import Reporter, peak_memory_bytes
+from dico_t2i.training.metrics import Reporter, memory_report, peak_memory_bytes
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.preview import sample_preview
 from dico_t2i.training.run import RunFolder
@@ -51,10 +54,14 @@ class TrainingError(ValueError):
     """Training that cannot go on; the message says where it stopped and what to look at."""
 
 
-def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
+# Bytes of a rank, by part, that a config on so many ranks is expected to take (plan.expected_memory).
+Expectation = Callable[[Config, int], Mapping[str, float]]
+
+
+def train(config: Config, runs: Path, lock_patience_s: float = 0.0, expect: Expectation | None = None) -> int:
     """Train, or go on with, the run of this config. Returns the exit code: 0 done, 75 stopped by a signal.
 
-    lock_patience_s: how long to wait for another job to leave the run folder.
+    lock_patience_s: how long to wait for another job to leave the run folder. expect: told beside what is measured.
     Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
     """
     world = join_world()
@@ -72,16 +79,22 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
     with run.locked(lock_patience_s):
         run.write_config(config)
         write_snapshot(run.starts, world)
-        return Trainer(config, index, run, world, changes).fit()
+        return Trainer(config, index, run, world, changes, expect).fit()
 
 
 class Trainer:
     """One rank's part of a run."""
 
     def __init__(
-        self, config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
+        self,
+        config: Config,
+        index: DatasetIndex,
+        run: RunFolder,
+        world: World,
+        changes: Sequence[str] = (),
+        expect: Expectation | None = None,
     ) -> None:
-        self.config, self.index, self.run, self.world = config, index, run, world
+        self.config, self.index, self.run, self.world, self.expect = config, index, run, world, expect
         self.stop = StopFlag()
         self.stop.install()
         self.dtype = WORKING_DTYPE[config.train.precision]
@@ -124,11 +137,15 @@ class Trainer:
                 self.report.close()
 
     def _loop(self, watchdog: Watchdog) -> int:
-        meter = Meter(self, watchdog)
         batches = self._loader()
+        meter = Meter(self, watchdog)
+        ahead = Ahead(partial(meter.waiting, batches), self._inputs, self.world.device)
         self.engine.model.train()
+        first = self.step
         while self.step < self.total_steps:
-            self._train_step(batches, meter)
+            self._train_step(ahead, meter)
+            if self.step == first + 1:
+                meter.excluded(self._tell_memory)
             if self._due(self.config.log.every):
                 meter.report()
             if self._due(self.config.preview.every):
@@ -150,43 +167,46 @@ class Trainer:
             meter.excluded(partial(self._save, meter))
         return self._finish(0)
 
-    def _train_step(self, batches: Iterator[Batch], meter: "Meter") -> None:
+    def _train_step(self, ahead: "Ahead[Batch, Inputs]", meter: "Meter") -> None:
         """One update, or a step skipped by the guard."""
-        started = time.monotonic()
         batch_size = self.config.train.global_batch
         self.engine.limit = self.guard.limit
         total = torch.zeros(3, device=self.world.device)
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
-        norm = math.nan
-        for _ in range(self.accumulation):
-            batch = meter.waiting(batches)
-            losses = self._losses(batch)
+        for number in range(self.accumulation):
+            batch, inputs = ahead.take()
+            losses = self._losses(inputs)
             self.sources.add(batch.sources, losses["loss"])
             self.engine.backward(losses["loss"].mean())
+            if self.step + 1 < self.total_steps or number + 1 < self.accumulation:
+                ahead.start()
             norm = self.engine.step(rate)
             parts = [
                 losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in ("loss", "mse", "vb")
             ]
             total += torch.stack(parts).detach() / self.accumulation
             self._note_bad(batch)
-        self.guard.judge(self.step, self.position, batch_size, norm, self.engine.skipped)
+        self.guard.hear(self.step, self.position, batch_size, norm, self.engine.skipped)
         self.step += 1
         self.position += batch_size
-        meter.add(total, norm, self.engine.skipped, time.monotonic() - started)
+        meter.add(total, norm, self.engine.skipped)
         self.report.advance(self.step)
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Per-sample losses. Every draw is a function of the seed and the sample's position."""
+    def _inputs(self, batch: Batch) -> "Inputs":
+        """What the network and the loss take. Every draw is a function of the seed and the sample's position."""
         seed, position = self.config.seed, batch.positions.to(self.world.device, non_blocking=True)
         latents = self._latents(batch, position)
         conditioning = self._conditioning(batch, position)
         t = self.diffusion.draw_timesteps(seed, position)
-        noise = randomness.normal(seed, "noise", position, latents.shape[1:])
+        return Inputs(latents, conditioning, t, randomness.normal(seed, "noise", position, latents.shape[1:]))
+
+    def _losses(self, inputs: "Inputs") -> dict[str, Tensor]:
+        """Per-sample losses."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.engine.model(x, t, **conditioning)
+            return self.engine.model(x, t, **inputs.conditioning)
 
-        return self.diffusion.training_losses(network, latents, t, noise)
+        return self.diffusion.training_losses(network, inputs.latents, inputs.t, inputs.noise)
 
     def _latents(self, batch: Batch, position: Tensor) -> Tensor:
         if batch.moments is not None:
@@ -253,6 +273,19 @@ class Trainer:
         for line in self._data_notes():
             self.report.event(self.step, "data", line)
 
+    @cached_property
+    def cost(self) -> StepCost:
+        parameters = sum(shape.numel() for shape in self.engine.shapes.values())
+        return step_cost(self.config, self.world.size, parameters, self.world.device)
+
+    def _tell_memory(self) -> None:
+        """After the first step, when everything has been made."""
+        if not self.world.is_main:
+            return
+        held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
+        expected = self.expect(self.config, self.world.size) if self.expect else None
+        self.report.event(self.step, "memory", memory_report(held, peak, expected), bytes={**held, "peak": peak})
+
     def _data_notes(self) -> Iterator[str]:
         """What of the data is left out, and how they are mixed."""
         order, size = self.order, self.config.train.global_batch
@@ -303,6 +336,7 @@ class Trainer:
         return any_rank(flags, self.world.device)
 
     def _save(self, meter: "Meter") -> None:
+        self.guard.settle()
         self.saver.save(self.step, self.position, meter.loss_since_save(), self.guard)
 
     def _resume(self) -> tuple[int, int]:
@@ -316,12 +350,14 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go back to the last checkpoint; the data goes on from here, past the stretch that did the harm."""
         rollbacks, step = self.guard.state.rollbacks, self.step
+        skipped = self.guard.skipped_in_row
+        self.guard.settle()
         self.saver.drain()
         found = self.saver.restore(self.guard) if rollbacks < self.config.guard.max_rollbacks else None
         if found is None:
             why = "after a rollback" if rollbacks else "and there is no checkpoint to go back to"
             raise TrainingError(
-                f"{self.guard.skipped_in_row} steps in a row up to step {step} had no usable gradient, {why}."
+                f"{skipped} steps in a row up to step {step} had no usable gradient, {why}."
                 f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or look at the data"
             )
         self.step = found[0]
@@ -376,15 +412,23 @@ class Trainer:
         return code
 
 
+class Inputs(NamedTuple):
+    """A micro-batch as the network takes it, on the device. t (N,) int64; latents and noise (N, C, H, W)."""
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    t: Tensor
+    noise: Tensor
+
+
 class Meter:
-    """Sums what happens between two reports."""
+    """Sums what happens between two reports. What is on the device stays there until a report asks for it."""
 
     wait: float  # seconds spent waiting for data
-    seconds: float  # seconds of training steps, waiting included
     other: float  # seconds of previews and saves
     steps: int
-    skipped: int
-    norm: float
+    skipped: Tensor
+    norm: Tensor
     losses: Tensor
 
     def __init__(self, trainer: Trainer, watchdog: Watchdog) -> None:
@@ -410,23 +454,24 @@ class Meter:
         self.watchdog.beat(self.trainer.step, "step", extra)
         self.other += time.monotonic() - started
 
-    def add(self, losses: Tensor, norm: float, skipped: bool, seconds: float) -> None:
+    def add(self, losses: Tensor, norm: Tensor, skipped: Tensor) -> None:
         self.steps += 1
-        self.seconds += seconds
         self.norm, self.skipped = norm, self.skipped + skipped
         self.losses += losses
 
     def report(self) -> None:
         """Write the means over the ranks since the last report; collective."""
         trainer, config = self.trainer, self.trainer.config
-        shares = torch.tensor([self.wait, self.seconds, self.other, trainer.quarantined], device=trainer.world.device)
+        skipped = int(self.skipped)  # waits for the device: only then is the time of the steps known
+        spent = time.monotonic() - self._began - self.other
+        shares = torch.tensor([self.wait, spent, self.other, trainer.quarantined], device=trainer.world.device)
         means = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
         loss, mse, vb, wait, seconds, other, quarantined = means
         values = {
             "loss": loss,
             "mse": mse,
             "vb": vb,
-            "grad_norm": self.norm,
+            "grad_norm": float(self.norm),
             "lr": trainer.engine.adam.param_groups[0]["lr"],
             "images": trainer.position,
             "epoch": trainer.position / len(trainer.index),
@@ -434,10 +479,11 @@ class Meter:
             "step_s": seconds / self.steps,
             "data_wait": wait / seconds,
             "other_s": other,
-            "skipped_steps": self.skipped,
+            "skipped_steps": skipped,
             "save_pause_s": trainer.saver.pause_s,
             "bad_samples": trainer.bad_samples,
             "quarantined_samples": round(quarantined * trainer.world.size),  # replaced since the start, by all ranks
+            **(trainer.cost.rates(seconds / self.steps) if trainer.world.is_main else {}),
             "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
             "eta_s": (trainer.total_steps - trainer.step) * seconds / self.steps,
         }
@@ -453,7 +499,8 @@ class Meter:
         return sum(losses) / len(losses) if losses else math.inf
 
     def _reset(self) -> None:
-        self.steps, self.skipped = 0, 0
-        self.wait, self.seconds, self.other = 0.0, 0.0, 0.0
-        self.norm = math.nan
-        self.losses = torch.zeros(3, device=self.trainer.world.device)
+        device = self.trainer.world.device
+        self.steps, self.skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
+        self.wait, self.other, self._began = 0.0, 0.0, time.monotonic()
+        self.norm = torch.tensor(math.nan, device=device)
+        self.losses = torch.zeros(3, device=device)

@@ -78,7 +78,7 @@ def test_conditionings_that_do_not_match_are_refused(inputs) -> None:
     with pytest.raises(ValueError, match="null conditioning of the same shapes"):
         guided(Network(), cond, {"cond": null["cond"]}, 2.0)
     with pytest.raises(ValueError, match="null conditioning of the same shapes"):
-        guided(Network(), cond, {**null, "pooled": null["pooled"][:1]}, 2.0)
+        guided(Network(), cond, {**null, "pooled": null["pooled"][:2]}, 2.0)
 
 
 @pytest.mark.parametrize(("t", "guides"), [(299.0, False), (300.0, True), (555.5, True), (800, True), (801, False)])
@@ -88,3 +88,11 @@ def test_outside_of_the_interval_the_conditional_network_runs_alone(inputs, t: f
     got = guided(network, cond, null, 3.5, interval=(0.3, 0.8))(x, times)
     assert network.batches == [6 if guides else 3]
     assert torch.equal(got, guided(network, cond, null, 3.5 if guides else 1.0)(x, times))
+
+
+def test_one_null_serves_all_samples(inputs) -> None:
+    x, t, cond, _ = inputs
+    network = Network()
+    one = {name: value[:1] for name, value in cond.items()}
+    each = {name: value.expand_as(cond[name]) for name, value in one.items()}
+    assert torch.equal(guided(network, cond, one, 2.0)(x, t), guided(network, cond, each, 2.0)(x, t))

@@ -49,7 +49,12 @@ def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[
 
     found: dict[str, float] = {}
     x, y, g, gate, shift, scale = draw(*shape), draw(*shape), draw(*shape), draw(N, C), draw(N, C), draw(N, C)
-    for branch, gated, modulated in ((False, False, True), (True, True, True), (True, False, True), (True, True, False)):
+    for branch, gated, modulated in (
+        (False, False, True),
+        (True, True, True),
+        (True, False, True),
+        (True, True, False),
+    ):
         parts = (y if branch else None, gate if gated else None)
         modulation = (shift, scale) if modulated else (None, None)
         residual, _, mean, rstd = run("norm_forward", x, *parts, *modulation)

@@ -68,7 +68,7 @@ def engine_result(stage, precision, world):
             rows = slice(*(MICRO * (world.rank * accumulation + part + i) for i in (0, 1)))
             engine.backward(loss_of(engine.model, x[rows], t[rows], y[rows]))
             engine.step(1e-3)
-        skipped.append(engine.skipped)
+        skipped.append(bool(engine.skipped))
     owned = torch.tensor(sum(piece.numel for piece in engine.owned_pieces()))
     dist.all_reduce(owned)
     return dict(engine.gather("weight")), dict(engine.gather("ema_0.9")), skipped, owned.item(), engine.optimizer_steps

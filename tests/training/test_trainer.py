@@ -21,6 +21,8 @@ def final(runs, name, kind="weight"):
 def test_stopping_and_going_on_changes_no_bit(runs, stage, ranks):
     overrides = (f"train.zero_stage={stage}",)
     runs.train("whole", *overrides, ranks=ranks)
+    assert all(m["flops_utilization"] > 0 and m["bytes_per_s"] > 0 for m in runs.metrics("whole") if "loss" in m)
+    assert any(m.get("event") == "memory" and m["bytes"]["weights"] > 0 for m in runs.metrics("whole"))
     output = runs.stop_at(4, "parts", *overrides, ranks=ranks)
     assert "saved at step" in output, output
     assert max(runs.losses("parts")) < 8, "stopped too late to show anything"

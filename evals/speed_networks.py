@@ -1,0 +1,251 @@
+"""The networks that evals/throughput.py compares, and one run of each kind of work with them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dico_t2i.config import DiCoConfig, DiffusionConfig, OptimizerConfig, SamplerConfig
+from dico_t2i.diffusion import build, guided, sample
+from dico_t2i.models import DiCo
+from dico_t2i.models.trace import Pass, trace_training
+from dico_t2i.ops import text_dwconv
+from dico_t2i.sampling import as_cuda_graph
+from dico_t2i.training.cost import optimizer_traffic
+from dico_t2i.training.optimizer import AdamWEMA
+from evals.speed_measure import Contender, Cost, pass_cost
+from tests.plain_dico import PlainDiCo, grouped_text_dwconv
+
+Condition = Literal["class", "text"]
+_DIT = {"DiT-S/2": (12, 6, 64), "DiT-XL/2": (28, 16, 72)}  # layers, heads, their width
+_OPTIMIZER = OptimizerConfig()
+_OBJECTIVE = build(DiffusionConfig(), learn_sigma=True)
+
+
+class DiT(nn.Module):
+    """DiT as diffusers has it, attention through SDPA; called as a class-conditional DiCo."""
+
+    def __init__(self, name: str, size: int) -> None:
+        from diffusers import DiTTransformer2DModel
+
+        super().__init__()
+        layers, heads, width = _DIT[name]
+        self.transformer = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=width,
+            in_channels=4,
+            out_channels=8,
+            num_layers=layers,
+            sample_size=size,
+            num_embeds_ada_norm=1000,
+        )
+        # diffusers embeds timestep and class anew in each block; DiT has one embedding for all (33M, 675M parameters).
+        for block in self.transformer.transformer_blocks[1:]:
+            block.norm1.emb = self.transformer.transformer_blocks[0].norm1.emb
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        dtype = self.transformer.proj_out_2.weight.dtype
+        return self.transformer(x.to(dtype), timestep=t, class_labels=cond, return_dict=False)[0]
+
+
+class Setting:
+    """What all contenders of a case share: the model's dimensions, the batch, the inputs, the device."""
+
+    def __init__(self, config: DiCoConfig, batch: int, size: int, device: torch.device) -> None:
+        self.config, self.batch, self.size, self.device = config, batch, size, device
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        self.x, self.noise = draw(batch, 4, size, size), draw(batch, 4, size, size)
+        self.t = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+        self.cond, self.null = self.t, torch.full((1,), config.num_classes, device=device)
+        if config.condition == "text":
+            self.cond, self.null = (draw(n, config.text_tokens, config.text_dim) for n in (batch, 1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which ours computes: what it trains in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+
+def build_network(kind: str, setting: Setting) -> nn.Module:
+    """ours, plain, or the name of a DiT; on the current device, fp32, no weight zero."""
+    torch.manual_seed(0)
+    if kind in _DIT:
+        return DiT(kind, setting.size)
+    network = DiCo(setting.config) if kind == "ours" else PlainDiCo(setting.config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return network
+
+
+def contender(
+    kind: str, setting: Setting, work: Literal["step", "pass"], how: Literal["", "autocast", "compiled"] = ""
+) -> Contender:
+    """A network at work: a training step (forward, backward, AdamW, average of the weights), or one pass.
+
+    how: ours runs in its working dtype, others as they are in fp32 (with TF32 convolutions on a GPU, cuDNN's default);
+    "autocast" puts them under bf16 autocast, "compiled" under torch.compile as well (ours: block by block). A DiT
+    makes its pass in the dtype of ours.
+    """
+    with setting.device:
+        network = build_network(kind, setting).to(setting.device)
+    if work == "pass":
+        network = network.to(setting.dtype).eval().requires_grad_(False)
+    if how == "compiled":
+        network = _compiled(kind, network)
+    lower = how != "" and kind != "ours"
+    cost = None if how == "compiled" and kind != "ours" else _counted(kind, setting, work, lower)
+    run: Callable[[], Any]
+    if work == "pass":
+        cond = setting.cond.to(setting.dtype) if setting.config.condition == "text" else setting.cond
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            return network(setting.x.to(setting.dtype), setting.t, cond)
+
+        held = float(sum(p.nbytes for p in network.parameters()))
+    else:
+        run = TrainingStep(network, setting, ours=kind == "ours", lower=lower)
+        held = run.held
+    return Contender(f"{kind}, {how}" if how else kind, run, setting.batch, held, cost)
+
+
+class TrainingStep:
+    """Forward, backward, AdamW and the average of the weights, on one device without DeepSpeed.
+
+    Ours as it trains: working weights in bf16 on a GPU, masters and averages in fp32 with the project's optimizer.
+    Others as released: fp32 weights, torch's AdamW, averages one parameter at a time.
+    """
+
+    def __init__(self, network: nn.Module, setting: Setting, ours: bool, lower: bool) -> None:
+        self.network, self.setting = network.train(), setting
+        self.context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if lower:
+            self.context = lambda: torch.autocast(setting.device.type, torch.bfloat16)
+        self.weights: list[Tensor] = list(network.parameters())
+        self.masters = self.weights
+        if ours and setting.dtype != torch.float32:
+            self.masters = [w.detach().clone().requires_grad_() for w in self.weights]
+            network.to(setting.dtype)
+        self.averages = [] if ours else [w.detach().clone() for w in self.weights]
+        self.optimizer = AdamWEMA(self.masters, _OPTIMIZER) if ours else torch.optim.AdamW(self.weights, _OPTIMIZER.lr)
+
+    @property
+    def held(self) -> float:
+        """Bytes of weights, masters, averages and both moments."""
+        kept = [*self.averages, *self.weights, *(self.masters if self.masters is not self.weights else ())]
+        own = sum(4 * (2 + len(_OPTIMIZER.ema) * (not self.averages)) * master.numel() for master in self.masters)
+        return float(sum(tensor.nbytes for tensor in kept) + own)
+
+    def __call__(self) -> Tensor:
+        setting = self.setting
+        cond = setting.cond.to(self.weights[0].dtype) if setting.config.condition == "text" else setting.cond
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, cond)
+
+        with self.context():
+            loss = _OBJECTIVE.training_losses(network, setting.x, setting.t, setting.noise)["loss"].mean()
+        loss.backward()
+        self._update()
+        return loss
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if self.masters is not self.weights:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = weight.grad.float() if weight.grad is not None else None
+        self.optimizer.step()
+        if self.masters is not self.weights:
+            torch._foreach_copy_(self.weights, self.masters)
+        for average, weight in zip(self.averages, self.weights, strict=False):
+            average.mul_(0.9999).add_(weight, alpha=1e-4)
+        for weight in (*self.weights, *self.masters):
+            weight.grad = None
+
+
+def samplers(setting: Setting, steps: int, guidance: float) -> Iterator[Contender]:
+    """Sampling with guidance: ours, the same making its text kernels at every step, and the plain network."""
+    sampler = SamplerConfig(kind="dpm++", steps=steps, guidance=guidance)
+    cond, null = ({"cond": c.to(setting.dtype)} for c in (setting.cond, setting.null))
+    with setting.device:
+        ours, plain = (
+            build_network(kind, setting).to(setting.dtype).eval().requires_grad_(False) for kind in ("ours", "plain")
+        )
+    assert isinstance(ours, DiCo)
+
+    def run(network: nn.Module, kernels: Callable[[Tensor], Any]) -> Callable[[], Tensor]:
+        @torch.no_grad()
+        def once() -> Tensor:
+            c, u = ({"cond": kernels(x["cond"])} for x in (cond, null))
+            model_fn = guided(lambda x, t, cond: network(x.to(setting.dtype), t, cond), c, u, guidance)
+            if network is ours:
+                model_fn = as_cuda_graph(model_fn, setting.noise)
+            return sample(DiffusionConfig(), sampler, model_fn, setting.noise, lambda k: setting.noise, True)
+
+        return once
+
+    held = sum(float(p.nbytes) for p in ours.parameters())
+    yield Contender("ours", run(ours, ours.text_kernels), setting.batch, held)
+    yield Contender("ours, kernels at each step", run(ours, lambda tokens: tokens), setting.batch, held)
+    yield Contender("plain", run(plain, lambda tokens: tokens), setting.batch, held)
+
+
+def text_convolutions(shape: tuple[int, int, int], device: torch.device) -> Iterator[Contender]:
+    """text_dwconv forward and backward, N,H,W,C in and out, against a convolution with N*C groups on N,C,H,W.
+
+    shape: batch, channels, height and width.
+    """
+    N, C, H = shape
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, grad = (torch.randn(N, C, H, H, device=device).to(dtype) for _ in range(2))
+    context = torch.randn(N, 77, C, device=device).to(dtype).requires_grad_()
+    last = torch.channels_last
+    cost = Cost(3 * 2 * 81 * x.numel())
+
+    def run(operator: Callable[[Tensor, Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Any]:
+        leaf = x.requires_grad_()
+        return lambda: torch.autograd.grad(operator(leaf, context), (leaf, context), grad)
+
+    layouts = x.clone(memory_format=last), grad.clone(memory_format=last)
+    yield Contender("ours", run(text_dwconv, *layouts), N, 0.0, cost)
+    yield Contender("plain", run(grouped_text_dwconv, x, grad), N, 0.0, cost)
+
+
+def _compiled(kind: str, network: nn.Module) -> nn.Module:
+    if kind == "ours":
+        assert isinstance(network, DiCo)
+        network.compile_blocks()
+        return network
+    network.compile()
+    return network
+
+
+def _counted(kind: str, setting: Setting, work: Literal["step", "pass"], lower: bool) -> Cost:
+    """Traced as an accelerator would run it."""
+    ours_in = setting.dtype if kind == "ours" or work == "pass" else torch.float32
+    traced = _trace(kind, setting, ours_in, lower)
+    if work == "pass":
+        return pass_cost(traced, backward=False)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_network(kind, setting).parameters())
+    return pass_cost(traced, backward=True, more_traffic=optimizer_traffic(parameters, 1))
+
+
+def _trace(kind: str, setting: Setting, dtype: torch.dtype, lower: bool) -> Pass:
+    with torch.device("meta"):
+        network = build_network(kind, setting).to("meta", dtype).train()
+
+    def loss() -> Tensor:
+        x, noise, t, cond = (v.to("meta") for v in (setting.x, setting.noise, setting.t, setting.cond))
+        cond = cond.to(dtype) if cond.is_floating_point() else cond
+        losses = _OBJECTIVE.training_losses(lambda a, b: network(a, b, cond), x, t, noise)
+        return losses["loss"].mean()
+
+    return trace_training(network, loss, autocast=lower)

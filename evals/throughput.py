@@ -1,0 +1,214 @@
+"""How fast the network trains and samples, side by side with plain ones: images/s, MFU, bandwidth, memory.
+
+    python evals/throughput.py --quick                      # DiCo-S on a CPU, five minutes
+    python evals/throughput.py --preset xl-64 text-dwconv   # on a GPU
+    python evals/throughput.py --all --profile              # every row of docs/performance.md for this device
+
+Contenders of a case take turns, round by round, on the same inputs, after a warm-up; medians and ranges are shown.
+"plain" is tests/plain_dico.py, the usual style of such code. MFU: counted operations that are useful, those of channel
+by channel convolutions included, over the rate of a large matrix product measured in the same run (bf16 on a GPU, fp32
+on a CPU). GB/s: bytes that the operations read and write as they are called, where that is known. Results go to --out
+as table.md, throughput.png and throughput.json.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.common import run
+from dico_t2i.models import VARIANTS, DiCoConfig
+from dico_t2i.training.cost import product_rate
+from evals.speed_measure import Contender, compare, free_memory
+from evals.speed_networks import Condition, Setting, contender, samplers, text_convolutions
+from evals.speed_report import Finding, Goal, as_json, markdown, operator_table, plot, table
+
+_NO_GOAL = Goal({})
+_TABLE_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the goals: a title, what competes, and what is to be reached."""
+
+    title: str
+    contenders: Callable[[torch.device], Iterable[Contender]]
+    goal: Goal = _NO_GOAL
+
+
+def _config(variant: str, condition: Condition) -> DiCoConfig:
+    return DiCoConfig(**VARIANTS[variant], condition=condition)
+
+
+def _step(variant: str, condition: Condition, batch: int, *others: str, size: int = 32) -> Callable[..., Any]:
+    """A training step of ours and of others, named "kind" or "kind, how"."""
+    return lambda device: _contenders("step", variant, condition, batch, size, device, ("ours", *others))
+
+
+def _pass(variant: str, condition: Condition, batch: int, *others: str, size: int = 32) -> Callable[..., Any]:
+    return lambda device: _contenders("pass", variant, condition, batch, size, device, ("ours", *others))
+
+
+def _contenders(
+    work: Any, variant: str, condition: Condition, batch: int, size: int, device: torch.device, names: Sequence[str]
+) -> list[Contender]:
+    setting = Setting(_config(variant, condition), batch, size, device)
+    pairs: list[Any] = [name.partition(", ")[::2] for name in names]
+    return [contender(kind, setting, work, how) for kind, how in pairs]
+
+
+def _text_and_class(device: torch.device) -> list[Contender]:
+    """The text step first, so that the other column says how much of its speed text costs."""
+    both = []
+    for condition in ("text", "class"):
+        one = contender("ours", Setting(_config("DiCo-XL", condition), 64, 32, device), "step")
+        one.name = f"ours, {condition}"
+        both.append(one)
+    return both
+
+
+def _sampling(variant: str, batch: int) -> Callable[[torch.device], Iterable[Contender]]:
+    return lambda device: samplers(Setting(_config(variant, "text"), batch, 32, device), steps=50, guidance=3.0)
+
+
+def _convolution(batch: int, channels: int, size: int) -> Callable[[torch.device], Iterable[Contender]]:
+    return lambda device: text_convolutions((batch, channels, size), device)
+
+
+_SHAPES = ((128, 32), (256, 16), (512, 8), (416, 32), (832, 16), (1664, 8))
+_SAMPLING_GOAL = Goal({"ours, kernels at each step": 1.3})
+QUICK = {
+    "s-class-step": Case(
+        "DiCo-S class, training step, batch 8", _step("DiCo-S", "class", 8, "plain"), Goal({"plain": 1.4})
+    ),
+    "s-text-step": Case("DiCo-S text, training step, batch 8", _step("DiCo-S", "text", 8, "plain"), Goal({"plain": 2})),
+    "s-class-pass": Case("DiCo-S class, one pass, batch 8", _pass("DiCo-S", "class", 8, "plain", "DiT-S/2")),
+    "s-text-pass": Case("DiCo-S text, one pass, batch 8", _pass("DiCo-S", "text", 8, "plain"), Goal({"plain": 1.3})),
+    "s-sampling": Case("DiCo-S text, 50 guided steps, batch 1", _sampling("DiCo-S", 1), _SAMPLING_GOAL),
+    **{
+        f"text-dwconv-{C}": Case(f"text_dwconv both ways, {C}@{H}, batch 8", _convolution(8, C, H), Goal({"plain": 4}))
+        for C, H in _SHAPES
+    },
+}
+GPU = {
+    "xl-64": Case(
+        "DiCo-XL class, training step, batch 64",
+        _step("DiCo-XL", "class", 64, "plain", "plain, autocast", "plain, compiled", "ours, compiled"),
+        Goal({"plain": 3, "plain, autocast": 1.9, "plain, compiled": 1.2}, images_per_s=700),
+    ),
+    "xl-256": Case("DiCo-XL class, training step, batch 256", _step("DiCo-XL", "class", 256), Goal({}, 770)),
+    "h-32": Case("DiCo-H class, training step, batch 32", _step("DiCo-H", "class", 32, "plain"), Goal({"plain": 2.6})),
+    "h-128": Case("DiCo-H class, training step, batch 128", _step("DiCo-H", "class", 128), Goal({}, 360)),
+    # 1.20 in time: the class step is at most 1.2 times faster.
+    "xl-text": Case(
+        "DiCo-XL training step, batch 64, text over class", _text_and_class, Goal({"ours, class": 1 / 1.2})
+    ),
+    "xl-text-64": Case(
+        "DiCo-XL text, training step, batch 64", _step("DiCo-XL", "text", 64, "plain, autocast", "ours, compiled")
+    ),
+    "s-256": Case(
+        "DiCo-S class, training step, batch 256",
+        _step(
+            "DiCo-S", "class", 256, "plain", "plain, autocast", "plain, compiled", "ours, compiled", "DiT-S/2, autocast"
+        ),
+    ),
+    "xl-pass": Case(
+        "DiCo-XL class, one pass, batch 64", _pass("DiCo-XL", "class", 64, "plain", "DiT-XL/2"), Goal({"DiT-XL/2": 3})
+    ),
+    "s-pass": Case("DiCo-S class, one pass, batch 64", _pass("DiCo-S", "class", 64, "plain", "DiT-S/2")),
+    "s-sampling": Case("DiCo-S text, 50 guided steps, batch 4", _sampling("DiCo-S", 4), _SAMPLING_GOAL),
+    "xl-sampling": Case("DiCo-XL text, 50 guided steps, batch 4", _sampling("DiCo-XL", 4)),
+    **{
+        f"text-dwconv-{C}": Case(
+            f"text_dwconv both ways, {C}@{H}, batch 64", _convolution(64, C, H), Goal({"plain": 15}, tflops=20)
+        )
+        for C, H in _SHAPES
+    },
+}
+
+
+def measure(cases: dict[str, Case], rounds: int, device: torch.device, console: Console) -> list[Finding]:
+    """One after the other; each case's networks are gone before the next one's are made."""
+    findings = []
+    for number, (name, case) in enumerate(cases.items()):
+        started = time.monotonic()
+        results = compare(list(case.contenders(device)), rounds, device)
+        findings.append(Finding(case.title, case.goal, results))
+        free_memory(device)
+        console.print(f"{number + 1}/{len(cases)} {name}: {time.monotonic() - started:.0f} s", highlight=False)
+    return findings
+
+
+def describe(device: torch.device, rounds: int, peak: float) -> dict[str, Any]:
+    """What the numbers depend on."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "peak": f"{peak / 1e12:.3g} TFLOP/s of {'bf16' if cuda else 'fp32'} products, measured in the same run",
+        "rounds": rounds,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]:
+    """The cases asked for; a preset may be the beginning of several names."""
+    if args.all or args.quick:
+        return known
+    chosen = {name: case for name, case in known.items() if any(name.startswith(preset) for preset in args.preset)}
+    unknown = [preset for preset in args.preset if not any(name.startswith(preset) for name in known)]
+    if unknown:
+        raise ValueError(f"--preset {' '.join(unknown)}: there is none; known on this device: {', '.join(known)}")
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--quick", action="store_true", help="DiCo-S at small batches, for CPUs; also runs on a GPU")
+    which.add_argument("--preset", nargs="+", metavar="NAME", help="some cases, by the beginnings of their names")
+    which.add_argument("--all", action="store_true", help="all cases of this kind of device")
+    parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
+    parser.add_argument("--rounds", type=int, help="of each case (default: 10 on a GPU, 3 on a CPU)")
+    parser.add_argument("--profile", action="store_true", help="print the ten largest operators of each contender")
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="default: runs/throughput")
+    args = parser.parse_args(argv)
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    rounds = args.rounds or (10 if cuda else 3)
+    cases = _chosen(args, GPU if cuda and not args.quick else QUICK)
+    console = Console(width=max(_TABLE_WIDTH, Console().width))
+    peak = product_rate(device, torch.bfloat16 if cuda else torch.float32)
+    findings = measure(cases, rounds, device, console)
+    setting = describe(device, rounds, peak)
+    console.print(table(findings, peak))
+    for finding in findings if args.profile else ():
+        console.print(operator_table(finding))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.md").write_text(markdown(setting, findings, peak, args.profile))
+    (args.out / "throughput.json").write_text(json.dumps(as_json(setting, findings, peak), indent=1) + "\n")
+    plot(findings, setting["device"], args.out / "throughput.png")
+    console.print(", ".join(f"{key} {value}" for key, value in setting.items()), highlight=False)
+    console.print(f"table.md, throughput.json and throughput.png in {args.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,114 @@
+"""The benchmark on networks small enough for a test: what it counts, what it times, what it writes."""
+
+import json
+
+import pytest
+import torch
+
+from dico_t2i.models import DiCo, DiCoConfig, count_macs, count_parameters
+from dico_t2i.training.cost import product_rate
+from evals import throughput
+from evals.speed_measure import Contender, compare, pass_cost
+from evals.speed_networks import DiT, Setting, _trace, build_network, contender, samplers, text_convolutions
+from evals.speed_report import Goal
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 8, "depths": (1, 1, 1, 1, 1), "mlp_ratio": 2.0}
+SMALL = {
+    "class": DiCoConfig(**SIZES),
+    "text": DiCoConfig(**SIZES, condition="text", text_dim=16),
+}
+
+
+def setting(condition: str) -> Setting:
+    return Setting(SMALL[condition], batch=2, size=8, device=CPU)
+
+
+@pytest.mark.parametrize("condition", SMALL)
+def test_ours_and_plain_do_the_same_work(condition):
+    shared = setting(condition)
+    for work in ("step", "pass"):
+        ours, plain = (contender(kind, shared, work) for kind in ("ours", "plain"))
+        results = compare([ours, plain], 2, CPU)
+        assert [len(result.seconds) for result in results] == [2, 2]
+        assert ours.held == plain.held > 0
+        assert abs(ours.cost.flops / plain.cost.flops - 1) < 1e-6
+        assert all(result.operators and result.peak_memory > ours.held for result in results)
+    step, forward = (contender("ours", shared, work).cost.flops for work in ("step", "pass"))
+    assert forward == 2 * count_macs(shared.config, shared.x.shape)
+    assert 2.8 < step / forward < 3.1
+
+
+def test_a_step_trains():
+    for kind in ("ours", "plain"):
+        step = contender(kind, setting("text"), "step").run
+        losses = [step().item() for _ in range(8)]
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("name", "millions"), [("DiT-S/2", 33), ("DiT-XL/2", 675)])
+def test_dit_has_its_published_size(name, millions):
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiT(name, 32).parameters())
+    assert abs(parameters / 1e6 - millions) < 0.5
+
+
+def test_dit_is_counted_as_published():
+    """6.06 GMACs of a pass with DiT-S/2."""
+    shared = Setting(SMALL["class"], 1, 32, CPU)
+    flops = pass_cost(_trace("DiT-S/2", shared, torch.float32, False), backward=False).flops
+    assert abs(flops / 2 / 6.06e9 - 1) < 0.02
+    assert build_network("DiT-S/2", shared)(shared.x, shared.t, shared.cond).shape == (1, 8, 32, 32)
+
+
+def test_sampling_with_kernels_once_gives_the_same_latents():
+    ours, again, plain = samplers(setting("text"), steps=3, guidance=2.0)
+    assert torch.equal(ours.run(), again.run())
+    assert isinstance(build_network("ours", setting("text")), DiCo)
+    assert plain.run().shape == (2, 4, 8, 8)
+
+
+def test_the_text_convolution_alone():
+    ours, plain = text_convolutions((2, 3, 5), CPU)
+    assert ours.cost.flops == 3 * 2 * 81 * 2 * 3 * 25
+    for a, b in zip(ours.run(), plain.run(), strict=True):
+        assert a.shape == b.shape
+    assert product_rate(CPU, torch.float32) > 1e8
+
+
+def test_ours_is_compared_round_by_round_and_everything_is_written(monkeypatch, tmp_path, capsys):
+    def contenders(device):
+        shared = setting("class")
+        return [contender(kind, shared, "pass") for kind in ("ours", "plain")]
+
+    case = throughput.Case("a small pass", contenders, Goal({"plain": 1e-9}, images_per_s=1e12))
+    monkeypatch.setattr(throughput, "QUICK", {"small-pass": case})
+    assert throughput.main(["--preset", "small", "--device", "cpu", "--profile", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "throughput.json").read_text())
+    ours, plain = written["cases"][0]["results"]
+    assert len(ours["seconds"]) == 3
+    assert plain["times_ours"] > 0
+    assert ours["images_per_s"] == pytest.approx(2 / ours["median_s"])
+    table = (tmp_path / "table.md").read_text()
+    assert "1e-09x: reached" in table
+    assert "1,000,000,000,000 images/s: not reached" in table
+    assert "Largest operators, a small pass" in table
+    assert (tmp_path / "throughput.png").stat().st_size > 1000
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_warming_up_is_not_timed():
+    calls = []
+    (result,) = compare([Contender("ours", lambda: calls.append(0), 1)], 3, CPU, profiled=False)
+    assert (len(calls), len(result.seconds)) == (4, 3)
+
+
+def test_a_preset_that_is_not_there():
+    with pytest.raises(ValueError, match="s-class-step"):
+        throughput.main(["--preset", "h-1000", "--device", "cpu"])
+
+
+def test_all_goals_of_the_issue_have_a_case():
+    assert count_parameters(DiCoConfig(variant="DiCo-S")) > 0
+    wanted = ("xl-64", "xl-256", "h-32", "h-128", "xl-text", "xl-pass", "s-sampling", "text-dwconv-416")
+    assert set(wanted) <= set(throughput.GPU)
