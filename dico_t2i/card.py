@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dico_t2i.config import Config, Span
+from dico_t2i.config import Config, Span, TextEncoderConfig
 from dico_t2i.models import count_parameters
 
 
@@ -74,10 +74,18 @@ def _network(config: Config) -> dict[str, Any]:
     }
     if model.condition == "text":
         rows["text"] = f"{model.text_fusion}{', with the pooled text' if model.pooled_text else ''}"
-        rows["text encoder"] = f"{config.text_encoder.weights}, {Path(config.text_encoder.model).name}"
+        rows["text encoder"] = _text_encoder(config.text_encoder)
     else:
         rows["classes"] = model.num_classes
     return rows
+
+
+def _text_encoder(encoder: TextEncoderConfig) -> str:
+    if encoder.weights == "seeded":
+        size = encoder.seeded
+        return f"random (seeded), width {size.width}, {size.layers} layers, seed {size.seed}"
+    pretrained = f" {Path(encoder.pretrained).name}" if encoder.kind == "open_clip" else ""
+    return f"{Path(encoder.model).name}{pretrained} ({encoder.kind})"
 
 
 def _data(config: Config) -> dict[str, Any]:

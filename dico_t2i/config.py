@@ -193,6 +193,13 @@ class OptimizerConfig(Section):
     ema: tuple[Probability, ...] = (0.9999,)  # decays per step
 
 
+class ProfileConfig(Section):
+    """A trace by torch.profiler of rank 0, in the run folder under profile/."""
+
+    start: NonNegative  # step before which it begins; the first ones, which warm up, tell little
+    steps: Positive = 3
+
+
 class TrainConfig(Section):
     duration: Span
     global_batch: Positive = 256
@@ -201,6 +208,7 @@ class TrainConfig(Section):
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
     hang_timeout_s: PositiveFloat = 600.0  # without progress of a rank, after which the job ends and names it
     first_step_timeout_s: PositiveFloat = 1800.0  # the same for the first step, for saves and for previews
+    profile: ProfileConfig | None = None  # none: no trace
 
 
 class CheckpointConfig(Section):

@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dico_t2i import cli
-from dico_t2i.config import parse_config
+from dico_t2i.config import load_config, parse_config
 from dico_t2i.export import write_folder
 from dico_t2i.inline import InlineError, standalone
 from dico_t2i.models import DiCo
@@ -41,7 +41,7 @@ def write_export(out, tree, **changes):
     """An exported folder of a model whose every weight is random and in use."""
     config = parse_config({**tree, **changes}, "test")
     torch.manual_seed(0)
-    parameters = {name: 0.3 * torch.randn_like(p) for name, p in DiCo(config.model).named_parameters()}
+    parameters = {name: 0.1 * torch.randn_like(p) for name, p in DiCo(config.model).named_parameters()}
     shapes = {name: p.shape for name, p in parameters.items()}
     origin = {"run": config.name, "step": 5, "images": 40, "weights": "ema_0.9999"}
     metrics = {"step": 4, "loss": 0.25}
@@ -89,49 +89,206 @@ import json
 import numpy as np
 from diffusers import DiffusionPipeline
 
-folder, out, calls = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipeline.set_progress_bar_config(disable=True)
+images = []
+for folder, calls in json.loads(sys.argv[1]):
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images += [np.stack([np.asarray(image) for image in pipeline(seed=7, **call).images]) for call in calls]
 assert not any(name.split(".")[0] == "dico_t2i" for name in sys.modules)
-images = [np.stack([np.asarray(image) for image in pipeline(seed=7, **call).images]) for call in calls]
-np.savez(out, *images)
+np.savez(sys.argv[2], *images)
 """
+SAMPLERS = [("iddpm", 4), ("ddim", 3), ("dpm++", 5)]
+TEXT_CALLS = [
+    *({"prompt": PROMPTS, "num_images_per_prompt": 2, "sampler": s, "num_inference_steps": n} for s, n in SAMPLERS),
+    {"prompt": PROMPTS[0], "guidance_scale": 1.0},
+]
+CLASS_CALLS = [{"class_labels": ["golden retriever", 3]}, {"class_labels": "tench", "height": 48, "width": 64}]
 
 
-def alone(model, folder, calls):
-    """The images of calls of the pipeline in a process that cannot import this package."""
-    folder.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def alone(text_model, class_model, tmp_path_factory):
+    """The images of calls of both pipelines, one after the other in a process that cannot import this package."""
+    folder = tmp_path_factory.mktemp("alone")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DICO_WEIGHTS")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    command = [sys.executable, "-I", "-c", ALONE, str(model), str(folder / "images.npz"), json.dumps(calls)]
+    work = json.dumps([(str(text_model), TEXT_CALLS), (str(class_model), CLASS_CALLS)])
+    command = [sys.executable, "-I", "-c", ALONE, work, str(folder / "images.npz")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(folder / "images.npz") as images:
-        return list(images.values())
+        every = list(images.values())
+    return every[: len(TEXT_CALLS)], every[len(TEXT_CALLS) :]
 
 
-def test_a_text_folder_runs_without_this_package_and_gives_the_pictures_of_dico_sample(text_model, tmp_path):
-    samplers = [("iddpm", "4"), ("ddim", "3"), ("dpm++", "5")]
-    calls = [
-        {"prompt": PROMPTS, "num_images_per_prompt": 2, "sampler": kind, "num_inference_steps": int(steps)}
-        for kind, steps in samplers
-    ]
-    calls.append({"prompt": PROMPTS[0], "guidance_scale": 1.0})
-    *images, unguided = alone(text_model, tmp_path / "alone", calls)
+def test_a_text_folder_runs_without_this_package_and_gives_the_pictures_of_dico_sample(text_model, alone, tmp_path):
+    *images, unguided = alone[0]
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    for (kind, steps), got in zip(samplers, images, strict=True):
-        ours = sampled(text_model, tmp_path / kind, *prompts, "--per-prompt", "2", "--sampler", kind, "--steps", steps)
+    for (kind, steps), got in zip(SAMPLERS, images, strict=True):
+        options = ["--per-prompt", "2", "--sampler", kind, "--steps", str(steps)]
+        ours = sampled(text_model, tmp_path / kind, *prompts, *options)
         assert got.shape == (4, 32, 32, 3)
         assert got.std() > 10
         np.testing.assert_array_equal(got, ours)
-    np.testing.assert_array_equal(
-        unguided, sampled(text_model, tmp_path / "plain", "--prompt", PROMPTS[0], "--guidance", "1")
-    )
+    plain = sampled(text_model, tmp_path / "plain", "--prompt", PROMPTS[0], "--guidance", "1")
+    np.testing.assert_array_equal(unguided, plain)
 
 
-def test_a_class_folder_knows_its_classes_by_name(class_model, tmp_path):
-    calls = [{"class_labels": ["golden retriever", 3]}, {"class_labels": "tench", "height": 48, "width": 64}]
-    images, other_size = alone(class_model, tmp_path / "alone", calls)
-    ours = sampled(class_model, tmp_path / "ours", "--labels", "golden retriever", "3")
-    np.testing.assert_array_equal(images, ours)
+def test_a_class_folder_knows_its_classes_by_name(class_model, alone, tmp_path):
+    images, other_size = alone[1]
+    np.testing.assert_array_equal(images, sampled(class_model, tmp_path / "ours", "--labels", "golden retriever", "3"))
     assert other_size.shape == (1, 48, 64, 3)
+
+
+@pytest.fixture(scope="module")
+def pipeline(text_model):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    loaded = DiCoPipeline.from_pretrained(text_model)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_this_package_runs_the_folder_with_its_own_code(pipeline, text_model, tmp_path):
+    images = pipeline(PROMPTS, seed=7, output_type="np").images
+    ours = sampled(text_model, tmp_path / "ours", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
+    np.testing.assert_array_equal((images * 255).round().astype(np.uint8), ours)
+    assert type(pipeline.transformer).__module__ == "dico_t2i.portable.transformer"
+
+
+def latents(pipeline, prompt=PROMPTS[0], **options):
+    return pipeline(prompt, output_type="latent", return_dict=False, **options)[0]
+
+
+def test_seeds_come_from_the_call_the_generator_or_torch(pipeline):
+    several = latents(pipeline, seed=[5, 9], num_images_per_prompt=2)
+    torch.testing.assert_close(several[1:], latents(pipeline, seed=9), rtol=1e-4, atol=1e-3)
+    first, again, other = (latents(pipeline, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    each = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    both = latents(pipeline, PROMPTS[:1] * 2, generator=each)
+    torch.testing.assert_close(both, torch.cat((first, other)), rtol=1e-4, atol=1e-3)
+    torch.manual_seed(3)
+    drawn = latents(pipeline)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, latents(pipeline))
+    with pytest.raises(ValueError, match="2 seeds or generators for 1 images"):
+        latents(pipeline, seed=[1, 2])
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
+    empty, named = latents(pipeline, seed=1, negative_prompt=""), latents(pipeline, seed=1, negative_prompt="blue")
+    torch.testing.assert_close(latents(pipeline, seed=1), empty)
+    assert not torch.allclose(empty, named)
+    with pytest.raises(ValueError, match="3 for 1 prompts"):
+        latents(pipeline, negative_prompt=["a", "b", "c"])
+
+
+def test_other_sizes_and_forms_of_output(pipeline):
+    images = pipeline(PROMPTS, seed=1, height=64, width=96, output_type="pt").images
+    assert images.shape == (2, 3, 64, 96)
+    assert 0 <= images.min() < images.max() <= 1
+    assert pipeline(PROMPTS[0], height=64, width=96).images[0].size == (96, 64)
+    with pytest.raises(ValueError, match="48x32 must be divisible by 32"):
+        pipeline(PROMPTS[0], height=48)
+
+
+@pytest.mark.parametrize("sampler", ["iddpm", "dpm++"])
+def test_a_callback_sees_each_step_and_may_change_the_latents(pipeline, sampler):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, timestep))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    result = latents(pipeline, seed=1, sampler=sampler, num_inference_steps=4, callback_on_step_end=watch)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
+    assert not result.any()
+
+
+def test_a_scheduler_of_diffusers_takes_over_when_it_is_put_in(text_model):
+    """DDIM of diffusers on all steps of a short process is our DDIM, up to its float32 schedule."""
+    from diffusers import DDIMScheduler
+
+    from dico_t2i.pipeline import DiCoPipeline
+
+    pipeline = DiCoPipeline.from_pretrained(text_model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(diffusion={"steps": 40})
+    config = {**pipeline.scheduler.config, "num_train_timesteps": 40, "beta_start": 0.1 / 40, "beta_end": 0.5}
+    ours = latents(pipeline, seed=1, sampler="ddim", num_inference_steps=40)
+    pipeline.scheduler = DDIMScheduler.from_config(config)
+    pipeline.transformer.requires_grad_(False)
+    theirs = latents(pipeline, seed=1, num_inference_steps=40)
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    assert torch.equal(latents(pipeline, seed=1, sampler="ddim", num_inference_steps=40), ours)
+
+
+def test_arguments_that_do_not_fit_are_named(pipeline, class_model):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    classes = DiCoPipeline.from_pretrained(class_model)
+    with pytest.raises(ValueError, match="takes prompt, and no class_labels"):
+        pipeline(class_labels=3)
+    with pytest.raises(ValueError, match="takes class_labels, and no prompt"):
+        classes("a dog")
+    with pytest.raises(ValueError, match="'golden retreiver' is no class here"):
+        classes(class_labels="golden retreiver")
+    with pytest.raises(ValueError, match=r"1000 must lie in 0\.\.999"):
+        classes(class_labels=1000)
+    with pytest.raises(ValueError, match="'euler' is not one of iddpm"):
+        pipeline(PROMPTS[0], sampler="euler")
+    with pytest.raises(ValueError, match="no model_index"):
+        DiCoPipeline.from_pretrained(class_model.parent)
+
+
+def test_encoders_may_stay_out_and_be_given(text_model, pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    config = load_config(text_model / "config.yaml")
+    weights = load_file(text_model / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    out, origin = tmp_path / "light", {"weights": "weight"}
+    write_folder(out, config, shapes, (w.numpy() for w in weights.values()), origin, {}, encoders=False)
+    assert not [name for name in ("vae", "text_encoder", "tokenizer") if (out / name).exists()]
+    assert "vae = diffusers.AutoencoderKL.from_pretrained(" in (out / "README.md").read_text()
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")}
+    loaded = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **parts)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(loaded, seed=1), latents(pipeline, seed=1))
+    bare = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **dict.fromkeys(parts))
+    with pytest.raises(ValueError, match="no text encoder"):
+        bare(PROMPTS[0])
+
+
+def test_the_card_says_what_the_model_is(text_model):
+    card = (text_model / "README.md").read_text()
+    for line in ("| steps | 5 of 5 steps |", "| weights | ema_0.9999 |", "| loss | 0.25 |", "random and untrained"):
+        assert line in card
+
+
+def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "inlinable"
+    package.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("dico_t2i.inline.PACKAGE", "inlinable")
+    modules = {
+        "__init__": "",
+        "a": "def same(): return 1\ndef one(): return same()",
+        "b": "from inlinable.a import one\ndef same(): return 2\ndef two(): return one() + same()",
+        "c": "def three():\n    from inlinable.a import one\n    return one()",
+        "d": "from inlinable.a import one as uno\nfour = uno",
+    }
+    for name, source in modules.items():
+        (package / f"{name}.py").write_text(source + "\n")
+    assert "def same" in standalone(["inlinable.a.one"], "doc")
+    for name, problem in (
+        ("b.two", "same is defined in"),
+        ("c.three", "inside a function"),
+        ("d.four", "another name"),
+    ):
+        with pytest.raises(InlineError, match=problem):
+            standalone([f"inlinable.{name}"], "doc")
+    with pytest.raises(InlineError, match="no definition of five"):
+        standalone(["inlinable.a.five"], "doc")
