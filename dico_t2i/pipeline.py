@@ -15,7 +15,7 @@ class DiCoPipeline(portable.DiCoPipeline):
     """What `dico export` wrote, run by this package; the code in the folder is not executed."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, **parts: Any) -> Self:
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, **parts: Any) -> Self:
         """From an exported folder. parts: components to take instead of the folder's: vae, text_encoder, tokenizer.
 
         Raises ValueError if the folder is not an export.
@@ -24,16 +24,17 @@ class DiCoPipeline(portable.DiCoPipeline):
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder}: not a folder of dico export (no model_index.json)")
         index = cls.load_config(folder)
-        options = {"torch_dtype": torch_dtype, "low_cpu_mem_usage": False}
+        options = {"dtype": dtype, "use_safetensors": True}
         found: dict[str, Any] = {
-            "transformer": DiCoTransformer.from_pretrained(folder / "transformer", **options),
-            "scheduler": getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler"),
+            "transformer": DiCoTransformer.from_pretrained(folder / "transformer", low_cpu_mem_usage=False, **options),
+            "scheduler": diffusers.DDPMScheduler.from_pretrained(folder / "scheduler"),
         }
         if index["vae"][0]:
-            found["vae"] = getattr(diffusers, index["vae"][1]).from_pretrained(folder / "vae", **options)
+            vae = getattr(diffusers, index["vae"][1])
+            found["vae"] = vae.from_pretrained(folder / "vae", low_cpu_mem_usage=False, **options)
         if index["text_encoder"][0]:
             tower = getattr(transformers, index["text_encoder"][1])
-            found["text_encoder"] = tower.from_pretrained(folder / "text_encoder", dtype=torch_dtype)
+            found["text_encoder"] = tower.from_pretrained(folder / "text_encoder", **options)
             found["tokenizer"] = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
         absent = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
         settings = {key: value for key, value in index.items() if not isinstance(value, list) and key[0] != "_"}

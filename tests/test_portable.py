@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from dico_t2i.config import load_config, parse_config
 from dico_t2i.export import write_folder
 from dico_t2i.inline import InlineError, standalone
 from dico_t2i.models import DiCo
+from tests.encoders.test_text import PROJECTED, save_clip
 from tests.small_models import save_autoencoder
 
 TREE = {
@@ -153,6 +155,20 @@ def test_this_package_runs_the_folder_with_its_own_code(pipeline, text_model, tm
     ours = sampled(text_model, tmp_path / "ours", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
     np.testing.assert_array_equal((images * 255).round().astype(np.uint8), ours)
     assert type(pipeline.transformer).__module__ == "dico_t2i.portable.transformer"
+
+
+def test_the_text_tower_of_a_whole_clip_is_copied_with_its_projection(text_model, tmp_path):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    clip, _ = save_clip(tmp_path / "clip")
+    vae = {"path": str(text_model / "vae")}
+    model = {**TREE["model"], "pooled_dim": PROJECTED}
+    out = write_export(tmp_path / "out", TREE, model=model, text_encoder={"model": str(clip)}, autoencoder=vae)
+    shutil.rmtree(clip)
+    loaded = DiCoPipeline.from_pretrained(out)
+    loaded.set_progress_bar_config(disable=True)
+    image = np.asarray(loaded(PROMPTS[0], seed=7).images[0])
+    np.testing.assert_array_equal(image, sampled(out, tmp_path / "ours", "--prompt", PROMPTS[0])[0])
 
 
 def latents(pipeline, prompt=PROMPTS[0], **options):
