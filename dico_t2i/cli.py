@@ -1,6 +1,7 @@
 """The ``dico`` command. Heavy imports happen inside the commands, so that --help answers at once."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     what = sample.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text; may be given several times")
     what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
-    what.add_argument("--labels", type=int, nargs="+", help="class numbers")
+    what.add_argument("--labels", nargs="+", help='class numbers, or ImageNet names such as "golden retriever"')
     sample.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
@@ -62,11 +63,43 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     sample.set_defaults(run=_sample)
 
-    export = commands.add_parser("export", help="write the averaged weights and the config into one folder")
+    export = commands.add_parser(
+        "export", help="write averaged weights, config and a diffusers pipeline into one folder"
+    )
     export.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
     export.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     export.add_argument("--out", required=True, type=Path)
+    export.add_argument(
+        "--no-encoders", action="store_true", help="leave autoencoder and text encoder out of the folder"
+    )
     export.set_defaults(run=_export)
+
+    official = commands.add_parser("import-official", help="make an exported folder of a released checkpoint")
+    official.add_argument("file", type=Path, help="a torch file or safetensors; nothing in it is executed")
+    official.add_argument("--out", required=True, type=Path)
+    official.add_argument("--image-size", type=int, default=256, help="pixels it was trained on (default: 256)")
+    official.add_argument("--autoencoder", help="a folder or hub id (default: stabilityai/sd-vae-ft-ema)")
+    official.add_argument("--no-encoders", action="store_true", help="leave the autoencoder out of the folder")
+    official.set_defaults(run=_import_official)
+
+    prefetch = commands.add_parser("prefetch", help="get every pretrained file a config needs into one folder")
+    prefetch.add_argument("--config", type=Path, help="a YAML file; with --check it may be left out")
+    prefetch.add_argument("--out", required=True, type=Path, help="the folder; use it with DICO_WEIGHTS=FOLDER")
+    prefetch.add_argument("--also", action="append", default=[], metavar="URL", help="a further file, to FOLDER/files")
+    prefetch.add_argument("--check", action="store_true", help="verify the folder's hashes, and get nothing")
+    prefetch.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    prefetch.set_defaults(run=_prefetch)
+
+    doctor = commands.add_parser("doctor", help="look at this machine, and say what to change before training")
+    doctor.add_argument("--config", type=Path, help="look as well at the weights, data and disk space it needs")
+    doctor.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    doctor.set_defaults(run=_doctor)
+
+    completion = commands.add_parser("completion", help="print a script that completes commands and options with TAB")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run=_completion)
     return parser
 
 
@@ -123,6 +156,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     kind = "text" if arguments.labels is None else "class"
     if pipeline.config.model.condition != kind:
         raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
+    _check_names(arguments.labels, pipeline.config.model.num_classes)
     sampler = _sampler(arguments, pipeline.config.sampler)
     seeds = list(range(arguments.seed, arguments.seed + len(conditions)))
     encoder = pipeline.conditioner.text_encoder
@@ -153,7 +187,9 @@ def _sampler(arguments: argparse.Namespace, default: "SamplerConfig") -> "Sample
 
 def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
     if arguments.labels is not None:
-        return list(arguments.labels)
+        from dico_t2i.imagenet import class_number
+
+        return [class_number(label) for label in arguments.labels]
     if arguments.prompt:
         return list(arguments.prompt)
     if not arguments.prompts.is_file():
@@ -164,9 +200,75 @@ def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
     return prompts
 
 
+def _check_names(labels: Sequence[str] | None, classes: int) -> None:
+    from dico_t2i.imagenet import CLASSES
+
+    names = [label for label in labels or () if not label.strip().isdecimal()]
+    if names and classes != CLASSES:
+        raise ValueError(f"--labels {names[0]!r}: this model has {classes} classes, not ImageNet's; give numbers")
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from dico_t2i.export import export
 
-    export(arguments.checkpoint, arguments.weights, arguments.out)
+    export(arguments.checkpoint, arguments.weights, arguments.out, not arguments.no_encoders)
     print(f"exported to {arguments.out}")
+    return 0
+
+
+def _import_official(arguments: argparse.Namespace) -> int:
+    from dico_t2i.released import import_official
+
+    name = import_official(
+        arguments.file, arguments.out, arguments.image_size, arguments.autoencoder, not arguments.no_encoders
+    )
+    print(f"{name} in {arguments.out}")
+    return 0
+
+
+def _prefetch(arguments: argparse.Namespace) -> int:
+    from dico_t2i.config import load_config
+
+    if arguments.config is None and not arguments.check:
+        raise ValueError("--config: give the config whose files are wanted")
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    if not arguments.check:
+        os.environ["DICO_ALLOW_DOWNLOAD"] = "1"  # before huggingface_hub is imported: this command is the permission
+    from dico_t2i.prefetch import check, prefetch
+
+    if config is not None and not arguments.check:
+        prefetch(config, arguments.out, arguments.also)
+        print(f"use it with: export DICO_WEIGHTS={arguments.out.absolute()}")
+    print(f"{check(arguments.out, config)} files in {arguments.out}, all as they should be")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from dico_t2i.config import load_config
+    from dico_t2i.doctor import examine
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    findings = []
+    for finding in examine(config, arguments.runs):
+        findings.append(finding)
+        if not arguments.json:
+            remedy = f"\n{'':21}-> {finding.remedy}" if finding.remedy else ""
+            print(f"{finding.state:<5} {finding.topic:<14} {finding.found}{remedy}", flush=True)
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    return int(any(finding.state == "fail" for finding in findings))
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    parser = _parser()
+    for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+        for action in command._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, arguments.shell))
     return 0

@@ -253,6 +253,13 @@ class OptimizerConfig(Section):
     ema: tuple[Probability, ...] = (0.9999,)  # decays per step
 
 
+class ProfileConfig(Section):
+    """A trace by torch.profiler of rank 0, in the run folder under profile/."""
+
+    start: NonNegative  # step before which it begins; the first ones, which warm up, tell little
+    steps: Positive = 3
+
+
 class TrainConfig(Section):
     duration: Span
     global_batch: Positive = 256
@@ -262,6 +269,7 @@ class TrainConfig(Section):
     compile: Literal["off", "blocks"] = "off"  # blocks: torch.compile, one kind of block after the other
     hang_timeout_s: PositiveFloat = 600.0  # without progress of a rank, after which the job ends and names it
     first_step_timeout_s: PositiveFloat = 1800.0  # the same for the first step, for saves and for previews
+    profile: ProfileConfig | None = None  # none: no trace
 
     @model_validator(mode="after")
     def _weights_stay_in_compiled_blocks(self) -> TrainConfig:

@@ -169,11 +169,20 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
 
 def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[DiCo], None]]:
     if (path / WEIGHTS_FILE).exists():
-        return load_config(path / "config.yaml"), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
+        return exported_config(path), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
     kind = weights or default_weights(config)
     return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+
+
+def exported_config(folder: Path) -> Config:
+    """The config of an exported folder, with the encoders that lie in it."""
+    vae, text = folder / "vae", folder / "text_encoder"
+    overrides = [f"autoencoder.path={vae}"] if vae.is_dir() else []
+    if text.is_dir():
+        overrides += [f"text_encoder.model={text}", "text_encoder.weights=pretrained"]
+    return load_config(folder / "config.yaml", overrides)
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:

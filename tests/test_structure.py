@@ -5,12 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "files", "randomness", "safetensors_writer"},
+    {"config", "files", "imagenet", "randomness", "safetensors_writer"},
+    {"inline"},
     {"data", "ops"},
     {"models", "encoders", "diffusion"},
     {"training.checkpoint", "training.optimizer"},
-    {"sampling"},
-    {"export", "training"},
+    {"portable", "prefetch", "sampling"},
+    {"card"},
+    {"export", "pipeline", "training"},
+    {"doctor", "released"},
     {"plan"},
     {"plan_text"},
     {"cli"},

@@ -4,8 +4,8 @@ Everything here works on tensors and a callable that stands for the network, and
 """
 
 from dico_t2i.config import DiffusionConfig
-from dico_t2i.diffusion import flow, iddpm
-from dico_t2i.diffusion.flow import Flow
+from dico_t2i.diffusion import iddpm
+from dico_t2i.diffusion.flow import Flow, build_flow
 from dico_t2i.diffusion.guidance import guided
 from dico_t2i.diffusion.iddpm import IDDPM, StepDistribution
 from dico_t2i.diffusion.process import ModelFn, Process
@@ -28,4 +28,4 @@ __all__ = [
 
 def build(config: DiffusionConfig, learn_sigma: bool) -> Process:
     """The process a config describes. Raises ValueError if there is no such process."""
-    return flow.build(config) if config.kind == "flow" else iddpm.build(config, learn_sigma)
+    return build_flow(config) if config.kind == "flow" else iddpm.build(config, learn_sigma)

@@ -16,9 +16,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from dico_t2i import randomness
 from dico_t2i.config import DiffusionConfig
 from dico_t2i.diffusion.process import ModelFn, full_precision, mean_per_sample
+from dico_t2i.randomness import normal, uniform
 
 Time = TypeVar("Time", float, Tensor)
 
@@ -41,10 +41,10 @@ class Flow:
     def draw_timesteps(self, seed: int, position: Tensor) -> Tensor:
         """Timesteps in 0..steps, fractional, float64. position (N,) int64 -> (N,)."""
         if self.timesteps == "uniform":
-            time = randomness.uniform(seed, "timestep", position)
+            time = uniform(seed, "timestep", position)
         else:
-            normal = randomness.normal(seed, "timestep", position).double()
-            time = torch.sigmoid(self.logit_mean + self.logit_std * normal)
+            draw = normal(seed, "timestep", position).double()
+            time = torch.sigmoid(self.logit_mean + self.logit_std * draw)
         return self.steps * shifted(time, self.shift)
 
     def training_losses(self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class Flow:
         return output
 
 
-def build(config: DiffusionConfig) -> Flow:
+def build_flow(config: DiffusionConfig) -> Flow:
     """The flow a config describes."""
     assert config.weighting != "min_snr"  # refused by the config
     return Flow(

@@ -8,7 +8,7 @@ Their cost is counted in evaluations of the network, ``sampler.steps``. "euler" 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import count, pairwise
 
 import numpy as np
@@ -20,8 +20,10 @@ from dico_t2i.diffusion.flow import Flow, shifted
 from dico_t2i.diffusion.process import ModelFn
 
 Velocity = Callable[[Tensor, float], Tensor]
+Steps = Generator[Tensor, Tensor, None]  # gives the latents after each step, and takes those to go on with
 StepNoise = Callable[[int], Tensor]
 Progress = Callable[[int, int], None]
+StepHook = Callable[[int, float, Tensor], Tensor]  # step k, its timestep, the latents after it -> those to go on with
 
 # The stochastic sampler makes one step without noise from here to the data, as REPA's does.
 _LAST_NOISY_TIME = 0.04
@@ -34,6 +36,7 @@ def sample_flow(
     x: Tensor,
     step_noise: StepNoise,
     progress: Progress | None = None,
+    on_step: StepHook | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W) from standard normal x of the same shape; arguments as in ``samplers.sample``."""
     evaluations = count(1)
@@ -47,9 +50,19 @@ def sample_flow(
 
     times = flow_times(sampler)
     if sampler.kind == "euler_sde":
-        return _euler_sde(velocity, x, times, step_noise)
-    solve = {"euler": _euler, "heun": _heun, "dpm++": _dpm_solver}[sampler.kind]
-    return solve(velocity, x, times)
+        steps = _euler_sde(velocity, x, times, step_noise)
+    else:
+        solve = {"euler": _euler, "heun": _heun, "dpm++": _flow_dpm_solver}[sampler.kind]
+        steps = solve(velocity, x, times)
+    return _run(steps, times, on_step)
+
+
+def _run(steps: Steps, times: Sequence[float], on_step: StepHook | None) -> Tensor:
+    """The latents after the last step; on_step's go back into the steps."""
+    x = next(steps)
+    for k, time in enumerate(times[:-2]):
+        x = steps.send(on_step(k, time, x) if on_step else x)
+    return on_step(len(times) - 2, times[-2], x) if on_step else x
 
 
 def flow_times(sampler: SamplerConfig) -> list[float]:
@@ -61,23 +74,21 @@ def flow_times(sampler: SamplerConfig) -> list[float]:
     return [shifted(float(time), sampler.shift) for time in even]
 
 
-def _euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+def _euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
     for now, then in pairwise(times):
-        x = x + (then - now) * velocity(x, now)
-    return x
+        x = yield x + (then - now) * velocity(x, now)
 
 
-def _heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+def _heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
     """The mean of the velocities at both ends of a step, the second one found by Euler's step."""
     for now, then in pairwise(times):
         slope = velocity(x, now)
         if then > 0:
             slope = (slope + velocity(x + (then - now) * slope, then)) / 2
-        x = x + (then - now) * slope
-    return x
+        x = yield x + (then - now) * slope
 
 
-def _dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+def _flow_dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with alpha = 1 - t and sigma = t.
 
     A step exact for a constant estimate of x_0, which is extrapolated from the last two, linearly in
@@ -90,16 +101,15 @@ def _dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor
         if before < 1 and then > 0:
             step, last_step = (_half_log_snr(b) - _half_log_snr(a) for a, b in ((now, then), (before, now)))
             estimate = x_start + step / (2 * last_step) * (x_start - earlier)
-        x = then / now * x + (1 - then / now) * estimate
         before, earlier = now, x_start
-    return x
+        x = yield then / now * x + (1 - then / now) * estimate
 
 
 def _half_log_snr(time: float) -> float:
     return math.log1p(-time) - math.log(time)
 
 
-def _euler_sde(velocity: Velocity, x: Tensor, times: Sequence[float], step_noise: StepNoise) -> Tensor:
+def _euler_sde(velocity: Velocity, x: Tensor, times: Sequence[float], step_noise: StepNoise) -> Steps:
     """Euler-Maruyama on dx = (v - w/2 score) dt + sqrt(w) dW with w = 2t, which has the flow's marginals (SiT).
 
     The score is -E[noise | x_t] / t, and E[noise | x_t] = x_t + (1 - t) v.
@@ -110,4 +120,4 @@ def _euler_sde(velocity: Velocity, x: Tensor, times: Sequence[float], step_noise
         x = x + (then - now) * (v + noise)
         if then > 0:
             x = x + math.sqrt(2 * now * (now - then)) * step_noise(k)
-    return x
+        x = yield x

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dico_t2i import randomness
 from dico_t2i.config import DiffusionConfig
 from dico_t2i.diffusion.process import ModelFn, full_precision, mean_per_sample
 from dico_t2i.diffusion.schedule import Schedule, make_schedule
+from dico_t2i.randomness import integers
 
 
 class StepDistribution(NamedTuple):
@@ -64,7 +64,7 @@ class IDDPM:
 
     def draw_timesteps(self, seed: int, position: Tensor) -> Tensor:
         """Uniform kept steps, int64. position (N,) int64 -> (N,)."""
-        return randomness.integers(seed, "timestep", position, self.num_timesteps)
+        return integers(seed, "timestep", position, self.num_timesteps)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of the forward process (DDPM, equation 4)."""

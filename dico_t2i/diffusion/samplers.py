@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import DiffusionConfig, SamplerConfig, check_sampler
-from dico_t2i.diffusion import flow
-from dico_t2i.diffusion.flow_samplers import Progress, StepNoise, sample_flow
+from dico_t2i.diffusion.flow import build_flow
+from dico_t2i.diffusion.flow_samplers import Progress, StepHook, StepNoise, sample_flow
 from dico_t2i.diffusion.iddpm import IDDPM, build
 from dico_t2i.diffusion.process import ModelFn, full_precision
 from dico_t2i.diffusion.schedule import Schedule
@@ -32,21 +32,23 @@ def sample(
     step_noise: StepNoise,
     learn_sigma: bool,
     progress: Progress | None = None,
+    on_step: StepHook | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W) from standard normal ``noise`` of the same shape; float32, or float64 if noise is.
 
     ``model_fn(x, t)`` is the network, already guided: the scale in ``sampler`` is the caller's to apply (see
     ``guidance.guided``). ``step_noise(k)`` gives the standard normal noise of step k = 0, 1, ..., shaped like
     ``noise``; deterministic samplers do not call it. An image depends on its own noise only.
-    ``progress(done, steps)`` is called after each evaluation of the network.
+    ``progress(done, steps)`` is called after each evaluation of the network, ``on_step`` before it, at the end of a
+    step: what it returns goes on.
     Raises ValueError for a sampler of another process, or a number of steps or an eta that it cannot do.
     """
     check_sampler(diffusion_config, sampler)
     x = full_precision(noise)
     if diffusion_config.kind == "flow":
-        return sample_flow(flow.build(diffusion_config), sampler, model_fn, x, step_noise, progress)
+        return sample_flow(build_flow(diffusion_config), sampler, model_fn, x, step_noise, progress, on_step)
     if sampler.kind == "dpm++":
-        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress)
+        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress, on_step)
     if not 0 <= sampler.eta <= 1:
         raise ValueError(f"sampler.eta: {sampler.eta} must lie in 0..1")
     diffusion = build(diffusion_config, learn_sigma, respacing=str(sampler.steps))
@@ -57,7 +59,7 @@ def sample(
     def ddim(x: Tensor, t: Tensor, k: int) -> Tensor:
         return diffusion.ddim_sample(model_fn, x, t, step_noise(k) if sampler.eta else None, sampler.eta)
 
-    return reverse_loop(diffusion, ancestral if sampler.kind == "iddpm" else ddim, x, progress)
+    return reverse_loop(diffusion, ancestral if sampler.kind == "iddpm" else ddim, x, progress, on_step)
 
 
 def reverse_loop(
@@ -65,12 +67,15 @@ def reverse_loop(
     step: Callable[[Tensor, Tensor, int], Tensor],
     x: Tensor,
     progress: Progress | None = None,
+    on_step: StepHook | None = None,
 ) -> Tensor:
     """Apply ``step(x, t, k)`` for t from the last kept step down to 0; k counts up from 0."""
     steps = diffusion.num_timesteps
     for k in range(steps):
         t = torch.full((len(x),), steps - 1 - k, device=x.device)
         x = step(x, t, k)
+        if on_step:
+            x = on_step(k, int(diffusion.schedule.timestep_map[steps - 1 - k]), x)
         if progress:
             progress(k + 1, steps)
     return x
@@ -83,6 +88,7 @@ def _dpm_solver(
     x: Tensor,
     learn_sigma: bool,
     progress: Progress | None,
+    on_step: StepHook | None,
 ) -> Tensor:
     """DPM-Solver++ of order 2 (Lu et al. 2022) on the prediction channels; its state is float32."""
     from diffusers import DPMSolverMultistepScheduler
@@ -101,6 +107,8 @@ def _dpm_solver(
     for k, t in enumerate(timesteps):
         prediction, _ = diffusion.predict(model_fn, x, torch.full((len(x),), t, device=x.device))
         x = scheduler.step(prediction, t, x).prev_sample
+        if on_step:
+            x = on_step(k, t, x)
         if progress:
             progress(k + 1, steps)
     return x

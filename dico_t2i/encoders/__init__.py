@@ -1,11 +1,18 @@
 """Frozen encoders: images to latents and back, captions to features. Weights come from local files first."""
 
-from dico_t2i.encoders.autoencoders import Autoencoder, find_autoencoder, load_autoencoder, sample_latents
+from dico_t2i.encoders.autoencoders import (
+    Autoencoder,
+    DiffusersAutoencoder,
+    find_autoencoder,
+    load_autoencoder,
+    sample_latents,
+)
 from dico_t2i.encoders.local import MissingModelError
 from dico_t2i.encoders.text import TextEncoder, TextFeatures, find_text_encoder, load_text_encoder
 
 __all__ = [
     "Autoencoder",
+    "DiffusersAutoencoder",
     "MissingModelError",
     "TextEncoder",
     "TextFeatures",

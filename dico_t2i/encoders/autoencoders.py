@@ -17,6 +17,7 @@ from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, 
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
 _NO_NOISE = -30.0  # log-variance
+DECODE_CHUNK = 16  # images decoded together, which bounds memory
 
 
 def find_autoencoder(config: AutoencoderConfig) -> list[Path]:
@@ -32,6 +33,11 @@ def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     """
     mean, logvar = moments.float().chunk(2, dim=1)
     return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.float()) * scale
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in -1..1, any shape, float32, as uint8: 127.5 x + 128, clamped and truncated, as in the released code."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
 class Autoencoder(ABC):
@@ -70,17 +76,15 @@ class Autoencoder(ABC):
         return sample_latents(moments, noise, self.scale)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, chunk: int = 16) -> Tensor:
-        """Images of scaled latents, ``chunk`` at a time to bound memory.
+    def decode(self, latents: Tensor, chunk: int = DECODE_CHUNK) -> Tensor:
+        """Images of scaled latents, ``chunk`` at a time.
 
-        (N, C, h, w) -> (N, 3, H, W) uint8, on the autoencoder's device: 127.5 x + 128, clamped and
-        truncated, as in the released code.
+        (N, C, h, w) -> (N, 3, H, W) uint8, on the autoencoder's device.
         """
         return torch.cat([self._decode_chunk(part) for part in latents.split(chunk)])
 
     def _decode_chunk(self, latents: Tensor) -> Tensor:
-        images = self._decode((latents.to(self.device).float() / self.scale).to(self.dtype)).float()
-        return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+        return to_uint8(self._decode((latents.to(self.device).float() / self.scale).to(self.dtype)).float())
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
@@ -136,6 +140,10 @@ class DiffusersAutoencoder(Autoencoder):
             "config": config_hash(read_json(self._settings_file)),
             "scale": str(self.scale),
         }
+
+    def save(self, folder: Path) -> None:
+        """Write the model to a folder of its own, in the format it was read from."""
+        self._model.save_pretrained(folder)
 
     def _load(self, dtype: torch.dtype) -> Any:
         saved_as = read_json(self._settings_file).get("_class_name")

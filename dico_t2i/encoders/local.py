@@ -1,7 +1,8 @@
 """Where a pretrained model's files come from: a local folder, the Hugging Face cache, or the hub if allowed.
 
-The hub is asked only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no
-network and a connection that cannot be made takes minutes to fail.
+DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it comes before the cache. The hub is
+asked only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no network and a connection
+that cannot be made takes minutes to fail.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
+WEIGHTS_FOLDER = "DICO_WEIGHTS"
 
 Finder = Callable[[str], Path | None]
 
@@ -27,9 +29,28 @@ def download_allowed() -> bool:
     return os.environ.get(ALLOW_DOWNLOAD) == "1"
 
 
+@contextmanager
+def downloads(allowed: bool) -> Iterator[None]:
+    """Give this process the permission to ask the hub, or take it, for a while."""
+    before = os.environ.pop(ALLOW_DOWNLOAD, None)
+    if allowed:
+        os.environ[ALLOW_DOWNLOAD] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(ALLOW_DOWNLOAD, None)
+        if before is not None:
+            os.environ[ALLOW_DOWNLOAD] = before
+
+
 # huggingface_hub reads this once, when it is first imported.
 if not download_allowed():
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def prefetched(weights: Path, name: str) -> Path:
+    """Where a folder of `dico prefetch` has the model of this name: under its hub id, or its own folder's name."""
+    return weights / (name if is_hub_id(name) else Path(name).name)
 
 
 def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
@@ -89,9 +110,10 @@ def config_hash(config: dict) -> str:
 
 
 def _places(name: str) -> Iterator[tuple[str, Finder]]:
-    folder = Path(name).expanduser()
-    yield str(folder.absolute()), lambda file: path if (path := folder / file).is_file() else None
-    if not _is_hub_id(name):
+    yield _in_folder(Path(name).expanduser())
+    if weights := os.environ.get(WEIGHTS_FOLDER):
+        yield _in_folder(prefetched(Path(weights).expanduser(), name))
+    if not is_hub_id(name):
         return
     from huggingface_hub import constants
 
@@ -101,7 +123,12 @@ def _places(name: str) -> Iterator[tuple[str, Finder]]:
         yield f"{constants.ENDPOINT}/{name}", lambda file: _download(name, file)
 
 
-def _is_hub_id(name: str) -> bool:
+def _in_folder(folder: Path) -> tuple[str, Finder]:
+    return str(folder.absolute()), lambda file: path if (path := folder / file).is_file() else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one of the hub, such as openai/clip-vit-large-patch14."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
@@ -123,7 +150,7 @@ def _download(name: str, file: str) -> Path | None:
 
 def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequence[str]) -> str:
     lines = [f"{key}: no usable copy of {name!r}. Looked in:", *(f"  {line}" for line in looked)]
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return "\n".join([*lines, f"Set {key} to a folder with these files, or to a hub id."])
     wanted = " ".join(dict.fromkeys(names[0] for names in files))
     lines += [

@@ -40,6 +40,13 @@ class TextFeatures(NamedTuple):
     pooled: Tensor
 
 
+def clip_features(output: Any) -> TextFeatures:
+    """What a text tower of transformers says: its projected pooled feature if it has the projection."""
+    return TextFeatures(
+        output.last_hidden_state, output.text_embeds if "text_embeds" in output else output.pooler_output
+    )
+
+
 class Tokenizer(Protocol):
     """Captions to token ids; picklable, for data workers."""
 
@@ -64,6 +71,12 @@ class TransformersTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         rows = [encoding.ids for encoding in self._backend.encode_batch(list(captions))]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, TOKENS)
+
+    def save(self, folder: Path) -> None:
+        """Write it as ``CLIPTokenizer.from_pretrained`` reads it."""
+        from transformers import CLIPTokenizer
+
+        CLIPTokenizer(tokenizer_object=self._backend, model_max_length=TOKENS).save_pretrained(folder)
 
 
 class OpenClipTokenizer:
@@ -107,14 +120,25 @@ class TextEncoder:
         if self.kind == "open_clip":
             pooled, tokens = self._module(ids)
             return TextFeatures(tokens, pooled)
-        output = self._module(input_ids=ids)
-        return TextFeatures(
-            output.last_hidden_state, output.text_embeds if "text_embeds" in output else output.pooler_output
-        )
+        return clip_features(self._module(input_ids=ids))
 
     def null(self) -> TextFeatures:
         """Features of the empty caption, which guidance starts from; N = 1."""
         return self._null
+
+    def save(self, tower: Path, tokenizer: Path) -> str:
+        """Write tower and tokenizer as transformers reads them. Returns the tower's class.
+
+        Raises ValueError for a tower of open_clip, which transformers does not read.
+        """
+        if not isinstance(self.tokenize, TransformersTokenizer):
+            raise ValueError("text_encoder.kind: a tower of open_clip cannot be written in the format of transformers")
+        module: Any = self._module
+        with _quiet_transformers():
+            module.save_pretrained(tower)
+        self.tokenize.save(tower)  # for us, who want a model in one place
+        self.tokenize.save(tokenizer)
+        return type(module).__name__
 
     def identity(self) -> dict[str, str]:
         """What features depend on, weights, tokenizer and padding among it. Reads the weights file."""
@@ -157,8 +181,15 @@ def find_text_encoder(config: TextEncoderConfig) -> list[Path]:
     if config.weights == "seeded":
         return []
     if config.kind == "open_clip":
-        return [_open_clip_weights(config, _open_clip_tag(config.model, config.pretrained))]
+        return _open_clip_files(config, _open_clip_tag(config.model, config.pretrained))
     return resolve(config.model, _FILES, "text_encoder.model")
+
+
+def pretrained_source(config: TextEncoderConfig) -> str:
+    """The folder, hub id or file that a pretrained tower comes from."""
+    if config.kind == "transformers" or Path(config.pretrained).is_file():
+        return config.model if config.kind == "transformers" else config.pretrained
+    return _open_clip_place(config, _open_clip_tag(config.model, config.pretrained))[0]
 
 
 # --- transformers
@@ -242,7 +273,7 @@ _CARD = "open_clip_config.json"
 
 def _open_clip_tower(config: TextEncoderConfig) -> _Tower:
     tag = _open_clip_tag(config.model, config.pretrained)
-    weights = _open_clip_weights(config, tag)
+    weights = _open_clip_files(config, tag)[0]
     settings = _open_clip_settings(config.model, weights)
     quick_gelu = bool(settings.get("quick_gelu") or tag.get("quick_gelu"))
     activation = "quick GELU" if quick_gelu else "GELU"
@@ -273,15 +304,22 @@ def _open_clip_tag(model: str, pretrained: str) -> dict[str, Any]:
     return tag
 
 
-def _open_clip_weights(config: TextEncoderConfig, tag: dict[str, Any]) -> Path:
+def _open_clip_files(config: TextEncoderConfig, tag: dict[str, Any]) -> list[Path]:
+    """The weights, and what lies beside them."""
     if Path(config.pretrained).is_file():
-        return Path(config.pretrained)
-    name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
+        return [Path(config.pretrained)]
+    name, file = _open_clip_place(config, tag)
     names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     # A folder has to say what its weights are made for (quick GELU or not). Of a tag that is known, so that a cache
     # which open_clip filled, with the weights alone, will do.
     card = (_CARD, *names) if tag else (_CARD,)
-    return resolve(name, [names, card], "text_encoder.pretrained")[0]
+    return resolve(name, [names, card], "text_encoder.pretrained")
+
+
+def _open_clip_place(config: TextEncoderConfig, tag: dict[str, Any]) -> tuple[str, str]:
+    """Folder or hub id, and the file's name there, empty for open_clip's own names."""
+    name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
+    return name, file
 
 
 def _open_clip_settings(model: str, weights: Path) -> dict[str, Any]:

@@ -5,8 +5,12 @@ The release stores a 1x1 convolution as (out, in, 1, 1); ours is a matrix (out, 
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dico_t2i.config import DiCoConfig
@@ -96,13 +100,30 @@ def load_official_state_dict(model: DiCo, state: Mapping[str, Tensor]) -> None:
 
 
 def read_official(path: str | Path) -> dict[str, Tensor]:
-    """The EMA weights, or the only ones, of a released checkpoint file. Nothing in it is executed."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """The EMA weights, or the only ones, of a released checkpoint file. Nothing in it is executed.
+
+    A torch file, or safetensors. Raises ValueError for a file that holds anything else.
+    """
+    content = _read(Path(path))
     for key in ("ema", "model", "state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds no state dict, neither by itself nor as ema, model or state_dict")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file of weights that can be read safely: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
 
 
 def infer_config(state: Mapping[str, Tensor]) -> DiCoConfig:

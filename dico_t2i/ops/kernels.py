@@ -4,7 +4,6 @@ One tile is a few pixels by all channels (norms, factors) or by a block of chann
 are written tile by tile and added up by torch, in a fixed order: no atomics, so a result is always the same.
 """
 
-from typing import Any
 
 import torch
 import triton

@@ -5,6 +5,7 @@ runs/<name>/
   checkpoints/       see training.checkpoint
   metrics.jsonl      one line for each report and event
   samples/           grids made during training
+  profile/           traces of some steps, with train.profile
   starts/            command, commit, changes, packages and machine of each start
 """
 
@@ -50,6 +51,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.quarantine = self.path / "quarantine.jsonl"
         self.samples = self.path / "samples"
+        self.profile = self.path / "profile"
         self.starts = self.path / "starts"
 
     def changes(self, config: Config) -> list[str]:

@@ -38,6 +38,7 @@ from dico_t2i.training.guard import Guard
 from dico_t2i.training.metrics import Reporter, memory_report, peak_memory_bytes
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.preview import sample_preview
+from dico_t2i.training.profiling import Profiler
 from dico_t2i.training.run import RunFolder
 from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
@@ -116,6 +117,7 @@ class Trainer:
         self.guard = Guard(config.guard, run.quarantine if world.is_main else None)
         keep_every = self._steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
         self.saver = Saver(config, run, world, self.engine, self.report, keep_every)
+        self.profiler = Profiler(config.train.profile if world.is_main else None, run.profile)
         self.bad_samples = 0
         self.quarantined = 0
         self.step, self.position = self._resume()
@@ -134,6 +136,7 @@ class Trainer:
                 self.report.event(self.step, "failed", f"{type(error).__name__}: {error}")
                 raise
             finally:
+                self.profiler.close()
                 self.report.close()
 
     def _loop(self, watchdog: Watchdog) -> int:
@@ -143,6 +146,7 @@ class Trainer:
         self.engine.model.train()
         first = self.step
         while self.step < self.total_steps:
+            self.profiler.at(self.step)
             self._train_step(ahead, meter)
             if self.step == first + 1:
                 meter.excluded(self._tell_memory)

@@ -45,6 +45,10 @@ def open_clip(pretrained: Path, model: str = "ViT-L-14") -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+def save_clip(folder: Path) -> tuple[Path, Any]:
     """A whole CLIP, image tower and all, as transformers saves it; with its tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -55,7 +59,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         model = CLIPModel(config).eval()
     for weight in model.parameters():
         weight.data.mul_(5)  # the usual start is so small that errors would hide
-    folder = tmp_path_factory.mktemp("models") / "clip"
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder, model

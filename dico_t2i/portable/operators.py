@@ -1,0 +1,31 @@
+"""The operators of ``dico_t2i.ops`` as an exported folder has them: through torch, whatever the device."""
+
+from torch import Tensor
+
+from dico_t2i.ops.plain import depthwise_forward, norm_forward, scale_forward, text_forward
+
+
+def norm_modulate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    return norm_forward(x, None, None, shift, scale)[1]
+
+
+def residual_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    return norm_forward(x, branch, gate, shift, scale)[:2]
+
+
+def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return depthwise_forward(x, weight, bias)
+
+
+def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
+    return scale_forward(x, scale, None)
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    return scale_forward(branch, gate, x)
+
+
+def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
+    return text_forward(x.permute(0, 2, 3, 1), context).permute(0, 3, 1, 2)

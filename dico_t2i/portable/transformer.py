@@ -1,0 +1,26 @@
+"""The network as a model of diffusers."""
+
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from dico_t2i.config import DiCoConfig
+from dico_t2i.models.dico import DiCo
+
+
+class DiCoTransformer(DiCo, ModelMixin, ConfigMixin):
+    """``DiCo``, with the same parameters under the same names; network: the fields of ``DiCoConfig``."""
+
+    @register_to_config
+    def __init__(self, network: dict[str, Any]) -> None:
+        super().__init__(DiCoConfig(**network))
+
+    @property
+    def config(self) -> DiCoConfig:
+        """The network's own config; what diffusers has registered stays where it is."""
+        return self._network_config
+
+    @config.setter
+    def config(self, config: DiCoConfig) -> None:
+        self._network_config = config

@@ -1,0 +1,166 @@
+"""Writes docs/config.md from the types, defaults and comments of dico_t2i/config.py.
+
+python docs/make_config_reference.py           write it
+python docs/make_config_reference.py --check   exit with 1 if it is not up to date
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "dico_t2i" / "config.py"
+TARGET = ROOT / "docs" / "config.md"
+
+_WORDS = {
+    "Positive": "integer > 0",
+    "NonNegative": "integer >= 0",
+    "Probability": "0 to 1",
+    "PositiveFloat": "number > 0",
+    "NonNegativeFloat": "number >= 0",
+    "StrictBool": "true or false",
+    "StrictInt": "integer",
+    "StrictStr": "text",
+    "str": "text",
+    "None": "none",
+}
+_HEAD = """\
+# Config reference
+
+Made from `dico_t2i/config.py` by `python docs/make_config_reference.py`; change it there.
+
+A config is a YAML file; `extends: other.yaml` takes another's keys first. `key.path=value` on the command line changes
+any key. An unknown key, a wrong type or an impossible combination is an error that names it, before anything starts.
+A key without a default must be given. `model.variant: DiCo-S` (or B, L, XL, H) stands for width, depths and FFN ratio.
+"""
+
+
+def reference() -> str:
+    """The page, as Markdown."""
+    source = SOURCE.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    page = _Page(tree, source.splitlines())
+    return _HEAD + "".join(page.section(name, title) for name, title in page.order())
+
+
+class _Page:
+    def __init__(self, tree: ast.Module, lines: list[str]) -> None:
+        self._lines = lines
+        self._classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        self._aliases = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+
+    def order(self) -> Iterator[tuple[str, str]]:
+        """Sections in depth-first order, each once, with the keys it stands under; spans last."""
+        keys: dict[str, list[str]] = {}
+
+        def visit(name: str, key: str) -> None:
+            keys.setdefault(name, []).append(key)
+            for field in self._fields(name):
+                assert isinstance(field.target, ast.Name)
+                for part in ast.walk(field.annotation):
+                    if isinstance(part, ast.Name) and part.id in self._classes:
+                        visit(part.id, f"{key}.{field.target.id}".lstrip("."))
+
+        visit("Config", "")
+        spans = keys.pop("Span")
+        yield from ((name, ", ".join(under) or "A run") for name, under in keys.items())
+        yield "Span", f"A span, such as {spans[0]}"
+
+    def section(self, name: str, title: str) -> str:
+        node = self._classes[name]
+        text = ast.get_docstring(node)
+        rows = "".join(self._row(field) for field in self._fields(name))
+        intro = f"{text}\n\n" if text else ""
+        head = f'\n<a id="{name.lower()}"></a>\n\n## {title}\n\n'
+        return f"{head}{intro}| key | type | default | |\n| --- | --- | --- | --- |\n{rows}"
+
+    def _fields(self, name: str) -> list[ast.AnnAssign]:
+        return [node for node in self._classes[name].body if isinstance(node, ast.AnnAssign)]
+
+    def _row(self, field: ast.AnnAssign) -> str:
+        assert isinstance(field.target, ast.Name)
+        cells = (f"`{field.target.id}`", self._type(field.annotation), self._default(field), self._comment(field))
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    def _type(self, node: ast.expr) -> str:
+        match node:
+            case ast.BinOp(left=left, right=right):
+                return f"{self._type(left)} or {self._type(right)}"
+            case ast.Constant(value=None):
+                return "none"
+            case ast.Name(id=name) if name in _WORDS:
+                return _WORDS[name]
+            case ast.Name(id=name) if name in self._classes:
+                return f"[section](#{name.lower()})" if name != "Span" else "[span](#span)"
+            case ast.Name(id=name) if name in self._aliases:
+                return self._type(self._aliases[name])
+            case ast.Subscript(value=ast.Name(id="Literal"), slice=choice):
+                options = choice.elts if isinstance(choice, ast.Tuple) else [choice]
+                return ", ".join(f"`{ast.literal_eval(option)}`" for option in options)
+            case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call() as limits])):
+                bounds = {k.arg: ast.unparse(k.value) for k in limits.keywords}
+                return f"{self._type(inner)}, {bounds['ge']} to {bounds['le']}"
+            case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=parts)):
+                several = isinstance(parts[-1], ast.Constant)
+                return f"list of {self._type(parts[0])}" if several else f"{len(parts)} of: {self._type(parts[0])}"
+            case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, inner])):
+                return f"mapping to {self._type(inner)}"
+        return f"`{ast.unparse(node)}`"
+
+    def _default(self, field: ast.AnnAssign) -> str:
+        if field.value is None:
+            return ""
+        match field.value:
+            case ast.Call(keywords=keywords):
+                inner = ", ".join(f"{k.arg}: {_yaml(k.value)}" for k in keywords)
+                return f"`{{{inner}}}`" if inner else "its defaults"
+            case value:
+                return f"`{_yaml(value)}`"
+
+    def _comment(self, field: ast.AnnAssign) -> str:
+        """What stands behind the field, or above it, in the source."""
+        assert field.end_lineno is not None
+        assert field.end_col_offset is not None
+        behind = self._lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode().strip()
+        if behind.startswith("#"):
+            return behind.removeprefix("#").strip()
+        above: list[str] = []
+        for line in reversed(self._lines[: field.lineno - 1]):
+            if not re.match(r"\s*#", line):
+                break
+            above.insert(0, line.strip().removeprefix("#").strip())
+        return " ".join(above)
+
+
+def _yaml(node: ast.expr) -> str:
+    """A default as it is written in YAML."""
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:  # an expression
+        return ast.unparse(node)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return f'"{value}"' if isinstance(value, str) and ":" in value else str(value)
+
+
+def main() -> None:
+    text = reference()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text else 1)
+    TARGET.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

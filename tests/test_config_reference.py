@@ -1,0 +1,31 @@
+"""docs/config.md says what dico_t2i/config.py says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_page_is_up_to_date():
+    script = ROOT / "docs" / "make_config_reference.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert done.returncode == 0, "run: python docs/make_config_reference.py"
+
+
+def test_every_key_and_its_comment_is_there():
+    from dico_t2i.config import Config, Section
+
+    page = (ROOT / "docs" / "config.md").read_text()
+
+    def keys(section):
+        for name, field in section.model_fields.items():
+            yield name
+            options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            for inner in options:
+                if isinstance(inner, type) and issubclass(inner, Section):
+                    yield from keys(inner)
+
+    assert not [key for key in keys(Config) if f"| `{key}` |" not in page]
+    assert "| `clip` | number >= 0 | `0.0` | largest gradient norm; 0: no clipping |" in page
+    assert "transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14." in page

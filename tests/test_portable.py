@@ -1,0 +1,322 @@
+"""An exported folder in diffusers: alone, and against `dico sample`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dico_t2i import cli
+from dico_t2i.config import load_config, parse_config
+from dico_t2i.export import write_folder
+from dico_t2i.inline import InlineError, standalone
+from dico_t2i.models import DiCo
+from tests.encoders.test_text import PROJECTED, save_clip
+from tests.small_models import save_autoencoder
+
+TREE = {
+    "name": "small",
+    "model": {
+        "hidden_size": 8,
+        "depths": [1, 1, 1, 1, 1],
+        "mlp_ratio": 2,
+        "condition": "text",
+        "text_dim": 16,
+        "pooled_dim": 16,
+        "pooled_text": True,
+    },
+    "text_encoder": {"weights": "seeded", "seeded": {"width": 16, "layers": 1, "heads": 2}},
+    "data": {"path": "data/small", "image_size": 32, "streams": 8},
+    "train": {"duration": {"steps": 5}, "global_batch": 8},
+    "sampler": {"kind": "iddpm", "steps": 4, "guidance": 3.0},
+}
+PROMPTS = ["a red circle", "two dogs, on a beach!"]
+
+
+def write_export(out, tree, **changes):
+    """An exported folder of a model whose every weight is random and in use."""
+    config = parse_config({**tree, **changes}, "test")
+    torch.manual_seed(0)
+    parameters = {name: 0.1 * torch.randn_like(p) for name, p in DiCo(config.model).named_parameters()}
+    shapes = {name: p.shape for name, p in parameters.items()}
+    origin = {"run": config.name, "step": 5, "images": 40, "weights": "ema_0.9999"}
+    metrics = {"step": 4, "loss": 0.25}
+    write_folder(out, config, shapes, (p.numpy() for p in parameters.values()), origin, metrics)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def through_torch(monkeypatch):
+    """The operators as an exported folder has them; compiled ones round otherwise."""
+    monkeypatch.setattr("dico_t2i.ops.native.library", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("portable")
+    path = str(save_autoencoder(folder / "autoencoder"))
+    return write_export(folder / "text", TREE, autoencoder={"path": path})
+
+
+@pytest.fixture(scope="module")
+def class_model(tmp_path_factory):
+    model = {"hidden_size": 8, "depths": [1, 1, 1, 1, 1], "mlp_ratio": 2, "in_channels": 3, "learn_sigma": False}
+    out = tmp_path_factory.mktemp("portable") / "class"
+    return write_export(
+        out,
+        TREE,
+        model=model,
+        autoencoder={"kind": "pixels"},
+        diffusion={"steps": 100, "schedule": "cosine", "prediction": "x0"},
+    )
+
+
+def sampled(model, out, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sample", "--checkpoint", str(model), "--out", str(out), "--seed", "7", *arguments])
+    assert ended.value.code == 0
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))])
+
+
+ALONE = """
+import sys
+
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("dico_t2i", "deepspeed", "pydantic", "webdataset", "open_clip"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Forbid())
+import json
+import numpy as np
+from diffusers import DiffusionPipeline
+
+images = []
+for folder, calls in json.loads(sys.argv[1]):
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images += [np.stack([np.asarray(image) for image in pipeline(seed=7, **call).images]) for call in calls]
+assert not any(name.split(".")[0] == "dico_t2i" for name in sys.modules)
+np.savez(sys.argv[2], *images)
+"""
+SAMPLERS = [("iddpm", 4), ("ddim", 3), ("dpm++", 5)]
+TEXT_CALLS = [
+    *({"prompt": PROMPTS, "num_images_per_prompt": 2, "sampler": s, "num_inference_steps": n} for s, n in SAMPLERS),
+    {"prompt": PROMPTS[0], "guidance_scale": 1.0},
+]
+CLASS_CALLS = [{"class_labels": ["golden retriever", 3]}, {"class_labels": "tench", "height": 48, "width": 64}]
+
+
+@pytest.fixture(scope="module")
+def alone(text_model, class_model, tmp_path_factory):
+    """The images of calls of both pipelines, one after the other in a process that cannot import this package."""
+    folder = tmp_path_factory.mktemp("alone")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DICO_WEIGHTS")}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    work = json.dumps([(str(text_model), TEXT_CALLS), (str(class_model), CLASS_CALLS)])
+    command = [sys.executable, "-I", "-c", ALONE, work, str(folder / "images.npz")]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "images.npz") as images:
+        every = list(images.values())
+    return every[: len(TEXT_CALLS)], every[len(TEXT_CALLS) :]
+
+
+def test_a_text_folder_runs_without_this_package_and_gives_the_pictures_of_dico_sample(text_model, alone, tmp_path):
+    *images, unguided = alone[0]
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    for (kind, steps), got in zip(SAMPLERS, images, strict=True):
+        options = ["--per-prompt", "2", "--sampler", kind, "--steps", str(steps)]
+        ours = sampled(text_model, tmp_path / kind, *prompts, *options)
+        assert got.shape == (4, 32, 32, 3)
+        assert got.std() > 10
+        np.testing.assert_array_equal(got, ours)
+    plain = sampled(text_model, tmp_path / "plain", "--prompt", PROMPTS[0], "--guidance", "1")
+    np.testing.assert_array_equal(unguided, plain)
+
+
+def test_compiled_operators_differ_by_rounding_alone(text_model, alone, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    compiled = sampled(text_model, tmp_path, "--prompt", PROMPTS[0], "--guidance", "1")
+    assert np.abs(alone[0][-1].astype(int) - compiled).max() <= 1
+
+
+def test_a_class_folder_knows_its_classes_by_name(class_model, alone, tmp_path):
+    images, other_size = alone[1]
+    np.testing.assert_array_equal(images, sampled(class_model, tmp_path / "ours", "--labels", "golden retriever", "3"))
+    assert other_size.shape == (1, 48, 64, 3)
+
+
+@pytest.fixture(scope="module")
+def pipeline(text_model):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    loaded = DiCoPipeline.from_pretrained(text_model)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_this_package_runs_the_folder_with_its_own_code(pipeline, text_model, tmp_path):
+    images = pipeline(PROMPTS, seed=7, output_type="np").images
+    ours = sampled(text_model, tmp_path / "ours", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
+    np.testing.assert_array_equal((images * 255).round().astype(np.uint8), ours)
+    assert type(pipeline.transformer).__module__ == "dico_t2i.portable.transformer"
+
+
+def test_the_text_tower_of_a_whole_clip_is_copied_with_its_projection(text_model, tmp_path):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    clip, _ = save_clip(tmp_path / "clip")
+    vae = {"path": str(text_model / "vae")}
+    model = {**TREE["model"], "pooled_dim": PROJECTED}
+    out = write_export(tmp_path / "out", TREE, model=model, text_encoder={"model": str(clip)}, autoencoder=vae)
+    shutil.rmtree(clip)
+    loaded = DiCoPipeline.from_pretrained(out)
+    loaded.set_progress_bar_config(disable=True)
+    image = np.asarray(loaded(PROMPTS[0], seed=7).images[0])
+    np.testing.assert_array_equal(image, sampled(out, tmp_path / "ours", "--prompt", PROMPTS[0])[0])
+
+
+def latents(pipeline, prompt=PROMPTS[0], **options):
+    return pipeline(prompt, output_type="latent", return_dict=False, **options)[0]
+
+
+def test_seeds_come_from_the_call_the_generator_or_torch(pipeline):
+    several = latents(pipeline, seed=[5, 9], num_images_per_prompt=2)
+    torch.testing.assert_close(several[1:], latents(pipeline, seed=9), rtol=1e-4, atol=1e-3)
+    first, again, other = (latents(pipeline, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    each = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    both = latents(pipeline, PROMPTS[:1] * 2, generator=each)
+    torch.testing.assert_close(both, torch.cat((first, other)), rtol=1e-4, atol=1e-3)
+    torch.manual_seed(3)
+    drawn = latents(pipeline)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, latents(pipeline))
+    with pytest.raises(ValueError, match="2 seeds or generators for 1 images"):
+        latents(pipeline, seed=[1, 2])
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
+    empty, named = latents(pipeline, seed=1, negative_prompt=""), latents(pipeline, seed=1, negative_prompt="blue")
+    torch.testing.assert_close(latents(pipeline, seed=1), empty)
+    assert not torch.allclose(empty, named)
+    with pytest.raises(ValueError, match="3 for 1 prompts"):
+        latents(pipeline, negative_prompt=["a", "b", "c"])
+
+
+def test_other_sizes_and_forms_of_output(pipeline):
+    images = pipeline(PROMPTS, seed=1, height=64, width=96, output_type="pt").images
+    assert images.shape == (2, 3, 64, 96)
+    assert 0 <= images.min() < images.max() <= 1
+    assert pipeline(PROMPTS[0], height=64, width=96).images[0].size == (96, 64)
+    with pytest.raises(ValueError, match="48x32 must be divisible by 32"):
+        pipeline(PROMPTS[0], height=48)
+
+
+@pytest.mark.parametrize("sampler", ["iddpm", "dpm++"])
+def test_a_callback_sees_each_step_and_may_change_the_latents(pipeline, sampler):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, timestep))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    result = latents(pipeline, seed=1, sampler=sampler, num_inference_steps=4, callback_on_step_end=watch)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
+    assert not result.any()
+
+
+def test_a_scheduler_of_diffusers_takes_over_when_it_is_put_in(text_model):
+    """DDIM of diffusers on all steps of a short process is our DDIM, up to its float32 schedule."""
+    from diffusers import DDIMScheduler
+
+    from dico_t2i.pipeline import DiCoPipeline
+
+    pipeline = DiCoPipeline.from_pretrained(text_model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(diffusion={"steps": 40})
+    config = {**pipeline.scheduler.config, "num_train_timesteps": 40, "beta_start": 0.1 / 40, "beta_end": 0.5}
+    ours = latents(pipeline, seed=1, sampler="ddim", num_inference_steps=40)
+    pipeline.scheduler = DDIMScheduler.from_config(config)
+    pipeline.transformer.requires_grad_(False)
+    theirs = latents(pipeline, seed=1, num_inference_steps=40)
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    assert torch.equal(latents(pipeline, seed=1, sampler="ddim", num_inference_steps=40), ours)
+
+
+def test_arguments_that_do_not_fit_are_named(pipeline, class_model):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    classes = DiCoPipeline.from_pretrained(class_model)
+    with pytest.raises(ValueError, match="takes prompt, and no class_labels"):
+        pipeline(class_labels=3)
+    with pytest.raises(ValueError, match="takes class_labels, and no prompt"):
+        classes("a dog")
+    with pytest.raises(ValueError, match="'golden retreiver' is no class here"):
+        classes(class_labels="golden retreiver")
+    with pytest.raises(ValueError, match=r"1000 must lie in 0\.\.999"):
+        classes(class_labels=1000)
+    with pytest.raises(ValueError, match="'euler' is not one of iddpm"):
+        pipeline(PROMPTS[0], sampler="euler")
+    with pytest.raises(ValueError, match="no model_index"):
+        DiCoPipeline.from_pretrained(class_model.parent)
+
+
+def test_encoders_may_stay_out_and_be_given(text_model, pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    config = load_config(text_model / "config.yaml")
+    weights = load_file(text_model / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    out, origin = tmp_path / "light", {"weights": "weight"}
+    write_folder(out, config, shapes, (w.numpy() for w in weights.values()), origin, {}, encoders=False)
+    assert not [name for name in ("vae", "text_encoder", "tokenizer") if (out / name).exists()]
+    assert "vae = diffusers.AutoencoderKL.from_pretrained(" in (out / "README.md").read_text()
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")}
+    loaded = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **parts)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(loaded, seed=1), latents(pipeline, seed=1))
+    bare = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **dict.fromkeys(parts))
+    with pytest.raises(ValueError, match="no text encoder"):
+        bare(PROMPTS[0])
+
+
+def test_the_card_says_what_the_model_is(text_model):
+    card = (text_model / "README.md").read_text()
+    for line in ("| steps | 5 of 5 steps |", "| weights | ema_0.9999 |", "| loss | 0.25 |", "random and untrained"):
+        assert line in card
+
+
+def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "inlinable"
+    package.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("dico_t2i.inline.PACKAGE", "inlinable")
+    modules = {
+        "__init__": "",
+        "a": "def same(): return 1\ndef one(): return same()",
+        "b": "from inlinable.a import one\ndef same(): return 2\ndef two(): return one() + same()",
+        "c": "def three():\n    from inlinable.a import one\n    return one()",
+        "d": "from inlinable.a import one as uno\nfour = uno",
+    }
+    for name, source in modules.items():
+        (package / f"{name}.py").write_text(source + "\n")
+    assert "def same" in standalone(["inlinable.a.one"], "doc")
+    for name, problem in (
+        ("b.two", "same is defined in"),
+        ("c.three", "inside a function"),
+        ("d.four", "another name"),
+    ):
+        with pytest.raises(InlineError, match=problem):
+            standalone([f"inlinable.{name}"], "doc")
+    with pytest.raises(InlineError, match="no definition of five"):
+        standalone(["inlinable.a.five"], "doc")
