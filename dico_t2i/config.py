@@ -314,14 +314,10 @@ class SamplerConfig(Section):
     shift: PositiveFloat = 1.0  # of a flow's times; more than 1 spends more of the steps near noise
 
     @model_validator(mode="after")
-    def _possible(self) -> SamplerConfig:
+    def _interval(self) -> SamplerConfig:
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"guidance_interval: [{low}, {high}] is the wrong way round; 0 is data, 1 is noise")
-        if self.kind == "heun" and self.steps % 2 == 0:
-            raise ValueError(f"steps: heun takes an odd number of evaluations, {self.steps - 1} or {self.steps + 1}")
-        if self.kind == "euler_sde" and self.steps < 2:
-            raise ValueError("steps: euler_sde takes at least 2")
         return self
 
 
@@ -330,12 +326,17 @@ SAMPLERS = {"iddpm": ("iddpm", "ddim", "dpm++"), "flow": ("euler", "heun", "dpm+
 
 
 def check_sampler(diffusion: DiffusionConfig, sampler: SamplerConfig, key: str = "sampler") -> None:
-    """Raises ConfigError, naming ``key``, if the sampler does not belong to the process."""
+    """Raises ConfigError, naming ``key``, if the sampler does not belong to the process, or cannot take its steps."""
     if sampler.kind not in SAMPLERS[diffusion.kind]:
         known = ", ".join(SAMPLERS[diffusion.kind])
         raise ConfigError(f"{key}.kind: {sampler.kind} does not sample diffusion.kind: {diffusion.kind}; use {known}")
     if diffusion.kind == "iddpm" and sampler.shift != 1:
         raise ConfigError(f"{key}.shift: is for diffusion.kind: flow; leave it out")
+    steps = sampler.steps
+    if sampler.kind == "heun" and steps % 2 == 0:
+        raise ConfigError(f"{key}.steps: heun takes an odd number of evaluations, {steps - 1} or {steps + 1}")
+    if sampler.kind == "euler_sde" and steps < 2:
+        raise ConfigError(f"{key}.steps: euler_sde takes at least 2")
 
 
 class PreviewConfig(Section):

@@ -216,8 +216,9 @@ def test_guidance_in_an_interval_costs_what_it_guides(kind: Any) -> None:
         (FLOW, {"kind": "ddim"}, "sampler.kind: ddim does not sample diffusion.kind: flow; use euler, heun"),
         (DiffusionConfig(), {"kind": "euler"}, "sampler.kind: euler does not sample diffusion.kind: iddpm"),
         (DiffusionConfig(), {"kind": "dpm++", "shift": 2.0}, "sampler.shift: is for diffusion.kind: flow"),
+        (FLOW, {"kind": "heun", "steps": 50}, "sampler.steps: heun takes an odd number of evaluations, 49 or 51"),
     ],
 )
-def test_samplers_of_the_other_process_are_refused(diffusion: DiffusionConfig, sampler: Any, message: str) -> None:
+def test_impossible_samplers_are_refused(diffusion: DiffusionConfig, sampler: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(diffusion, SamplerConfig(**sampler), lambda x, t: x, torch.zeros(1, 3, 2, 2), no_noise, False)
