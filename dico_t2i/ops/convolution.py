@@ -9,7 +9,9 @@ from torch import Tensor
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
     """x (N, H, W, C), weight (O, C / groups, 3, 3) -> (N, H, W, O); stride 1, zero padding 1."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)
+    # A single image may have any stride from one to the next, and torch would take some for (N, C, H, W) in memory.
+    planes = x.reshape(-1).view(x.shape).permute(0, 3, 1, 2)
+    return F.conv2d(planes, weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)
 
 
 def pixel_unshuffle(x: Tensor) -> Tensor:

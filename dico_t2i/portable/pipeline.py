@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dico_t2i.config import SAMPLERS, DiffusionConfig, SamplerConfig
@@ -94,10 +95,9 @@ class DiCoPipeline(DiffusionPipeline):
         """Make images of prompts, or of class_labels (numbers or names).
 
         seed: of the first image, from which the others count up, or one for each image. Without, each image's seed is
-        drawn from ``generator``, one or one for each image, or from torch's own. sampler: iddpm, ddim or dpm++; of a flow euler, heun, dpm++
-        or euler_sde.
-        output_type: pil, np (N, H, W, 3) or pt (N, 3, H, W) in 0..1, or latent. guidance_scale: w of
-        uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may
+        drawn from ``generator``, one or one for each image, or from torch's own. sampler: iddpm, ddim or dpm++; of a
+        flow euler, heun, dpm++ or euler_sde. output_type: pil, np (N, H, W, 3) or pt (N, 3, H, W) in 0..1, or latent.
+        guidance_scale: w of uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may
         return other latents. Raises ValueError for arguments that do not fit the model.
         """
         given = self._given(prompt, class_labels)
@@ -108,7 +108,7 @@ class DiCoPipeline(DiffusionPipeline):
         index = torch.tensor(_seeds(seed, generator, len(repeated)), device=device)
         shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
         cond = self._conditioning(repeated, device)
-        null = self._null(negatives, len(repeated), device) if config.guidance != 1 else {}
+        null = self._null(negatives, device) if config.guidance != 1 else {}
         steps = DiffusionConfig(**self.config.diffusion).steps
         interval = (config.guidance_interval[0], config.guidance_interval[1])  # a list, out of JSON
         model_fn = guided(self.transformer, cond, null, config.guidance, config.guidance_channels, interval, steps)
@@ -209,22 +209,26 @@ class DiCoPipeline(DiffusionPipeline):
             raise ValueError(f"height and width: {height}x{width} must be divisible by {4 * downscale}")
         return height // downscale, width // downscale
 
-    def _conditioning(self, given: list[str | int], device: torch.device) -> dict[str, Tensor]:
+    def _conditioning(self, given: list[str | int], device: torch.device) -> dict[str, Any]:
+        """Each different prompt is encoded, and its kernels are made, once."""
         if self.transformer.config.condition == "class":
             return {"cond": torch.tensor(given, device=device)}
-        return self._keep(self._encode([str(prompt) for prompt in given], device))
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, given)))}
+        prepared = self._prepared(self._encode(list(numbers), device))
+        if len(numbers) == len(given):
+            return prepared
+        rows = torch.tensor([numbers[str(prompt)] for prompt in given], device=device)
+        return tree_map(lambda values: values[rows], prepared)
 
-    def _null(self, negatives: list[str] | None, count: int, device: torch.device) -> dict[str, Tensor]:
+    def _null(self, negatives: list[str] | None, device: torch.device) -> dict[str, Any]:
+        """Of one sample, for all of them, or of each one's negative prompt."""
         if self.transformer.config.condition == "class":
-            return {"cond": torch.full((count,), self.transformer.config.num_classes, device=device)}
-        if negatives is not None:
-            return self._keep(self._encode(negatives, device))
-        tokens, pooled = self._encode([""], device)
-        return self._keep(TextFeatures(tokens.expand(count, -1, -1), pooled.expand(count, -1)))
+            return {"cond": torch.full((1,), self.transformer.config.num_classes, device=device)}
+        return self._conditioning(list(negatives or [""]), device)
 
-    def _keep(self, features: TextFeatures) -> dict[str, Tensor]:
+    def _prepared(self, features: TextFeatures) -> dict[str, Any]:
         pooled = {"pooled": features.pooled} if self.transformer.config.pooled_text else {}
-        return {"cond": features.tokens, **pooled}
+        return {"cond": self.transformer.text_kernels(features.tokens), **pooled}
 
     def _encode(self, texts: list[str], device: torch.device) -> TextFeatures:
         ids = self.tokenizer(
