@@ -327,7 +327,7 @@ class _Samples:
         sample = self.reader.read(shard, member, patient, bucket)
         key = sample["__key__"]
         try:
-            captions = _captions(sample) if self.condition == "text" else []
+            captions = captions_of(sample) if self.condition == "text" else []
             label = _label(sample) if self.condition == "class" else -1
             features = _features(sample, len(captions)) if self.data.cached_text else ()
             return _Sample(key, self._pixels(sample, flip, bucket), captions, label, features)
@@ -395,8 +395,8 @@ def _member(sample: dict[str, Any], *extensions: str) -> bytes:
     raise SampleError("", "", f"has no {' or '.join(extensions)}")
 
 
-def _captions(sample: dict[str, Any]) -> list[str]:
-    """The captions in the sample's json, or else its txt, as one. Raises SampleError if there are none."""
+def captions_of(sample: dict[str, Any]) -> list[str]:
+    """The captions in the sample's json that are not blank, or else its txt as one. Raises SampleError if none are."""
     try:
         found = json.loads(sample.get("json", b"{}")).get("captions")
         if found is None:

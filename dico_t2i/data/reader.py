@@ -9,9 +9,8 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -51,26 +50,38 @@ class QuarantinedError(SampleError):
     """A sample that the quarantine list leaves out."""
 
 
-@dataclass
+class _Span(NamedTuple):
+    """Where a member of a sample lies in the tar."""
+
+    extension: str
+    offset: int
+    size: int
+    crc32: int
+
+
 class _Open:
-    """A shard that is being read. rows: of each bucket asked for, its members."""
+    """A shard that is being read, and where the members that are wanted lie in it."""
 
-    file: BinaryIO
-    table: ShardIndex
-    rows: dict[int, np.ndarray] = field(default_factory=dict)
+    def __init__(self, file: BinaryIO, table: ShardIndex, wanted: Collection[str] | None) -> None:
+        self.file, self.table = file, table
+        columns = [c for c, name in enumerate(table.extensions) if wanted is None or name in wanted]
+        self._names = [table.extensions[column] for column in columns]
+        self._spans = np.stack((table.offsets, table.sizes, table.crc32), axis=-1)[:, columns]
+        self._rows: dict[int, np.ndarray] = {}  # of each bucket asked for
 
-    def columns(self, extensions: Collection[str] | None) -> list[int]:
-        """The columns of the table to read."""
-        return [c for c, name in enumerate(self.table.extensions) if extensions is None or name in extensions]
+    def spans(self, row: int) -> list[_Span]:
+        """Where the wanted members of a sample lie."""
+        found = zip(self._names, self._spans[row].tolist(), strict=True)
+        return [_Span(name, *span) for name, span in found if span[0] >= 0]
 
     def row(self, member: int, bucket: int | None) -> int:
-        """The row in the table of a member of the shard, or of a bucket in it. Raises ShardError."""
+        """The row in the table of a member of the shard, or of a bucket in it. Raises IndexError."""
         rows: range | np.ndarray = range(len(self.table))
         if bucket is not None:
-            if bucket not in self.rows:
+            if bucket not in self._rows:
                 known = self.table.bucket
-                self.rows[bucket] = np.flatnonzero(known == bucket) if known is not None else np.empty(0, np.int64)
-            rows = self.rows[bucket]
+                self._rows[bucket] = np.flatnonzero(known == bucket) if known is not None else np.empty(0, np.int64)
+            rows = self._rows[bucket]
         if member >= len(rows):
             of = "" if bucket is None else f" of bucket {bucket}"
             raise IndexError(f"sample {member} is out of bounds for {len(rows)} samples{of}")
@@ -135,23 +146,20 @@ class ShardReader:
 
     def _read(self, shard: int, member: int, bucket: int | None) -> dict[str, Any]:
         name, opened = self.index.names[shard], self._shard(shard)
-        table = opened.table
         try:
             row = opened.row(member, bucket)
         except IndexError as error:
             raise SampleError(name, "", f"cannot be read: {error}") from None
-        key = table.key(row)
-        if key in (self._quarantine.get(shard) or ()):
+        key = opened.table.key(row)
+        if self._quarantine and key in (self._quarantine.get(shard) or ()):
             raise QuarantinedError(name, key, "is in quarantine")
-        columns = opened.columns(self.extensions)
-        offsets, sizes = table.offsets[row].tolist(), table.sizes[row].tolist()
-        spans = {table.extensions[c]: (offsets[c], sizes[c]) for c in columns if offsets[c] >= 0}
-        sample: dict[str, Any] = {"__key__": key, **_read_spans(opened.file, spans)}
-        checksums = dict(zip(table.extensions, table.crc32[row].tolist(), strict=True))
-        for extension, (offset, size) in spans.items():
-            if len(sample[extension]) != size or zlib.crc32(sample[extension]) != checksums[extension]:
+        sample: dict[str, Any] = {"__key__": key}
+        spans = opened.spans(row)
+        for span, data in zip(spans, _read_spans(opened.file, spans), strict=True):
+            if len(data) != span.size or zlib.crc32(data) != span.crc32:
                 self._forget(shard)  # the next read opens what has this name then
-                raise SampleError(name, key, f"checksum of {extension} at byte {offset} is wrong")
+                raise SampleError(name, key, f"checksum of {span.extension} at byte {span.offset} is wrong")
+            sample[span.extension] = data
         return sample
 
     def close(self) -> None:
@@ -165,7 +173,7 @@ class ShardReader:
             table = self.index.shard(shard)
             if table.tar_bytes > self.index.bytes[shard]:
                 raise ShardError(f"{self.index.names[shard]}: has the index of a larger shard")
-            self._open[shard] = _Open(self.index.open(shard), table)
+            self._open[shard] = _Open(self.index.open(shard), table, self.extensions)
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -174,16 +182,16 @@ class ShardReader:
             self._open.pop(shard).file.close()
 
 
-def _read_spans(file: BinaryIO, spans: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-    """The bytes of each (offset, size), in one read where they lie close together."""
+def _read_spans(file: BinaryIO, spans: list[_Span]) -> list[bytes]:
+    """The bytes of each, in one read where they lie close together."""
     if not spans:
-        return {}
-    low = min(offset for offset, _ in spans.values())
-    high = max(offset + size for offset, size in spans.values())
-    if high - low > sum(size for _, size in spans.values()) + _MAX_GAP * len(spans):
-        return {name: os.pread(file.fileno(), size, offset) for name, (offset, size) in spans.items()}
+        return []
+    low = min(span.offset for span in spans)
+    high = max(span.offset + span.size for span in spans)
+    if high - low > sum(span.size for span in spans) + _MAX_GAP * len(spans):
+        return [os.pread(file.fileno(), span.size, span.offset) for span in spans]
     data = os.pread(file.fileno(), high - low, low)
-    return {name: data[offset - low : offset - low + size] for name, (offset, size) in spans.items()}
+    return [data[span.offset - low : span.offset - low + span.size] for span in spans]
 
 
 def decode_image(data: bytes, size: int | tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:

@@ -16,8 +16,9 @@ from PIL import Image
 
 from dico_t2i.config import DataConfig
 from dico_t2i.data.index import DataError, ShardWriter, load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import captions_of, make_loader
 from dico_t2i.data.order import Order
+from dico_t2i.data.reader import SampleError
 
 SAMPLES, STREAMS, BATCH = 60, 4, 8
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -350,3 +351,25 @@ def test_real_photographs_come_through(tmp_path):
         assert batch.images.shape == (4, 3, 64, 64)
         assert batch.images.double().std() > 30
         assert all(c in captions[int(key)] for key, c in zip(batch.keys, batch.captions, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("members", "caption"),
+    [
+        ({"txt": "ünï".encode("utf-8-sig")}, "ünï"),
+        ({"txt": "ünï".encode("utf-16")}, "ünï"),
+        ({"txt": "“ünï”".encode("cp1252")}, "“ünï”"),
+        ({"json": {"captions": "one text"}}, None),
+        ({"json": json.dumps({"captions": ["ünï"]}).encode("utf-16")}, "ünï"),
+        ({"json": b'{"captions": ["a\\ud800b", " "]}'}, "a\ufffdb"),
+        ({"txt": "ünï".encode("utf-16-be")}, None),
+        ({"txt": b"\x81\x00\x02"}, None),
+    ],
+)
+def test_captions_in_any_encoding_are_read_or_refused(members, caption):
+    sample = {name: v if isinstance(v, bytes) else json.dumps(v).encode() for name, v in members.items()}
+    if caption is not None:
+        assert captions_of(sample) == [caption]
+        return
+    with pytest.raises(SampleError, match="captions cannot be read"):
+        captions_of(sample)
