@@ -255,8 +255,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     for finding in examine(config, arguments.runs):
         findings.append(finding)
         if not arguments.json:
-            remedy = f"\n{'':21}-> {finding.remedy}" if finding.remedy else ""
-            print(f"{finding.state:<5} {finding.topic:<14} {finding.found}{remedy}", flush=True)
+            below = f"\n{'':21}"
+            remedy = f"{below}-> {finding.remedy}" if finding.remedy else ""
+            found = finding.found.replace("\n", below)
+            print(f"{finding.state:<5} {finding.topic:<14} {found}{remedy}", flush=True)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     return int(any(finding.state == "fail" for finding in findings))
