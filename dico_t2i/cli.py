@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     sample.add_argument("--batch", type=int, default=16, help="images sampled at a time (default: 16)")
     sample.add_argument("--decode-batch", type=int, default=16, help="images decoded at a time (default: 16)")
+    sample.add_argument(
+        "--exact", action="store_true", help="through torch alone: in fp32, the bytes that diffusers gives"
+    )
     sample.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     sample.set_defaults(run=_sample)
 
@@ -143,11 +146,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     import torch
     from rich.progress import Progress
 
+    from dico_t2i.ops.backend import OPERATORS
     from dico_t2i.sampling import load_pipeline, save_images
 
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
+    if arguments.exact:
+        os.environ[OPERATORS] = "torch"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     pipeline = load_pipeline(

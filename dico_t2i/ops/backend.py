@@ -5,6 +5,7 @@ They take contiguous (N, H, W, C) tensors and (N, C) vectors, each in any floati
 gradient in its input's dtype; an argument that is None is a part that is not there, and so is its gradient.
 """
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from dico_t2i.ops import native, plain
 
+OPERATORS = "DICO_OPERATORS"
+
 
 def backend(x: Tensor) -> ModuleType:
-    """float64 through torch; else Triton for CUDA, C for the CPU where a compiler is, and torch for all else."""
-    if x.dtype == torch.float64:
+    """float64 through torch; else Triton for CUDA, C for the CPU where a compiler is, and torch for all else.
+
+    DICO_OPERATORS=torch in the environment sends everything through torch.
+    """
+    if x.dtype == torch.float64 or os.environ.get(OPERATORS) == "torch":
         return plain
     if x.is_cuda and find_triton():
         from dico_t2i.ops import kernels

@@ -1,4 +1,7 @@
-"""The operators of ``dico_t2i.ops`` as an exported folder has them: through torch, whatever the device."""
+"""The operators of ``dico_t2i.ops`` as an exported folder has them: through torch, whatever the device.
+
+Inputs are made contiguous, as ``dico_t2i.ops`` does it: torch picks convolutions, and so last bits, by layout.
+"""
 
 from torch import Tensor
 
@@ -6,26 +9,26 @@ from dico_t2i.ops.plain import depthwise_forward, norm_forward, scale_forward, t
 
 
 def norm_modulate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    return norm_forward(x, None, None, shift, scale)[1]
+    return norm_forward(x.contiguous(), None, None, shift, scale)[1]
 
 
 def residual_norm_modulate(
     x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    return norm_forward(x, branch, gate, shift, scale)[:2]
+    return norm_forward(x.contiguous(), branch.to(x.dtype).contiguous(), gate, shift, scale)[:2]
 
 
 def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return depthwise_forward(x, weight, bias)
+    return depthwise_forward(x.contiguous(), weight, bias)
 
 
 def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
-    return scale_forward(x, scale, None)
+    return scale_forward(x.contiguous(), scale, None)
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    return scale_forward(branch, gate, x)
+    return scale_forward(branch.to(x.dtype).contiguous(), gate, x.contiguous())
 
 
 def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
-    return text_forward(x.permute(0, 2, 3, 1), context).permute(0, 3, 1, 2)
+    return text_forward(x.permute(0, 2, 3, 1).contiguous(), context.to(x.dtype).contiguous()).permute(0, 3, 1, 2)

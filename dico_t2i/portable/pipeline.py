@@ -97,8 +97,8 @@ class DiCoPipeline(DiffusionPipeline):
         seed: of the first image, from which the others count up, or one for each image. Without, each image's seed is
         drawn from ``generator``, one or one for each image, or from torch's own. sampler: iddpm, ddim or dpm++; of a
         flow euler, heun, dpm++ or euler_sde. output_type: pil, np (N, H, W, 3) or pt (N, 3, H, W) in 0..1, or latent.
-        guidance_scale: w of uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may
-        return other latents. Raises ValueError for arguments that do not fit the model.
+        guidance_scale: w of uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep,
+        {"latents": ...}) may return other latents. Raises ValueError for arguments that do not fit the model.
         """
         given = self._given(prompt, class_labels)
         repeated = [one for one in given for _ in range(num_images_per_prompt)]
@@ -227,8 +227,13 @@ class DiCoPipeline(DiffusionPipeline):
         return self._conditioning(list(negatives or [""]), device)
 
     def _prepared(self, features: TextFeatures) -> dict[str, Any]:
-        pooled = {"pooled": features.pooled} if self.transformer.config.pooled_text else {}
-        return {"cond": self.transformer.text_kernels(features.tokens), **pooled}
+        """With all work on the text done that is the same at every step.
+
+        An offloaded network is on the device in its forward only, and does that work there, each time.
+        """
+        offloaded = hasattr(self.transformer, "_hf_hook")
+        cond = features.tokens if offloaded else self.transformer.text_kernels(features.tokens)
+        return {"cond": cond, "pooled": features.pooled} if self.transformer.config.pooled_text else {"cond": cond}
 
     def _encode(self, texts: list[str], device: torch.device) -> TextFeatures:
         ids = self.tokenizer(
