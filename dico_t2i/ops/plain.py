@@ -76,7 +76,7 @@ def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, 
 def depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N, H, W, C = x.shape
+    _, H, W, C = x.shape
     slope = aten.gelu_backward(grad + (grad_mean / (H * W))[:, None, None], _depthwise(x, weight, bias))
     planes, source = slope.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     with torch.autocast(x.device.type, enabled=False):

@@ -35,7 +35,7 @@ def difference(got: Tensors, expected: Tensors) -> float:
 
 def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[str, float]:
     """Of each function; x (N, H, W, C) and all else but the convolution's weights are of the dtype."""
-    N, H, W, C = shape
+    N, _, _, C = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
     def draw(*size):
@@ -49,7 +49,12 @@ def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[
 
     found: dict[str, float] = {}
     x, y, g, gate, shift, scale = draw(*shape), draw(*shape), draw(*shape), draw(N, C), draw(N, C), draw(N, C)
-    for branch, gated, modulated in ((False, False, True), (True, True, True), (True, False, True), (True, True, False)):
+    for branch, gated, modulated in (
+        (False, False, True),
+        (True, True, True),
+        (True, False, True),
+        (True, True, False),
+    ):
         parts = (y if branch else None, gate if gated else None)
         modulation = (shift, scale) if modulated else (None, None)
         residual, _, mean, rstd = run("norm_forward", x, *parts, *modulation)

@@ -169,7 +169,7 @@ def test_a_block_compiles_as_one_graph_and_can_be_recomputed():
 
 def test_a_block_keeps_what_it_must():
     """The text branch has no gate: it need not be kept. The FFN is twice as wide."""
-    names = "x norm expanded gelu scaled branch residual norm residual norm ffn".split()
+    names = ["x", "norm", "expanded", "gelu", "scaled", "branch", "residual", "norm", "residual", "norm", "ffn"]
     block, inputs = block_and_inputs()
     kept = {}
 
