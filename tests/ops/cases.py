@@ -80,6 +80,7 @@ def main(name: str) -> None:
         "float32": errors(module, (2, 3, 5, 24), torch.float32, tokens=()),
         "bfloat16": errors(module, (1, 5, 7, 70), torch.bfloat16, tokens=()),
         "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
+        "wide": errors(module, (1, 2, 10, 3), torch.float32, tokens=(40,)),
     }
     print("RESULT" + json.dumps(found))
 
