@@ -1,4 +1,4 @@
-"""The operators as Triton kernels, for GPUs. Not measured on one yet: docs/performance.md says what is expected.
+"""The operators as Triton kernels, for GPUs. Not measured on one yet: docs/operators.md says what is expected.
 
 One tile is a few pixels by all channels (norms, factors) or by a block of channels (convolutions). Sums over pixels
 are written tile by tile and added up by torch, in a fixed order: no atomics, so a result is always the same.
