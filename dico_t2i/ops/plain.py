@@ -92,7 +92,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def text_forward(x: Tensor, context: Tensor) -> Tensor:
-    return _convolve(x, _kernels(context))
+    return _pixels(_correlate(_planes(x), _kernels(context)))
 
 
 def text_backward(
@@ -100,26 +100,10 @@ def text_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The kernel gradient correlates the input with the output gradient: a convolution with a kernel as large as the
     image. torch's own backward computes it some 20 times slower."""
-    grad_x = _convolve(grad, _kernels(context).flip(1, 2)) if wants[0] else None
-    if not wants[1]:
-        return grad_x, None
-    kernels = _correlate(_planes(x), _planes(grad)).permute(0, 2, 3, 1)
-    return grad_x, _tokens(kernels, context.shape[1])
-
-
-def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
-    """x (N, H, W, C) with kernels (N, 9, 9, C) -> (N, H, W, C).
-
-    On a CPU large images are fastest as they lie, sample by sample; small ones as planes, in one convolution.
-    """
-    N, H, W, _ = x.shape
-    weights = kernels.permute(0, 3, 1, 2)
-    if x.device.type == "cpu" and H * W >= 1024:
-        out = torch.empty_like(x)
-        for n in range(N):
-            out[n] = _correlate(x[n : n + 1].permute(0, 3, 1, 2), weights[n : n + 1])[0].permute(1, 2, 0)
-        return out
-    return _transposed(_correlate(_planes(x), weights).flatten(2)).reshape(x.shape)
+    planes = _planes(grad)
+    grad_x = _pixels(_correlate(planes, _kernels(context).flip(2, 3))) if wants[0] else None
+    grad_context = _tokens(_correlate(_planes(x), planes), context.shape[1]) if wants[1] else None
+    return grad_x, grad_context
 
 
 def _correlate(planes: Tensor, kernels: Tensor) -> Tensor:
@@ -131,10 +115,29 @@ def _correlate(planes: Tensor, kernels: Tensor) -> Tensor:
     return out.reshape(N, C, *out.shape[2:])
 
 
+def _kernels(context: Tensor) -> Tensor:
+    """Tokens (N, T, C) -> kernels (N, C, 9, 9); taps T to 80 repeat the last token."""
+    N, T, C = context.shape
+    taps = torch.cat((context, context[:, -1:].expand(-1, TAPS - T, -1)), dim=1)
+    return _transposed(taps).reshape(N, C, KERNEL_SIZE, KERNEL_SIZE)
+
+
+def _tokens(kernels: Tensor, count: int) -> Tensor:
+    """The adjoint of ``_kernels``: (N, C, 9, 9) -> (N, T, C), the repeated taps summed."""
+    taps = _transposed(kernels.flatten(2))
+    return torch.cat((taps[:, : count - 1], taps[:, count - 1 :].sum(1, keepdim=True)), dim=1)
+
+
 def _planes(x: Tensor) -> Tensor:
     """(N, H, W, C) -> contiguous (N, C, H, W)."""
     N, H, W, C = x.shape
     return _transposed(x.reshape(N, H * W, C)).reshape(N, C, H, W)
+
+
+def _pixels(planes: Tensor) -> Tensor:
+    """(N, C, H, W) -> contiguous (N, H, W, C)."""
+    N, C, H, W = planes.shape
+    return _transposed(planes.reshape(N, C, H * W)).reshape(N, H, W, C)
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -143,16 +146,3 @@ def _transposed(x: Tensor) -> Tensor:
     for n in range(len(x)):
         out[n] = x[n].T
     return out
-
-
-def _kernels(context: Tensor) -> Tensor:
-    """Tokens (N, T, C) -> kernels (N, 9, 9, C); taps T to 80 repeat the last token."""
-    N, T, C = context.shape
-    taps = torch.cat((context, context[:, -1:].expand(-1, TAPS - T, -1)), dim=1)
-    return taps.reshape(N, KERNEL_SIZE, KERNEL_SIZE, C)
-
-
-def _tokens(kernels: Tensor, count: int) -> Tensor:
-    """The adjoint of ``_kernels``: (N, 9, 9, C) -> (N, T, C), the repeated taps summed."""
-    taps = kernels.flatten(1, 2)
-    return torch.cat((taps[:, : count - 1], taps[:, count - 1 :].sum(1, keepdim=True)), dim=1)
