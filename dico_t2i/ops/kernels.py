@@ -1,9 +1,8 @@
-"""The operators as Triton kernels, for GPUs. Not measured on one yet: docs/performance.md says what is expected.
+"""The operators as Triton kernels, for GPUs. Not measured on one yet: docs/operators.md says what is expected.
 
 One tile is a few pixels by all channels (norms, factors) or by a block of channels (convolutions). Sums over pixels
 are written tile by tile and added up by torch, in a fixed order: no atomics, so a result is always the same.
 """
-
 
 import torch
 import triton
@@ -225,7 +224,7 @@ def _load_row(pointer, sample, row, column, channels, H, W, C, COUNT: tl.constex
     at = (sample * H + row) * W * C + channels
     for p in tl.static_range(COUNT):
         inside = (row >= 0) & (row < H) & (column + p >= 0) & (column + p < W)
-        value = tl.load(pointer + at + (column + p) * C, (channels < C) & inside, other=0.0)
+        value = tl.load(pointer + at + (column + p) * C, channels < C * inside, other=0.0)
         pixels = pixels + (value.to(tl.float32),)
     return pixels
 
@@ -257,7 +256,7 @@ def _text_forward(
             at = (sample * H + row - K // 2) * W * C + channels
             for p in tl.static_range(PIXELS):
                 value = window[p].to(out.dtype.element_ty)
-                tl.store(out + at + (first + p) * C, value, (channels < C) & (first + p < W))
+                tl.store(out + at + (first + p) * C, value, channels < C * (first + p < W))
         window = window[PIXELS:] + (zero,) * PIXELS
 
 

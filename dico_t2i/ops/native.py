@@ -90,7 +90,7 @@ def _cpu() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "model", "Feat"))}))
 
 
-def call(name: str, *arguments: Tensor | int | float | None | ctypes.Array) -> None:
+def call(name: str, *arguments: Tensor | float | ctypes.Array | None) -> None:
     """Run a function of the library on contiguous float32 tensors; it also gets torch's number of threads."""
     loaded = library()
     assert loaded is not None
@@ -98,7 +98,7 @@ def call(name: str, *arguments: Tensor | int | float | None | ctypes.Array) -> N
         raise MemoryError(f"{name}: no memory for work space")
 
 
-def _argument(value: Tensor | int | float | None | ctypes.Array) -> object:
+def _argument(value: Tensor | float | ctypes.Array | None) -> object:
     if isinstance(value, Tensor):
         assert value.dtype == torch.float32
         assert value.is_contiguous()

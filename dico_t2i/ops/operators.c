@@ -475,20 +475,3 @@ int depthwise_backward(const float *x, const float *weight, const float *bias, c
     }
     return failed;
 }
-
-/* ---- the optimizer ---- */
-
-/* One step of AdamW, and of averages of the weights: averages[k] += rates[k] (weight - averages[k]). */
-int adamw(float *weight, const float *grad, float *exp_avg, float *exp_avg_sq, float *const *averages,
-          const float *rates, size count, size numel, float decay, float beta1, float beta2, float step_size,
-          float root_correction, float eps, size threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-    for (size i = 0; i < numel; i++) {
-        const float g = grad[i], m = exp_avg[i] + (1.0f - beta1) * (g - exp_avg[i]);
-        const float v = beta2 * exp_avg_sq[i] + (1.0f - beta2) * g * g;
-        exp_avg[i] = m, exp_avg_sq[i] = v;
-        weight[i] = weight[i] * decay - step_size * m / (sqrtf(v) / root_correction + eps);
-        for (size k = 0; k < count; k++) averages[k][i] += rates[k] * (weight[i] - averages[k][i]);
-    }
-    return 0;
-}

@@ -14,8 +14,8 @@ def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
     """Convolve each channel of each sample with the kernel that its text tokens spell.
 
     x (N, C, H, W) in any memory format, channels-last being the one that costs no copy; context (N, T, C),
-    1 <= T <= 81, in any dtype. The last token repeats up to 81, token 9i + j of channel c is tap (i, j) of the kernel of
-    channel c. Cross-correlation, stride 1, zero padding 4. Computed in x's dtype, or in autocast's; sums are in
+    1 <= T <= 81, in any dtype. The last token repeats up to 81, token 9i + j of channel c is tap (i, j) of the kernel
+    of channel c. Cross-correlation, stride 1, zero padding 4. Computed in x's dtype, or in autocast's; sums are in
     float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable once in both.
     Raises ValueError when the shapes do not fit.
     """

@@ -35,7 +35,7 @@ def difference(got: Tensors, expected: Tensors) -> float:
 
 def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[str, float]:
     """Of each function; x (N, H, W, C) and all else but the convolution's weights are of the dtype."""
-    N, H, W, C = shape
+    N, _, _, C = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
     def draw(*size):
@@ -80,6 +80,7 @@ def main(name: str) -> None:
         "float32": errors(module, (2, 3, 5, 24), torch.float32, tokens=()),
         "bfloat16": errors(module, (1, 5, 7, 70), torch.bfloat16, tokens=()),
         "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
+        "wide": errors(module, (1, 2, 10, 3), torch.float32, tokens=(40,)),
     }
     print("RESULT" + json.dumps(found))
 
