@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,9 @@ def contender(
 ) -> Contender:
     """A network at work: a training step (forward, backward, AdamW, average of the weights), or one pass.
 
-    how: ours runs in its working dtype, others as they are in fp32 (with TF32 convolutions on a GPU, cuDNN's default);
-    "autocast" puts them under bf16 autocast, "compiled" under torch.compile as well (ours: block by block). A DiT
-    makes its pass in the dtype of ours.
+    A pass is made in the working dtype of ours by all. In a step others have fp32 weights (with TF32 convolutions on a
+    GPU, cuDNN's default); how: "autocast" puts them under bf16 autocast, "compiled" under torch.compile as well (ours:
+    block by block).
     """
     with setting.device:
         network = build_network(kind, setting).to(setting.device)
@@ -158,11 +158,14 @@ class TrainingStep:
 
     @torch.no_grad()
     def _update(self) -> None:
-        if self.masters is not self.weights:
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                master.grad = weight.grad.float() if weight.grad is not None else None
-        self.optimizer.step()
-        if self.masters is not self.weights:
+        if self.masters is self.weights:
+            self.optimizer.step()
+        else:
+            pairs = [(m, w) for m, w in zip(self.masters, self.weights, strict=True) if w.grad is not None]
+            for master, _ in pairs:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_([cast(Tensor, m.grad) for m, _ in pairs], [cast(Tensor, w.grad) for _, w in pairs])
+            self.optimizer.step()
             torch._foreach_copy_(self.weights, self.masters)
         for average, weight in zip(self.averages, self.weights, strict=False):
             average.mul_(0.9999).add_(weight, alpha=1e-4)

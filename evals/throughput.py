@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import run
+from dico_t2i.files import write_atomically
 from dico_t2i.models import VARIANTS, DiCoConfig
 from dico_t2i.training.cost import product_rate
 from evals.speed_measure import Contender, compare, free_memory
@@ -136,16 +137,19 @@ GPU = {
 }
 
 
-def measure(cases: dict[str, Case], rounds: int, device: torch.device, console: Console) -> list[Finding]:
-    """One after the other; each case's networks are gone before the next one's are made."""
-    findings = []
+def measure(cases: dict[str, Case], rounds: int, device: torch.device, console: Console) -> Iterator[list[Finding]]:
+    """All findings so far, after each case; its networks are gone before the next one's are made."""
+    findings: list[Finding] = []
     for number, (name, case) in enumerate(cases.items()):
         started = time.monotonic()
         results = compare(list(case.contenders(device)), rounds, device)
         findings.append(Finding(case.title, case.goal, results))
         free_memory(device)
-        console.print(f"{number + 1}/{len(cases)} {name}: {time.monotonic() - started:.0f} s", highlight=False)
-    return findings
+        times = ", ".join(f"{result.name} {1e3 * result.median:.3g} ms" for result in results)
+        console.print(
+            f"{number + 1}/{len(cases)} {name}: {times} ({time.monotonic() - started:.0f} s)", highlight=False
+        )
+        yield findings
 
 
 def describe(device: torch.device, rounds: int, peak: float) -> dict[str, Any]:
@@ -179,6 +183,14 @@ def _chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]
     return chosen
 
 
+def _write(folder: Path, setting: dict[str, Any], findings: Sequence[Finding], peak: float, profiled: bool) -> None:
+    """After each case anew, so that a run that is cut off leaves what it has measured."""
+    write_atomically(folder / "table.md", markdown(setting, findings, peak, profiled).encode())
+    content = json.dumps(as_json(setting, findings, peak), indent=1) + "\n"
+    write_atomically(folder / "throughput.json", content.encode())
+    plot(findings, setting["device"], folder / "throughput.png")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -196,15 +208,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = _chosen(args, GPU if cuda and not args.quick else QUICK)
     console = Console(width=max(_TABLE_WIDTH, Console().width))
     peak = product_rate(device, torch.bfloat16 if cuda else torch.float32)
-    findings = measure(cases, rounds, device, console)
     setting = describe(device, rounds, peak)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for findings in measure(cases, rounds, device, console):
+        _write(args.out, setting, findings, peak, args.profile)
     console.print(table(findings, peak))
     for finding in findings if args.profile else ():
         console.print(operator_table(finding))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(markdown(setting, findings, peak, args.profile))
-    (args.out / "throughput.json").write_text(json.dumps(as_json(setting, findings, peak), indent=1) + "\n")
-    plot(findings, setting["device"], args.out / "throughput.png")
     console.print(", ".join(f"{key} {value}" for key, value in setting.items()), highlight=False)
     console.print(f"table.md, throughput.json and throughput.png in {args.out}", highlight=False)
     return 0

@@ -100,8 +100,8 @@ class DiCo(nn.Module):
     def compile_blocks(self) -> None:
         """Have torch.compile make kernels for each kind of block; blocks that are alike share them.
 
-        Compiling by block takes seconds where the whole network takes minutes. Not for weights that are gathered inside a
-        block, as ZeRO-3 does it.
+        Compiling by block takes seconds where the whole network takes minutes. Not for weights that come and go inside
+        a block, as ZeRO-3's do.
         """
         for stage in STAGES:
             for block in self._blocks(stage):
