@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dico_t2i.data.index import DatasetIndex
+
 Result = TypeVar("Result")
 
 
@@ -88,6 +90,12 @@ def remove_leftovers(out: Path, shards: Collection[str]) -> None:
     for entry in os.scandir(out):
         if entry.name.endswith(".part") and entry.name[1:].partition(".tar.")[0] + ".tar" in shards:
             Path(entry.path).unlink(missing_ok=True)
+
+
+def alone(index: DatasetIndex, shard: int) -> DatasetIndex:
+    """A data set as if it had this shard only: what a process that reads it has to know."""
+    one = slice(shard, shard + 1)
+    return DatasetIndex(index.root, index.kind, index.names[one], index.samples[one], index.bytes[one], index.meta)
 
 
 def in_parallel(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Result]:
