@@ -1,5 +1,7 @@
 """What the data preparation scripts share: one-line errors, folders that are finished or absent, parts, processes."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import multiprocessing
@@ -11,11 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dico_t2i.data.index import DatasetIndex
+if TYPE_CHECKING:  # it imports torch, which the scripts of cluster/ do not need
+    from dico_t2i.data.index import DatasetIndex
 
 Result = TypeVar("Result")
 
@@ -95,7 +98,7 @@ def remove_leftovers(out: Path, shards: Collection[str]) -> None:
 def alone(index: DatasetIndex, shard: int) -> DatasetIndex:
     """A data set as if it had this shard only: what a process that reads it has to know."""
     one = slice(shard, shard + 1)
-    return DatasetIndex(index.root, index.kind, index.names[one], index.samples[one], index.bytes[one], index.meta)
+    return type(index)(index.root, index.kind, index.names[one], index.samples[one], index.bytes[one], index.meta)
 
 
 def in_parallel(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Result]:
@@ -107,7 +110,7 @@ def in_parallel(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], wo
         yield from (work(*job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # forked threads of libraries hang
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread) as pool:
         waiting: set[Future[Result]] = set()
         try:
             for job in jobs:
@@ -122,6 +125,13 @@ def in_parallel(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], wo
             raise ValueError("a worker process died (out of memory?); start again with fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """The processes share the cores: libraries start no threads of their own."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def progress_bar() -> Progress:

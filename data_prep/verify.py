@@ -91,16 +91,15 @@ def verify(index: DatasetIndex, workers: int, shards: Sequence[int] | None = Non
                 keys.put(found.shard, found.keys)
             texts.update(dict.fromkeys(found.texts, name))
     if len(texts) > 1:
-        verdict.strays.append(
-            f"text features of several encoders: {', '.join(f'{s} in {n}' for s, n in texts.items())}"
-        )
+        found_in = ", ".join(f"{shapes} in {name}" for shapes, name in texts.items())
+        verdict.strays.append(f"text features of several encoders: {found_in}")
     if shards is None:
         for shard, entry in _repeated_keys(index, keys):
             verdict.entries.setdefault(index.names[shard], []).append(entry)
-        verdict.strays += [
-            f"{p.name}: not in index.json" for p in index.root.glob("*.tar") if p.name not in index.names
-        ]
-        verdict.strays += [f"{p.name}: left by an interrupted run" for p in index.root.glob(".*.part")]
+        names = {path.name for path in index.root.iterdir()}
+        unlisted = sorted(name for name in names - set(index.names) if name.endswith(".tar"))
+        verdict.strays += [f"{name}: not in index.json" for name in unlisted]
+        verdict.strays += [f"{name}: left by an interrupted run" for name in sorted(names) if name.endswith(".part")]
     return verdict
 
 
@@ -250,10 +249,10 @@ def repair(index: DatasetIndex, verdict: Verdict, args: argparse.Namespace) -> D
     index = load_index(index.root)
     again = verify(index, args.workers, [index.names.index(name) for name in redone])
     for name in redone:
-        for of_all, new in ((verdict.problems, again.problems), (verdict.entries, again.entries)):
-            of_all.pop(name, None)
-            if name in new:
-                of_all[name] = new[name]
+        verdict.problems.pop(name, None)
+        verdict.entries.pop(name, None)
+    verdict.problems.update(again.problems)
+    verdict.entries.update(again.entries)
     print(f"{index.root}: {len(redone)} shards encoded again")
     return index
 

@@ -25,7 +25,7 @@ def _npy(values: np.ndarray) -> bytes:
 
 
 def test_whole_data_set_passes(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify.main([str(whole)]) == 0
+    assert verify.main([str(whole), "--workers", "1"]) == 0
     assert "12 samples in 2 shards (images)" in capsys.readouterr().out
 
 
@@ -34,7 +34,7 @@ def test_flipped_byte_is_found(whole: Path, capsys: pytest.CaptureFixture[str]) 
     content = bytearray(tar.read_bytes())
     content[content.index(b"IDAT") + 10] ^= 1
     tar.write_bytes(content)
-    assert verify.main([str(whole)]) == 1
+    assert verify.main([str(whole), "--workers", "1"]) == 1
     assert "shard-000001.tar: sample '00000006': checksum of png" in capsys.readouterr().out
 
 
@@ -42,12 +42,12 @@ def test_cut_and_stray_files_are_found(whole: Path, capsys: pytest.CaptureFixtur
     tar = whole / "shard-000001.tar"
     (whole / "stray.tar").write_bytes(tar.read_bytes())
     (whole / ".shard-000009.tar.x.part").write_bytes(b"")
-    assert verify.main([str(whole)]) == 1
+    assert verify.main([str(whole), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert "stray.tar: not in index.json" in printed
     assert "interrupted run" in printed
     tar.write_bytes(tar.read_bytes()[:-4000])
-    assert verify.main([str(whole)]) == 1
+    assert verify.main([str(whole), "--workers", "1"]) == 1
     assert "shard-000001.tar" in capsys.readouterr().out
 
 
@@ -75,7 +75,7 @@ def test_bad_image_samples_are_found(
     with ShardWriter(tmp_path / "data", kind="images") as writer:
         writer.write({**good, "__key__": "good"})
         writer.write({**filled, "__key__": "bad"})
-    assert verify.main([str(tmp_path / "data")]) == 1
+    assert verify.main([str(tmp_path / "data"), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert problem in printed
     assert "1 problems" in printed
@@ -92,7 +92,7 @@ def test_bad_moments_are_found(
     with ShardWriter(tmp_path / "data", kind="latents", meta=meta) as writer:
         writer.write({"__key__": "a", "moments.npy": _npy(np.zeros((8, 4, 4), np.float16)), "cls": 0})
         writer.write({"__key__": "b", "moments.npy": _npy(moments.astype(np.float16)), "cls": 0})
-    assert verify.main([str(tmp_path / "data")]) == 1
+    assert verify.main([str(tmp_path / "data"), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert problem in printed
     assert "1 problems" in printed
