@@ -32,7 +32,9 @@ def decode(data: bytes, encoding: str = "utf-8") -> str:
 def check_encoding(name: str) -> None:
     """Raises ValueError for an --encoding that Python does not know."""
     try:
-        b"".decode(name)
+        b"a".decode(name)
+    except UnicodeDecodeError:
+        pass  # of more bytes a character
     except LookupError:
         raise ValueError(f"--encoding {name}: not known; utf-8, cp1252, gbk and shift_jis are") from None
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep import quarantine
@@ -119,23 +121,20 @@ class Duplicates:
 
     def draw(self, path: Path) -> None:
         """A PNG of the first pairs that are not exact duplicates: above the sample that stays, below the other."""
-        from matplotlib.figure import Figure
-
         near_ones = ((b, a) for a, b in self.pairs() if self.exact.values[a] != self.exact.values[b])
         chosen = list(islice(near_ones, SHOWN))
         if not chosen:
             path.unlink(missing_ok=True)
             return
         reader = ShardReader(self.index)
-        figure = Figure(figsize=(1.2 * len(chosen) + 0.4, 2.6), layout="constrained")
-        for row, axes in zip(zip(*chosen, strict=True), figure.subplots(2, len(chosen), squeeze=False), strict=True):
-            for place, ax in zip(row, axes, strict=True):
-                sample = reader.read(*self.exact.place(place))
-                data = next(sample[name] for name in IMAGE_EXTENSIONS if name in sample)
-                ax.imshow(decode_image(data, 96, "resize").permute(1, 2, 0).numpy())
-                ax.axis("off")
+        rows = [[self._thumbnail(reader, place) for place in row] for row in zip(*chosen, strict=True)]
         reader.close()
-        figure.savefig(path, dpi=100)
+        grid = torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+    def _thumbnail(self, reader: ShardReader, place: int) -> torch.Tensor:
+        sample = reader.read(*self.exact.place(place))
+        return decode_image(next(sample[name] for name in IMAGE_EXTENSIONS if name in sample), 128, "resize")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from data_prep.common import claim, in_parallel, part, progress_bar, remove_left
 from data_prep.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.report import Report, draw_histograms, draw_samples
 from dico_t2i.data.index import DataError, ShardFile, write_index
-from dico_t2i.data.reader import IMAGE_FORMATS, SampleError, decode_image
+from dico_t2i.data.reader import IMAGE_FORMATS, MAX_PIXELS, SampleError, decode_image
 
 Crop = Literal["center", "resize", "none"]
 MAX_FILE = 1 << 28  # bytes of an image file
@@ -146,6 +146,10 @@ def _header(raw: Raw) -> tuple[int, int, str]:
             with suppress(Exception):  # broken EXIF does not spoil the pixels
                 turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return (height, width, str(image.format)) if turned else (width, height, str(image.format))
+    except Image.DecompressionBombError:  # Pillow has a limit of its own, above ours
+        raise Dropped(f"more than {MAX_PIXELS} pixels", raw.name) from None
+    except Image.UnidentifiedImageError:
+        raise Dropped("undecodable images", f"{raw.name}: none of {', '.join(IMAGE_FORMATS)}") from None
     except Exception as error:  # on bad bytes decoders raise nearly anything
         raise Dropped("undecodable images", f"{raw.name}: {type(error).__name__}: {error}") from None
 

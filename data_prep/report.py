@@ -27,6 +27,7 @@ EDGES: dict[str, np.ndarray] = {
 _LONGEST = 200  # characters of an example
 _SHEET = (4, 6)  # rows and columns of the contact sheet
 _THUMBNAIL = 192  # pixels
+_LEGEND = 40  # pixels below a thumbnail
 
 
 @dataclass
@@ -108,7 +109,8 @@ def draw_histograms(report: Report, path: Path) -> None:
     """A PNG of the distributions: grey what was seen, blue what was kept."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6))
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
     for axes, (name, edges) in zip(figure.subplots(1, len(EDGES)), EDGES.items(), strict=True):
         for bins, colour, label in zip(report.histograms[name], ("0.75", "tab:blue"), ("seen", "kept"), strict=True):
             axes.stairs(bins, edges, fill=True, color=colour, label=label)
@@ -134,23 +136,24 @@ def draw_samples(index: DatasetIndex, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows, columns = _SHEET
-    count = min(rows * columns, len(index))
-    chosen = sorted(_spread(len(index), count))
-    ends = np.cumsum(index.samples)
-    reader = ShardReader(index)
-    figure = Figure(figsize=(2.1 * columns, 2.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, number in zip(grid, chosen, strict=False):
+    chosen = sorted(_spread(len(index), min(rows * columns, len(index))))
+    ends, reader = np.cumsum(index.samples), ShardReader(index)
+    canvas = np.full((rows * (_THUMBNAIL + _LEGEND), columns * _THUMBNAIL, 3), 255, np.uint8)
+    height, width, _ = canvas.shape
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for cell, number in enumerate(chosen):
         shard = int(np.searchsorted(ends, number, side="right"))
         sample = reader.read(shard, number - int(ends[shard] - index.samples[shard]))
         data = next(sample[name] for name in IMAGE_EXTENSIONS if name in sample)
-        axes.imshow(decode_image(data, _THUMBNAIL, "resize").permute(1, 2, 0).numpy())
-        words = textwrap.fill(textwrap.shorten(_words(sample), 90, placeholder=" ..."), 32)
-        axes.set_title(words, fontsize=7, parse_math=False)
+        y, x = (cell // columns) * (_THUMBNAIL + _LEGEND), (cell % columns) * _THUMBNAIL
+        canvas[y : y + _THUMBNAIL, x : x + _THUMBNAIL] = decode_image(data, _THUMBNAIL, "resize").permute(1, 2, 0)
+        words = textwrap.fill(textwrap.shorten(_words(sample), 90, placeholder=" ..."), 36)
+        axes.text(x + 4, y + _THUMBNAIL + 4, words, fontsize=7, va="top", parse_math=False)
     reader.close()
-    figure.savefig(path, dpi=90)
+    axes.imshow(canvas)
+    figure.savefig(path)
 
 
 def _spread(samples: int, count: int) -> list[int]:
