@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +43,6 @@ class Archive:
     url: str
     caption_fields: tuple[str, ...]
     encoding: str
-    first_wait_s: float = field(default=FIRST_WAIT_S, repr=False)
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
         """Samples of the tar, which is fetched to ``scratch`` first if it is not local."""
@@ -75,7 +74,7 @@ class Archive:
             except Exception as error:  # each file system has errors of its own
                 if attempt == RETRIES:
                     raise OSError(f"{type(error).__name__}: {error}") from None
-            time.sleep(self.first_wait_s * 2**attempt)
+            time.sleep(FIRST_WAIT_S * 2**attempt)
         yield scratch
 
     def _sample(self, file: BinaryIO, table: ShardIndex, member: int) -> Raw | Dropped:
