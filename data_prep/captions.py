@@ -41,8 +41,9 @@ def check_encoding(name: str) -> None:
 
 def clean(text: str) -> str:
     """Composed (NFC), without control characters, and with single spaces for all white space."""
-    visible = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _REMOVED)
-    return " ".join(unicodedata.normalize("NFC", "".join(visible)).split())
+    if not text.isprintable():
+        text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _REMOVED)
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def oddity(text: str) -> str | None:

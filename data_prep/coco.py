@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, or its parent")
     add("--captions", type=Path, required=True, nargs="+", metavar="JSON", help="COCO caption annotations")
     add_options(parser)
+    parser.set_defaults(odd_captions=True)  # they were written by people who saw the image
     args = parser.parse_args(argv)
     options_of(args)
     records, noted = match(args.images, args.captions)

@@ -90,7 +90,8 @@ def add_filter_options(parser: argparse.ArgumentParser) -> None:
     add("--max-caption", type=int, default=10_000, metavar="N", help="(default: 10000)")
     add(
         "--odd-captions",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="keep what is only punctuation, a URL, a file name, or repeats a character",
     )
     numbers, texts = _pair(float), _pair(str)

@@ -5,6 +5,7 @@ With n samples 8 n bytes are on disk; in memory is a part of some million hashes
 
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,15 @@ Pairs = tuple[np.ndarray, np.ndarray]  # places of the earlier and of the later 
 
 
 class HashFile:
-    """uint64 hashes by the samples' places in the data set, in a file that is gone with the process."""
+    """uint64 hashes by the samples' places in the data set, in a file that is gone with the process.
+
+    It is in ``folder``, or where temporary files are if nothing can be written there.
+    """
 
     def __init__(self, samples: Sequence[int] | np.ndarray, folder: Path) -> None:
         ends = np.cumsum(np.asarray(samples, np.int64))
         self.starts = np.concatenate(([0], ends))
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 lives as long as this
+        self._file = tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)  # noqa: SIM115 lives as long as this
         self._file.truncate(max(8, 8 * int(self.starts[-1])))
         self.values = np.memmap(self._file, np.uint64, "r+", shape=(int(self.starts[-1]),))
         for start in range(0, len(self.values), _CHUNK):  # equal to no other as long as they are not known

@@ -30,6 +30,7 @@ from dico_t2i.data.reader import IMAGE_FORMATS, MAX_PIXELS, SampleError, decode_
 Crop = Literal["center", "resize", "none"]
 MAX_FILE = 1 << 28  # bytes of an image file
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte with --crop none, under these names
+_LOOKED_AT = 64  # pixels
 _ORIENTATION = 0x0112
 
 
@@ -158,7 +159,10 @@ def _content(raw: Raw, form: str, options: Options) -> tuple[bytes, str]:
     """The stored image and its extension. Raises Dropped if it cannot be decoded."""
     keep = options.crop == "none"
     try:
-        pixels = decode_image(raw.image, options.size, "center" if options.crop == "none" else options.crop)
+        if options.crop == "none":  # decoded all the same, to see that it can be
+            pixels = decode_image(raw.image, _LOOKED_AT, "resize")
+        else:
+            pixels = decode_image(raw.image, options.size, options.crop)
     except SampleError as error:
         raise Dropped("undecodable images", f"{raw.name}: {error}") from None
     if keep and form in _STORED:

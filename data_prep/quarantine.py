@@ -5,6 +5,7 @@ Each line is {"shard": name, "key": a sample's or null for all of the shard, "re
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,16 +44,15 @@ def replace(root: Path, entries: Iterable[Entry], duplicates: bool) -> int:
     duplicates: whether they are duplicates. The file is replaced at once, and removed when nothing is left.
     """
     file, part, count = root / NAME, temporary(root / NAME), 0
-    with part.open("w", encoding="utf-8") as lines:
-        kept = (entry for entry in read(root) if entry.reason.startswith(DUPLICATE) != duplicates)
-        for source in (kept, entries):
-            for entry in source:
-                lines.write(json.dumps(entry._asdict()) + "\n")
-                count += 1
-    if count:
-        flush(part)
-        part.replace(file)
-    else:
-        part.unlink()
+    kept = (entry for entry in read(root) if entry.reason.startswith(DUPLICATE) != duplicates)
+    listed = chain(kept, entries)
+    first = next(listed, None)
+    if first is None:
         file.unlink(missing_ok=True)
+        return 0
+    with part.open("w", encoding="utf-8") as lines:
+        for count, entry in enumerate(chain([first], listed), 1):  # noqa: B007
+            lines.write(json.dumps(entry._asdict()) + "\n")
+    flush(part)
+    part.replace(file)
     return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ EDGES: dict[str, np.ndarray] = {
     "caption (characters)": np.arange(0, 410, 10),
 }
 _LONGEST = 200  # characters of an example
+_EDGES = {name: edges.tolist() for name, edges in EDGES.items()}
 _SHEET = (4, 6)  # rows and columns of the contact sheet
 _THUMBNAIL = 192  # pixels
 _LEGEND = 40  # pixels below a thumbnail
@@ -55,11 +57,11 @@ class Report:
 
     def measure(self, width: int, height: int, captions: list[str], kept: bool) -> None:
         """Add a sample to the histograms of what was seen, or of what was kept."""
-        lengths = [len(caption) for caption in captions]
-        values = (np.array([min(width, height)]), np.array([width / height]), np.array(lengths, np.int64))
-        for (name, edges), numbers in zip(EDGES.items(), values, strict=True):
-            bins = np.searchsorted(edges, numbers, side="right") - 1
-            np.add.at(self.histograms[name][int(kept)], bins.clip(0, len(edges) - 2), 1)
+        values = ([min(width, height)], [width / height], map(len, captions))
+        for (name, edges), numbers in zip(_EDGES.items(), values, strict=True):
+            for number in numbers:
+                place = min(max(bisect_right(edges, number) - 1, 0), len(edges) - 2)
+                self.histograms[name][int(kept), place] += 1
 
     def add(self, other: Report) -> None:
         """Make this the report of both."""
