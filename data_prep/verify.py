@@ -192,14 +192,22 @@ def _check_text(sample: Sample, described: bool, found: Findings) -> None:
         return
     shapes = []
     for name in (TEXT, POOLED):
-        values = np.load(io.BytesIO(sample.get(name, b"")), allow_pickle=False)
-        captions = len(_captions(sample))
+        values, captions = _array(sample, name), len(_captions(sample))
         if values.dtype != np.float16 or values.ndim < 2 or len(values) != captions:
             raise ValueError(f"{name} is {values.dtype} {values.shape}, expected float16 of {captions} captions")
         if not np.isfinite(values).all():
             raise ValueError(f"{name} is not finite")
         shapes.append(values.shape[1:])
     found.texts.add(tuple(shapes))
+
+
+def _array(sample: Sample, name: str) -> np.ndarray:
+    if name not in sample:
+        raise ValueError(f"has no {name}")
+    try:
+        return np.lib.format.read_array(io.BytesIO(sample[name]), allow_pickle=False)
+    except Exception as error:  # on bad bytes numpy's header parser raises nearly anything
+        raise ValueError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 def _repeated_keys(index: DatasetIndex, keys: HashFile) -> Iterator[tuple[int, Entry]]:
