@@ -214,6 +214,7 @@ def test_on_a_full_disk_finished_shards_stay(many: Path, autoencoder: Path) -> N
     arguments = _arguments(many, autoencoder)
     out = many.parent / "latents"
     with small_disk(many.parent / "disk"):
+        (many.parent / "disk" / "latents").mkdir()
         out.symlink_to(many.parent / "disk" / "latents")
         fill(many.parent / "disk" / "filler", leave=300_000)
         with pytest.raises(OSError, match="No space left"):
