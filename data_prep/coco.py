@@ -4,36 +4,30 @@ python data_prep/coco.py --images train2014 --captions annotations/captions_trai
 
 Takes the 2014 and 2017 layouts; --images is the folder of the images or its parent. Images are cropped and
 resized as the loader would do it, or kept byte for byte with --crop none. What could not be used is counted,
-listed and written to report.json.
+with examples, in report.json.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from PIL import Image
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import finished_or_absent, is_finished, progress_bar, run
-from dico_t2i.data.index import ShardWriter
-from dico_t2i.data.reader import SampleError, decode_image
-
-Crop = Literal["center", "resize", "none"]
+from data_prep.common import run
+from data_prep.filters import Dropped
+from data_prep.pipeline import Raw, add_options, options_of, read_image_file, run_pipeline
 
 
 class Record(NamedTuple):
-    """An image file with what the annotations say of it; width and height are those of the original."""
+    """An image with what the annotations say of it. place: its file, in the folder of images."""
 
-    path: Path
+    place: str
     image_id: int
     file_name: str
     width: int
@@ -41,18 +35,21 @@ class Record(NamedTuple):
     captions: list[str]
 
 
-class Report(dict[str, list[str]]):
-    """What could not be used, by reason."""
+@dataclass(frozen=True)
+class Records:
+    """The images of a shard."""
 
-    def add(self, reason: str, what: str) -> None:
-        self.setdefault(reason, []).append(what)
+    root: Path = field(repr=False)
+    records: tuple[Record, ...]
 
-    def lines(self, first: int = 5) -> list[str]:
-        """One line a reason: how many, and the first few."""
-        return [
-            f"{reason}: {len(items)} ({', '.join(items[:first])}{', ...' if len(items) > first else ''})"
-            for reason, items in self.items()
-        ]
+    def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
+        for record in self.records:
+            about = {name: getattr(record, name) for name in ("image_id", "file_name", "width", "height")}
+            try:
+                image = read_image_file(self.root / record.place, record.file_name)
+                yield Raw(f"{record.image_id:012d}", image, record.file_name, record.captions, about=about)
+            except Dropped as dropped:
+                yield dropped
 
 
 def read_annotations(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -80,7 +77,7 @@ def read_annotations(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[
     return images, annotations
 
 
-def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], Report]:
+def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], list[Dropped]]:
     """The images that have a file and a caption, by id, and what was left out.
 
     Raises ValueError if the folder is missing or no image matches.
@@ -88,12 +85,12 @@ def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], Rep
     if not images_folder.is_dir():
         raise ValueError(f"--images {images_folder}: no such folder")
     images, annotations = read_annotations(files)
-    report = Report()
+    noted = []
     captions: dict[int, list[str]] = {image["id"]: [] for image in images}
     for item in annotations:
         text = " ".join(str(item.get("caption", "")).split())
         if item["image_id"] not in captions:
-            report.add("captions of images not in the annotations", str(item["image_id"]))
+            noted.append(Dropped("captions of images not in the annotations", str(item["image_id"])))
         elif text:
             captions[item["image_id"]].append(text)
     found = _files_by_name(images_folder)
@@ -101,9 +98,9 @@ def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], Rep
     for _, image in sorted({image["id"]: image for image in images}.items()):
         name = image["file_name"]
         if name not in found:
-            report.add("missing image files", name)
+            noted.append(Dropped("missing image files", name))
         elif not captions[image["id"]]:
-            report.add("images without captions", name)
+            noted.append(Dropped("images without captions", name))
         else:
             size = (image.get("width", 0), image.get("height", 0))
             records.append(Record(found[name], image["id"], name, *size, captions[image["id"]]))
@@ -113,41 +110,30 @@ def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], Rep
             f"--images {images_folder}: not one of {len(images)} annotated images is there with a caption;"
             f" looked for names such as {example} in the folder and the folders directly in it"
         )
-    return records, report
+    return records, noted
 
 
-def _files_by_name(folder: Path) -> dict[str, Path]:
-    """Files of a folder and of the folders directly in it."""
-    folders = [*sorted(path for path in folder.iterdir() if path.is_dir()), folder]
-    entries = (entry for place in folders for entry in os.scandir(place))
-    return {entry.name: Path(entry.path) for entry in entries if entry.is_file()}
+def _files_by_name(folder: Path) -> dict[str, str]:
+    """Files of a folder and of the folders directly in it: their places in it, by name."""
+    found = {}
+    for inner in [*sorted(path.name for path in folder.iterdir() if path.is_dir()), ""]:
+        with os.scandir(folder / inner) as entries:
+            found.update({entry.name: f"{inner}/{entry.name}" if inner else entry.name for entry in entries})
+    return found
 
 
-def make_sample(record: Record, *, size: int, crop: Crop, quality: int) -> dict[str, Any] | str:
-    """The shard's sample of an image, or why there is none."""
-    try:
-        content, extension = record.path.read_bytes(), record.path.suffix[1:].lower()
-        pixels = decode_image(content, size, "center" if crop == "none" else crop)
-    except (OSError, SampleError) as error:
-        return f"{record.file_name}: {error}"
-    if crop != "none":
-        buffer, extension = io.BytesIO(), "jpg"
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
-        content = buffer.getvalue()
-    about = {name: getattr(record, name) for name in ("captions", "image_id", "file_name", "width", "height")}
-    return {"__key__": f"{record.image_id:012d}", extension: content, "json": about}
+@dataclass(frozen=True)
+class Coco:
+    """The images that have a file and a caption, in shards by id."""
 
+    root: Path
+    records: list[Record]
+    samples_per_shard: int
+    meta: dict[str, Any]
 
-def make_samples(records: Sequence[Record], workers: int, **settings: Any) -> Iterator[dict[str, Any] | str]:
-    """``make_sample`` of every record, in order, by ``workers`` processes."""
-    job = partial(make_sample, **settings)
-    if workers == 1:
-        yield from map(job, records)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        window = 64 * workers  # bounds what waits in memory
-        for start in range(0, len(records), window):
-            yield from pool.map(job, records[start : start + window], chunksize=8)
+    def units(self) -> Iterator[Records]:
+        for start in range(0, len(self.records), self.samples_per_shard):
+            yield Records(self.root, tuple(self.records[start : start + self.samples_per_shard]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,45 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, or its parent")
     add("--captions", type=Path, required=True, nargs="+", metavar="JSON", help="COCO caption annotations")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of shards to make")
-    add("--size", type=int, default=256, help="pixels of the stored square (default: 256)")
-    add("--crop", choices=("center", "resize", "none"), default="center", help="none: files as they are")
-    add("--quality", type=int, default=95, help="of the stored JPEG, 1 to 100 (default: 95)")
-    add("--samples-per-shard", type=int, default=1000, metavar="N", help="(default: 1000)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
+    add_options(parser)
+    parser.set_defaults(odd_captions=True)  # they were written by people who saw the image
     args = parser.parse_args(argv)
-    if min(args.size, args.samples_per_shard, args.workers) < 1 or not 1 <= args.quality <= 100:
-        raise ValueError("--size, --samples-per-shard, --workers: at least 1; --quality: 1 to 100")
-
-    records, report = match(args.images, args.captions)
-    settings = {"size": args.size, "crop": args.crop, "quality": args.quality}
-    if args.crop == "none":
-        settings = {"crop": "none"}
-    meta = {
-        "source": "coco",
-        "captions": [file.name for file in args.captions],
-        "images": len(records),
-        **settings,
-    }
-    if is_finished(args.out, meta):
-        print(f"{args.out}: already holds these images")
-        return 0
-    with (
-        finished_or_absent(args.out) as folder,
-        ShardWriter(folder, kind="images", meta=meta, samples_per_shard=args.samples_per_shard) as writer,
-        progress_bar() as progress,
-    ):
-        samples = make_samples(records, args.workers, size=args.size, crop=args.crop, quality=args.quality)
-        for sample in progress.track(samples, total=len(records), description="images"):
-            if isinstance(sample, str):
-                report.add("undecodable images", sample)
-            else:
-                writer.write(sample)
-        if not writer.samples:
-            raise ValueError(f"--images {args.images}: {report.lines()[-1]}; no image is left")
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"{args.out}: {writer.samples} images", *report.lines(), sep="\n  ")
-    return 0
+    options_of(args)
+    records, noted = match(args.images, args.captions)
+    meta = {"source": "coco", "captions": [file.name for file in args.captions], "images": len(records)}
+    return run_pipeline(Coco(args.images, records, args.samples_per_shard, meta), args, noted)
 
 
 if __name__ == "__main__":

@@ -1,182 +1,242 @@
-"""Encode image shards into latent shards, one to one, with a frozen autoencoder.
+"""Encode image shards into latent shards, one to one, with a frozen autoencoder and, by choice, a text encoder.
 
 python data_prep/latents.py --data data/coco --out data/coco_latents --autoencoder /models/sd-vae-ft-ema
 
-Stores the posterior's moments in float16, of each image and of its mirror image. Captions and labels are
-copied. A shard is finished or absent: a run that was stopped goes on with the missing ones. Several processes
-share the work with --part 0/4, --part 1/4, ...; the last to finish writes the index. Bad images are left out,
-counted and listed in skipped.jsonl.
+Stores the posterior's moments in float16, of each image and of its mirror image. Captions and labels are copied;
+with --text-encoder the features of all captions are stored too. A shard is finished or absent: a run that was
+stopped goes on with the missing ones. Several processes share the work with --part 0/4, --part 1/4, ...; the last
+to finish writes the index. Samples in quarantine and bad images are left out, counted and listed in skipped.jsonl.
+check.png shows the first images beside what the decoder makes of their latents.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import progress_bar, run
-from dico_t2i.config import AutoencoderConfig
+from data_prep import quarantine
+from data_prep.common import claim, part, progress_bar, remove_leftovers, run
+from data_prep.encoding import Batch, Clock, Image, LeftOut, batches_of
+from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex, ShardFile, load_index, write_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image
-from dico_t2i.encoders import Autoencoder, load_autoencoder
+from dico_t2i.data.loader import _captions
+from dico_t2i.data.reader import SampleError
+from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
+from dico_t2i.files import write_atomically
 
-COPIED = ("json", "txt", "cls")  # members that go along with the moments
-
-
-class Image(NamedTuple):
-    """A decoded image, (3, size, size) uint8, with the members to copy."""
-
-    copied: dict[str, bytes | str]
-    pixels: Tensor
+TEXT, POOLED = "text.npy", "pooled.npy"  # of all captions: float16 (captions, 77, width), (captions, pooled_dim)
+_CHECKED = 8  # images of check.png
 
 
-Skip = Callable[[SampleError], None]
-Decode = Callable[[bytes], Tensor]
+Crop = Literal["center", "resize"]
 
 
-def encode_shard(
-    reader: ShardReader,
-    shard: int,
-    out: Path,
-    autoencoder: Autoencoder,
-    decode: Decode,
-    *,
-    batch: int,
-    mirror: bool,
-) -> list[SampleError]:
-    """Write the latent shard of one image shard to ``out`` and return the samples left out."""
-    skipped: list[SampleError] = []
-    file = ShardFile(out)
-    try:
-        for images in _batches(reader, shard, decode, batch, skipped.append):
-            moments = _encode(autoencoder, torch.stack([image.pixels for image in images]), mirror)
-            for image, values in zip(images, moments, strict=True):
-                if np.isfinite(values).all():
-                    file.write({**image.copied, MOMENTS: values})
+@dataclass(frozen=True)
+class Job:
+    """What is encoded, with what, and to where. meta: all that the data set made depends on."""
+
+    source: DatasetIndex
+    out: Path
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder | None
+    size: int
+    crop: Crop
+    mirror: bool
+    batch: int
+    meta: dict[str, Any]
+
+
+class Shard:
+    """A latent shard being made, by the thread that writes. After an error it is thrown away."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = ShardFile(path)
+        self._skipped: list[SampleError] = []
+        self._ended = False
+
+    def write(self, encoded: "Encoded", bucket: int | None) -> None:
+        """Add samples; those with features that float16 cannot hold are skipped."""
+        if self._ended:
+            return
+        self._skipped += encoded.skipped
+        place = {} if bucket is None else {"__bucket__": bucket}
+        try:
+            for image, arrays in zip(encoded.images, encoded.arrays, strict=True):
+                bad = [name for name, values in arrays.items() if not np.isfinite(values).all()]
+                if bad:
+                    reason = f"its {bad[0].removesuffix('.npy')} are not finite in float16"
+                    self._skipped.append(SampleError(self._file.path.name, str(image.copied["__key__"]), reason))
                 else:
-                    reason = "its moments are not finite in float16"
-                    skipped.append(SampleError(out.name, str(image.copied["__key__"]), reason))
-    except BaseException:
-        file.discard()
-        raise
-    file.commit()
-    return skipped
+                    self._file.write({**image.copied, **arrays, **place})
+        except BaseException:
+            self.discard()
+            raise
 
-
-def _encode(autoencoder: Autoencoder, images: Tensor, mirror: bool) -> np.ndarray:
-    """(n, 3, H, W) uint8 -> moments (n, 2C, h, w), with ``mirror`` (n, 2, 2C, h, w), float16."""
-    moments = autoencoder.moments(images)
-    if mirror:
-        moments = torch.stack((moments, autoencoder.moments(images.flip(-1))), dim=1)
-    return moments.to(torch.float16).cpu().numpy()
-
-
-def _batches(reader: ShardReader, shard: int, decode: Decode, batch: int, skip: Skip) -> Iterator[list[Image]]:
-    """Decoded images of a shard, ``batch`` at a time; the next batch is decoded while this one is encoded."""
-    starts = range(0, int(reader.index.samples[shard]), batch)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-
-        def submit(start: int) -> list[Future[Image]]:
-            members = range(start, min(start + batch, starts.stop))
-            return [pool.submit(_load, *sample, decode) for sample in _read(reader, shard, members, skip)]
-
-        ahead = submit(0) if starts else []
-        for start in starts:
-            current, ahead = ahead, submit(start + batch)
-            images = list(_results(current, skip))
-            if images:
-                yield images
-
-
-def _read(reader: ShardReader, shard: int, members: range, skip: Skip) -> Iterator[tuple[str, dict[str, bytes | str]]]:
-    for member in members:
+    def finish(self) -> None:
+        if self._ended:
+            return
         try:
-            yield reader.index.names[shard], reader.read(shard, member)
-        except SampleError as error:
-            skip(error)
+            _log_skipped(self._file.path.parent, self._skipped)
+            self._file.commit()
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._file.discard()
 
 
-def _load(shard: str, sample: dict[str, bytes | str], decode: Decode) -> Image:
-    key = str(sample["__key__"])
-    data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
-    if not isinstance(data, bytes):
-        raise SampleError(shard, key, "has no image")
+class Encoded(NamedTuple):
+    """Images with their features by member name, and what had none."""
+
+    images: list[Image]
+    arrays: list[dict[str, np.ndarray]]
+    skipped: list[SampleError]
+
+
+def encode_shards(job: Job, shards: Sequence[int], advance: Callable[[int], None] = lambda samples: None) -> str:
+    """Make the latent shards of these image shards, in order; ``advance`` is told of samples done.
+
+    Reading, decoding and writing run beside the encoder, which waits for them only where they are slower. Returns a
+    line that says where the time went.
+    """
+    clock, shard, done = Clock(), None, 0
+    batches = batches_of(job.source, shards, job.batch, job.size, job.crop, _left_out(job.source))
     try:
-        pixels = decode(data)
-    except SampleError as error:
-        raise SampleError(shard, key, error.reason) from None
-    return Image({name: sample[name] for name in ("__key__", *COPIED) if name in sample}, pixels)
+        while (batch := _next(batches, clock)) is not None:
+            shard = shard or Shard(job.out / job.source.names[batch.shard])
+            with clock.measure("encoding"):
+                encoded = _encode(job, batch)
+            if batch.shard == 0 and batch.first and encoded.images:
+                draw_check(job, encoded)
+            clock.in_background(shard.write, encoded, batch.bucket)
+            if batch.last:
+                clock.in_background(shard.finish)
+                shard = None
+            done += batch.samples
+            advance(batch.samples)
+        clock.finish()
+    finally:
+        batches.close()
+        clock.close()
+        if shard is not None:
+            shard.discard()
+    return clock.line(done)
 
 
-def _results(futures: Sequence[Future[Image]], skip: Skip) -> Iterator[Image]:
-    for future in futures:
+def _next(batches: Iterator[Batch], clock: Clock) -> Batch | None:
+    with clock.measure("waiting for images"):
+        return next(batches, None)
+
+
+def _encode(job: Job, batch: Batch) -> Encoded:
+    """Moments (2C, h, w), or (2, 2C, h, w) with the mirror image's, and with a text encoder the captions' features."""
+    images, skipped, captions = [], list(batch.skipped), []
+    for image in batch.images:
         try:
-            yield future.result()
+            captions.append(_captions(image.copied) if job.text_encoder else [])
+            images.append(image)
         except SampleError as error:
-            skip(error)
+            key = str(image.copied["__key__"])
+            skipped.append(SampleError(job.source.names[batch.shard], key, error.reason))
+    if not images:
+        return Encoded([], [], skipped)
+    pixels = torch.stack([image.pixels for image in images])
+    moments = job.autoencoder.moments(pixels)
+    if job.mirror:
+        moments = torch.stack((moments, job.autoencoder.moments(pixels.flip(-1))), dim=1)
+    arrays = [{MOMENTS: values} for values in moments.to(torch.float16).cpu().numpy()]
+    if job.text_encoder:
+        for values, features in zip(arrays, _encode_text(job.text_encoder, captions, job.batch), strict=True):
+            values.update(features)
+    return Encoded(images, arrays, skipped)
 
 
-def describe(source: DatasetIndex, autoencoder: Autoencoder, args: argparse.Namespace) -> dict[str, Any]:
-    """The meta data of the latent data set: all that its contents depend on."""
-    return {
+def _encode_text(encoder: TextEncoder, captions: list[list[str]], batch: int) -> Iterator[dict[str, np.ndarray]]:
+    """The features of each image's captions, encoded ``batch`` captions at a time."""
+    ids = encoder.tokenize([text for texts in captions for text in texts])
+    parts = [encoder.encode(part) for part in ids.split(batch)]
+    tokens, pooled = (torch.cat(part).to(torch.float16).cpu().numpy() for part in zip(*parts, strict=True))
+    start = 0
+    for texts in captions:
+        rows = slice(start, start + len(texts))
+        yield {TEXT: tokens[rows], POOLED: pooled[rows]}
+        start = rows.stop
+
+
+def draw_check(job: Job, encoded: Encoded) -> None:
+    """check.png: columns of an image, of its latents decoded, and of its mirror image's."""
+    images = encoded.images[:_CHECKED]
+    moments = torch.from_numpy(np.stack([arrays[MOMENTS] for arrays in encoded.arrays[:_CHECKED]]))
+    rows = [torch.stack([image.pixels for image in images])]
+    for view in moments.unbind(1) if job.mirror else (moments,):
+        noise = torch.zeros_like(view.chunk(2, dim=1)[0])
+        rows.append(job.autoencoder.decode(job.autoencoder.latents(view, noise)).cpu())
+    grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    Picture.fromarray(grid.permute(1, 2, 0).numpy()).save(job.out / "check.png")
+
+
+def _left_out(source: DatasetIndex) -> LeftOut:
+    """What the source's quarantine lists."""
+    found: dict[str, set[str] | None] = {}
+    for entry in quarantine.read(source.root):
+        if entry.key is None:
+            found[entry.shard] = None
+        elif (keys := found.setdefault(entry.shard, set())) is not None:
+            keys.add(entry.key)
+    return found
+
+
+def describe(
+    source: DatasetIndex, autoencoder: Autoencoder, text_encoder: TextEncoder | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The meta data of the latent data set: all that its contents depend on, and a hash of that."""
+    listed = source.root / quarantine.NAME
+    left_out = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
+    meta = {
         "autoencoder": autoencoder.identity(),
+        **({"text_encoder": text_encoder.identity()} if text_encoder else {}),
         "latent_channels": autoencoder.latent_channels,
         "latent_size": args.size // autoencoder.downscale,
         "image_size": args.size,
         "crop": args.crop,
         "mirrored": args.mirror,
         "dtype": args.dtype,
-        "source": {"samples": len(source), "bytes": int(source.bytes.sum()), "meta": source.meta},
+        **({"buckets": source.meta["buckets"]} if "buckets" in source.meta else {}),
+        "source": {
+            "samples": len(source),
+            "bytes": int(source.bytes.sum()),
+            "meta": source.meta,
+            **({"quarantine": left_out} if left_out else {}),
+        },
     }
+    return {**meta, "hash": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
-def _claim(out: Path, meta: dict[str, Any]) -> None:
-    """Note in ``out`` what it will hold. Raises ValueError if it holds something else already."""
-    file = out / "settings.json"
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differ = [name for name in meta if found.get(name) != json.loads(json.dumps(meta[name]))]
-        if differ:
-            raise ValueError(f"--out {out}: holds latents with another {', '.join(differ)}; choose another folder")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: holds other files; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / f".settings.{os.getpid()}.part"
-    part.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
-
-
-def encode_dataset(source: DatasetIndex, autoencoder: Autoencoder, args: argparse.Namespace) -> None:
+def encode_dataset(job: Job, part: tuple[int, int]) -> None:
     """Encode the missing shards of this part; write the index once no shard of any part is missing."""
-    meta = describe(source, autoencoder, args)
-    _claim(args.out, meta)
-    number, parts = args.part
-    own = list(range(number, len(source.names), parts))
-    missing = [shard for shard in own if not (args.out / source.names[shard]).exists()]
-    reader = ShardReader(source)
-    decode = partial(decode_image, size=args.size, crop=args.crop)
+    source, out = job.source, job.out
+    there = {entry.name for entry in os.scandir(out)}
+    missing = [shard for shard in range(part[0], len(source.names), part[1]) if source.names[shard] not in there]
+    remove_leftovers(out, {source.names[shard] for shard in missing})
     with progress_bar() as progress:
         task = progress.add_task("images", total=int(source.samples[missing].sum()))
-        for shard in missing:
-            out = args.out / source.names[shard]
-            for leftover in args.out.glob(f".{out.name}.*.part"):  # of a run that was killed
-                leftover.unlink()
-            skipped = encode_shard(reader, shard, out, autoencoder, decode, batch=args.batch, mirror=args.mirror)
-            _log_skipped(args.out, skipped)
-            progress.advance(task, int(source.samples[shard]))
-    reader.close()
-    _finish(source, args.out, meta)
+        line = encode_shards(job, missing, lambda samples: progress.advance(task, samples))
+    if missing:
+        print(f"{out}: {line}")
+    _finish(source, out, job.meta)
 
 
 def _log_skipped(out: Path, skipped: Sequence[SampleError]) -> None:
@@ -196,8 +256,11 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
     index = write_index(out, "latents", meta)
     print(f"{out}: {len(index)} latents of {len(source)} images, {len(source) - len(index)} skipped")
     log = out / "skipped.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines()[:5] if log.exists() else ():
-        print("  {shard}: {key}: {reason}".format(**json.loads(line)))
+    if log.exists():
+        lines = list(dict.fromkeys(log.read_text(encoding="utf-8").splitlines()))  # some twice, of killed runs
+        write_atomically(log, ("\n".join(lines) + "\n").encode())
+        for line in lines[:5]:
+            print("  {shard}: {key}: {reason}".format(**json.loads(line)))
 
 
 def _device(name: str) -> torch.device:
@@ -209,11 +272,43 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def _part(text: str) -> tuple[int, int]:
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 0 to N - 1")
-    return int(number), int(parts)
+def add_encoder_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Which encoders, and where they run."""
+    add = parser.add_argument
+    add("--autoencoder", required=required, metavar="PATH", help="local folder or hub id in the cache")
+    add("--kind", choices=("kl", "tiny"), default="kl", help="AutoencoderKL or AutoencoderTiny (default: kl)")
+    add("--scale", type=float, default=0.18215, help="latent scale of training (default: 0.18215)")
+    add(
+        "--text-encoder",
+        nargs="+",
+        metavar=("CONFIG", "KEY=VALUE"),
+        help="encode captions too, with the text_encoder of this training config",
+    )
+    add("--batch", type=int, default=32, help="images encoded at once (default: 32)")
+    add("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 (default: auto)")
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """The job of a command line. Raises ValueError for what does not fit, and before anything is written."""
+    if args.batch < 1 or args.size < 1 or args.scale <= 0:
+        raise ValueError("--batch, --size: at least 1; --scale: above 0")
+    source = load_index(args.data)
+    if source.kind != "images":
+        raise DataError(f"--data {args.data}: holds {source.kind}, expected images")
+    config = AutoencoderConfig(kind=args.kind, path=args.autoencoder, scale=args.scale)
+    dtype, device = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], _device(args.device)
+    text_encoder = None
+    if args.text_encoder:
+        chosen = load_config(args.text_encoder[0], args.text_encoder[1:]).text_encoder
+        text_encoder = load_text_encoder(chosen, device, dtype)
+    autoencoder = load_autoencoder(config, device, dtype)
+    sides = [side for shape in source.meta.get("buckets", ()) for side in shape]
+    odd = [side for side in (args.size, *sides) if side % autoencoder.downscale]
+    if odd:
+        raise ValueError(f"--size {odd[0]}: must be divisible by {autoencoder.downscale}")
+    meta = describe(source, autoencoder, text_encoder, args)
+    claim(args.out, meta)
+    return Job(source, args.out, autoencoder, text_encoder, args.size, args.crop, args.mirror, args.batch, meta)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,28 +316,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of image shards")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of latent shards to make or go on with")
-    add("--autoencoder", required=True, metavar="PATH", help="local folder or hub id in the cache")
-    add("--kind", choices=("kl", "tiny"), default="kl", help="AutoencoderKL or AutoencoderTiny (default: kl)")
-    add("--scale", type=float, default=0.18215, help="latent scale of training (default: 0.18215)")
+    add_encoder_options(parser, required=True)
     add("--size", type=int, default=256, help="pixels (default: 256)")
     add("--crop", choices=("center", "resize"), default="center", help="(default: center)")
-    add("--batch", type=int, default=32, help="images encoded at once (default: 32)")
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="mirror images too (default)")
-    add("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 (default: auto)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
-    add("--part", type=_part, default=(0, 1), metavar="K/N", help="every N-th shard from K on (default: 0/1)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoders (default: fp32)")
+    add("--part", type=part, default=(0, 1), metavar="K/N", help="every N-th shard from K on (default: 0/1)")
     args = parser.parse_args(argv)
-    if args.batch < 1 or args.size < 1 or args.scale <= 0:
-        raise ValueError("--batch, --size: at least 1; --scale: above 0")
-    source = load_index(args.data)
-    if source.kind != "images":
-        raise DataError(f"--data {args.data}: holds {source.kind}, expected images")
-    config = AutoencoderConfig(kind=args.kind, path=args.autoencoder, scale=args.scale)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    autoencoder = load_autoencoder(config, _device(args.device), dtype)
-    if args.size % autoencoder.downscale:
-        raise ValueError(f"--size {args.size}: must be divisible by {autoencoder.downscale}")
-    encode_dataset(source, autoencoder, args)
+    encode_dataset(prepare(args), args.part)
     return 0
 
 

@@ -1,113 +1,305 @@
-"""Read every sample of a data set: checksums, images, moments, captions.
+"""Read every sample of a data set: checksums, images, moments, text features, captions, keys.
 
 python data_prep/verify.py data/coco
+python data_prep/verify.py data/coco_latents --repair --source data/coco --autoencoder /models/sd-vae-ft-ema
 
-Exits with 1 and a list if anything is wrong, with 2 if the folder is no data set.
+Exits with 1 and a list if anything is wrong, with 2 if the folder is no data set. What is wrong with samples goes to
+quarantine.jsonl as well, so that training leaves them out. --repair first indexes anew the shards whose index is
+missing or stale, and encodes damaged latent shards again, given the images they came from and the encoders.
 """
 
 import argparse
+import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from rich.progress import Progress
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import progress_bar, run
-from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, index_shard, load_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS
+from data_prep import latents, quarantine
+from data_prep.common import alone, in_parallel, progress_bar, run
+from data_prep.hashes import HashFile, equal
+from data_prep.latents import POOLED, TEXT
+from data_prep.quarantine import Entry
+from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, ShardIndex, index_shard, load_index, write_index
+from dico_t2i.data.loader import IMAGE_EXTENSIONS, _captions
 from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
 
-Sample = dict[str, bytes | str]
+LISTED = 1000  # problems that are printed; all go to the quarantine
+
+Sample = dict[str, Any]
+Shape = tuple[int, ...]
 
 
-def verify(index: DatasetIndex, progress: Progress) -> list[str]:
-    """One line for everything that is wrong with a data set."""
-    problems = [f"{path.name}: not in index.json" for path in index.root.glob("*.tar") if path.name not in index.names]
-    problems += [f"{path.name}: left by an interrupted run" for path in index.root.glob("*.part")]
-    reader = ShardReader(index)
-    task = progress.add_task("samples", total=len(index))
-    for shard in range(len(index.names)):
-        problems += _shard_problems(index, shard)
-        for member in range(int(index.samples[shard])):
-            problems += _sample_problems(reader, shard, member)
-            progress.advance(task)
-    reader.close()
-    return problems
+@dataclass
+class Findings:
+    """What is wrong with one shard.
+
+    problems: of the tar, which can be used all the same; entries: what cannot. keys: uint64 (n,), a hash of each
+    sample's key. texts: shapes of the text features of a caption.
+    """
+
+    shard: int
+    problems: list[str] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    texts: set[tuple[Shape, ...]] = field(default_factory=set)
 
 
-def _shard_problems(index: DatasetIndex, shard: int) -> list[str]:
-    """What the tar itself says against its index."""
-    name = index.names[shard]
+@dataclass
+class Verdict:
+    """What is wrong with a data set, by shard."""
+
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """One line for everything that is wrong."""
+        lines = list(self.strays)
+        for shard in sorted({*self.problems, *self.entries}):
+            lines += self.problems.get(shard, [])
+            lines += [
+                f"{e.shard}: {e.reason if e.key is None else f'sample {e.key!r}: {e.reason}'}"
+                for e in self.entries.get(shard, [])
+            ]
+        return lines
+
+
+def verify(index: DatasetIndex, workers: int, shards: Sequence[int] | None = None) -> Verdict:
+    """Read all shards, or these, by so many processes."""
+    chosen = range(len(index.names)) if shards is None else shards
+    jobs = ((shard, alone(index, shard)) for shard in chosen)
+    verdict, texts = Verdict(), {}
+    keys = HashFile(index.samples, index.root)
+    with progress_bar() as progress:
+        results = in_parallel(verify_shard, jobs, workers)
+        for found in progress.track(results, total=len(chosen), description="shards"):
+            name = index.names[found.shard]
+            if found.problems:
+                verdict.problems[name] = found.problems
+            if found.entries:
+                verdict.entries[name] = found.entries
+            if len(found.keys) == index.samples[found.shard]:
+                keys.put(found.shard, found.keys)
+            texts.update(dict.fromkeys(found.texts, name))
+    if len(texts) > 1:
+        found_in = ", ".join(f"{shapes} in {name}" for shapes, name in texts.items())
+        verdict.strays.append(f"text features of several encoders: {found_in}")
+    if shards is None:
+        for shard, entry in _repeated_keys(index, keys):
+            verdict.entries.setdefault(index.names[shard], []).append(entry)
+        names = {path.name for path in index.root.iterdir()}
+        unlisted = sorted(name for name in names - set(index.names) if name.endswith(".tar"))
+        verdict.strays += [f"{name}: not in index.json" for name in unlisted]
+        verdict.strays += [f"{name}: left by an interrupted run" for name in sorted(names) if name.endswith(".part")]
+    return verdict
+
+
+def verify_shard(shard: int, index: DatasetIndex) -> Findings:
+    """Read the only shard of an index, as a tar and sample by sample."""
+    found, name = Findings(shard), index.names[0]
     try:
-        indexed, found = index.shard(shard), index_shard(index.path(shard))
+        table, walked = index.shard(0), index_shard(index.path(0))
     except ShardError as error:
-        return [str(error)]
-    problems = [f"{name}: damaged at {place}" for place in found.damage]
-    if not len(indexed) == len(found) == index.samples[shard]:
-        problems.append(
-            f"{name}: {len(found)} samples, {len(indexed)} in its index, {index.samples[shard]} in index.json"
-        )
-    return problems
+        found.entries.append(Entry(name, None, str(error)))
+        return found
+    found.problems += [f"{name}: damaged at {place}" for place in walked.damage]
+    if not len(table) == len(walked) == index.samples[0]:
+        counts = f"{len(walked)} samples, {len(table)} in its index, {index.samples[0]} in index.json"
+        found.problems.append(f"{name}: {counts}")
+    reader, shapes = ShardReader(index), _moment_shapes(index, table)
+    for member in range(len(table)):
+        reasons = _sample_problems(reader, member, shapes[member] if shapes else None, found)
+        found.entries += [Entry(name, table.key(member), reason) for reason in reasons]
+    reader.close()
+    digests = b"".join(_digest(table.key(member)) for member in range(len(table)))
+    found.keys = np.frombuffer(digests, np.uint64)
+    return found
 
 
-def _sample_problems(reader: ShardReader, shard: int, member: int) -> list[str]:
+def _digest(key: str) -> bytes:
+    return blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def _moment_shapes(index: DatasetIndex, table: ShardIndex) -> list[Shape] | None:
+    """What the moments of each sample must be; None for images. Raises ValueError if the meta data do not say."""
+    if index.kind == "images":
+        return None
     try:
-        sample = reader.read(shard, member)
+        channels, size, mirrored = (index.meta[name] for name in ("latent_channels", "latent_size", "mirrored"))
+        start = (*((2,) if mirrored else ()), 2 * channels)
+        buckets = getattr(table, "bucket", None)
+        if buckets is None:
+            return [(*start, size, size)] * len(table)
+        sides = [[side * size // index.meta["image_size"] for side in shape] for shape in index.meta["buckets"]]
+        return [(*start, *sides[bucket]) for bucket in buckets.tolist()]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{index.root / 'index.json'}: does not describe its latents ({error!r})") from None
+
+
+def _sample_problems(reader: ShardReader, member: int, shape: Shape | None, found: Findings) -> list[str]:
+    try:
+        sample = reader.read(0, member)
     except SampleError as error:
-        return [str(error)]
-    check = _check_moments if reader.index.kind == "latents" else _check_image
-    problems = []
-    for part in (check, _check_condition):
+        return [error.reason]
+    reasons = []
+    for check in (
+        partial(_check_pixels, shape=shape),
+        _check_condition,
+        partial(_check_text, described="text_encoder" in reader.index.meta, found=found),
+    ):
         try:
-            part(sample, reader.index)
-        except (ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{reader.index.names[shard]}: sample {sample['__key__']!r}: {error}")
-    return problems
+            check(sample)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            reasons.append(str(error))
+    return reasons
 
 
-def _check_image(sample: Sample, index: DatasetIndex) -> None:
-    data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
-    if not isinstance(data, bytes):
-        raise ValueError("has no image")
-    decode_image(data, 64, "resize")
+def _check_pixels(sample: Sample, shape: Shape | None) -> None:
+    """An image, or moments of this shape. Raises ValueError."""
+    names = IMAGE_EXTENSIONS if shape is None else (MOMENTS,)
+    data = next((sample[name] for name in names if name in sample), None)
+    if data is None:
+        raise ValueError("has no image" if shape is None else f"has no {MOMENTS}")
+    if shape is None:
+        decode_image(data, 64, "resize")
+    else:
+        decode_moments(data, shape)
 
 
-def _check_moments(sample: Sample, index: DatasetIndex) -> None:
-    data = sample.get(MOMENTS)
-    if not isinstance(data, bytes):
-        raise ValueError(f"has no {MOMENTS}")
-    channels, size = index.meta["latent_channels"], index.meta["latent_size"]
-    decode_moments(data, (*((2,) if index.meta["mirrored"] else ()), 2 * channels, size, size))
-
-
-def _check_condition(sample: Sample, index: DatasetIndex) -> None:
-    """A caption or a label: whichever there is must be readable, and one must be there."""
-    about = json.loads(sample.get("json", "{}"))
-    captions = about.get("captions", [sample.get("txt", b"")])
+def _check_condition(sample: Sample) -> None:
+    """A caption or a label: whichever there is must be readable, and one must be there. Raises ValueError."""
     if "cls" in sample:
         int(sample["cls"])
-    elif not any(caption.strip() for caption in captions):
-        raise ValueError("has neither a caption nor a label")
+        return
+    try:
+        _captions(sample)
+    except SampleError as error:
+        raise ValueError(f"has neither a caption nor a label: {error.reason}") from None
+
+
+def _check_text(sample: Sample, described: bool, found: Findings) -> None:
+    """Text features, where the data set has them: float16, finite, of all captions. Raises ValueError."""
+    if not described and TEXT not in sample:
+        return
+    shapes = []
+    for name in (TEXT, POOLED):
+        values, captions = _array(sample, name), len(_captions(sample))
+        if values.dtype != np.float16 or values.ndim < 2 or len(values) != captions:
+            raise ValueError(f"{name} is {values.dtype} {values.shape}, expected float16 of {captions} captions")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite")
+        shapes.append(values.shape[1:])
+    found.texts.add(tuple(shapes))
+
+
+def _array(sample: Sample, name: str) -> np.ndarray:
+    if name not in sample:
+        raise ValueError(f"has no {name}")
+    try:
+        return np.lib.format.read_array(io.BytesIO(sample[name]), allow_pickle=False)
+    except Exception as error:  # on bad bytes numpy's header parser raises nearly anything
+        raise ValueError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from None
+
+
+def _repeated_keys(index: DatasetIndex, keys: HashFile) -> Iterator[tuple[int, Entry]]:
+    """Samples whose key an earlier one has."""
+    table = lru_cache(64)(index.shard)
+    for pairs in equal(keys.values):
+        for first, later in zip(*(places.tolist() for places in pairs), strict=True):
+            (earlier, i), (shard, j) = keys.place(first), keys.place(later)
+            key = table(shard).key(j)
+            if table(earlier).key(i) == key:  # and not their hashes alone
+                yield shard, Entry(index.names[shard], key, f"its key is that of a sample in {index.names[earlier]}")
+
+
+def reindex(folder: Path) -> DatasetIndex:
+    """Index anew the shards whose own index is missing or does not fit, and the data set with what is there."""
+    for file in (folder / "index.json", folder / "settings.json"):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if "shards" in content:
+            return write_index(folder, content.get("kind"), content.get("meta"))
+        return write_index(folder, None, content)
+    return write_index(folder)
+
+
+def encode_again(index: DatasetIndex, damaged: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Make latent shards anew, the damaged and the missing ones; returns their names. Raises ValueError.
+
+    The encoders must be those that made the others, and the images the same.
+    """
+    made = {name: index.meta[name] for name in ("crop", "dtype")}
+    settings = {"data": args.source, "out": index.root, "size": index.meta["image_size"], **made}
+    job = latents.prepare(argparse.Namespace(**{**vars(args), **settings, "mirror": index.meta["mirrored"]}))
+    wanted = {*damaged, *(name for name in job.source.names if name not in index.names)}
+    shards = [shard for shard, name in enumerate(job.source.names) if name in wanted]
+    latents.encode_shards(job, shards)
+    write_index(index.root, "latents", job.meta)
+    return [job.source.names[shard] for shard in shards]
+
+
+def repair(index: DatasetIndex, verdict: Verdict, args: argparse.Namespace) -> DatasetIndex:
+    """Encode damaged latents again, where images are given, and verify them again."""
+    if args.source is None:
+        return index
+    redone = encode_again(index, [*verdict.problems, *verdict.entries], args)
+    index = load_index(index.root)
+    again = verify(index, args.workers, [index.names.index(name) for name in redone])
+    for name in redone:
+        verdict.problems.pop(name, None)
+        verdict.entries.pop(name, None)
+    verdict.problems.update(again.problems)
+    verdict.entries.update(again.entries)
+    print(f"{index.root}: {len(redone)} shards encoded again")
+    return index
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of shards")
-    folder = parser.parse_args(argv).folder
+    add = parser.add_argument
+    add("folder", type=Path, help="folder of shards")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
+    add("--repair", action="store_true", help="make anew what can be made anew")
+    add("--source", type=Path, metavar="DIR", help="of latents: the image shards that they were made of")
+    latents.add_encoder_options(parser, required=False)
+    args = parser.parse_args(argv)
+    if (args.source is None) != (args.autoencoder is None) or (args.source and not args.repair):
+        raise ValueError("--source and --autoencoder go together, with --repair")
+    if args.workers < 1:
+        raise ValueError("--workers: at least 1")
     try:
-        index = load_index(folder)
+        index = reindex(args.folder) if args.repair else load_index(args.folder)
     except ShardError as error:  # a shard is missing, cut or has grown
-        print(error)
+        print(f"{error}\n  or with what else can be repaired: --repair")
         return 1
-    with progress_bar() as progress:
-        problems = verify(index, progress)
+    verdict = verify(index, args.workers)
+    if args.repair:
+        index = repair(index, verdict, args)
+    entries = (entry for name in sorted(verdict.entries) for entry in verdict.entries[name])
+    quarantine.replace(index.root, entries, duplicates=False)
+    return report(index, verdict.lines())
+
+
+def report(index: DatasetIndex, lines: Sequence[str]) -> int:
+    """Print what is wrong and return the exit status."""
     print(f"{index.root}: {len(index)} samples in {len(index.names)} shards ({index.kind})")
-    for problem in problems:
-        print(f"  {problem}")
-    print(f"{len(problems)} problems" if problems else "all is well")
-    return 1 if problems else 0
+    for line in lines[:LISTED]:
+        print(f"  {line}")
+    if len(lines) > LISTED:
+        print(f"  and {len(lines) - LISTED} more")
+    print(f"{len(lines)} problems" if lines else "all is well")
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -70,16 +70,17 @@ def test_whole_images_are_packed_and_the_rest_is_listed(
     assert abs(stored - cropped).mean() < 8  # JPEG
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {reason: len(items) for reason, items in report.items()} == {
+    assert (report["seen"], report["kept"]) == (4, 3)
+    assert report["left out"] == {
         "captions of images not in the annotations": 1,
         "missing image files": 1,
         "images without captions": 1,
         "undecodable images": 1,
     }
-    assert "000000000005.jpg" in report["undecodable images"][0]
+    assert "000000000005.jpg" in report["examples"]["undecodable images"][0]
     assert "missing image files: 1 (COCO_val2014_000000000004.jpg)" in capsys.readouterr().out
     assert coco.main([*made_up, "--size", "16"]) == 0  # finished already
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="another size"):
         coco.main([*made_up, "--size", "32"])
 
 
@@ -141,4 +142,7 @@ def test_real_images(tmp_path: Path) -> None:
     for sample, item in zip(samples, about, strict=True):
         assert sample["jpg"] == (TINY / "train2017" / item["file_name"]).read_bytes()
         assert Image.open(io.BytesIO(sample["jpg"])).size == (item["width"], item["height"])
-    assert json.loads((out / "report.json").read_text()) == {}
+    report = json.loads((out / "report.json").read_text())
+    assert (report["seen"], report["kept"], report["left out"]) == (50, 50, {})
+    assert Image.open(out / "report.png").size > (1000, 300)
+    assert Image.open(out / "samples.png").size > (1000, 800)

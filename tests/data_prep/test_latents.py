@@ -2,6 +2,10 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import latents
-from dico_t2i.config import AutoencoderConfig
+from data_prep import latents, quarantine
+from data_prep.quarantine import Entry
+from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data.index import ShardWriter, load_index
 from dico_t2i.data.reader import ShardReader, decode_image, decode_moments
-from dico_t2i.encoders import load_autoencoder
+from dico_t2i.encoders import load_autoencoder, load_text_encoder
+from tests.faults.test_disk import fill, small_disk
+from tests.shards import tar_bytes
 from tests.small_models import save_autoencoder
 
 SIZE = 32
@@ -124,3 +131,98 @@ def test_bad_input_is_refused(data: Path, autoencoder: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         latents.main([*arguments, "--part", "2/2"])
     assert stop.value.code == 2
+
+
+TEXT = ("configs/quickstart.yaml", "text_encoder.weights=seeded", "text_encoder.seeded.width=16")
+
+
+def test_text_features_of_all_captions(tmp_path: Path, autoencoder: Path) -> None:
+    texts = [["a cat", " ", "two cats"], ["a dog"], []]
+    with ShardWriter(tmp_path / "images") as writer:
+        for i, captions in enumerate(texts):
+            writer.write({"__key__": f"{i:03d}", "png": _png(i), "json": {"captions": captions}})
+    arguments = _arguments(tmp_path / "images", autoencoder)
+    assert latents.main([*arguments, "--text-encoder", *TEXT]) == 0
+    samples = _samples(tmp_path / "latents")
+    assert list(samples) == ["000", "001"]  # the last one has no caption
+    encoder = load_text_encoder(load_config(TEXT[0], TEXT[1:]).text_encoder, "cpu")
+    for key, captions in (("000", ["a cat", "two cats"]), ("001", ["a dog"])):  # as the loader counts them
+        expected = encoder.encode(encoder.tokenize(captions))
+        for name, values in (("text.npy", expected.tokens), ("pooled.npy", expected.pooled)):
+            stored = np.load(io.BytesIO(samples[key][name]))
+            assert (stored.dtype, stored.shape) == (np.float16, tuple(values.shape))
+            np.testing.assert_allclose(stored, values, rtol=2e-3, atol=2e-3)
+    assert load_index(tmp_path / "latents").meta["text_encoder"] == encoder.identity()
+    with pytest.raises(ValueError, match="another hash, text_encoder"):
+        latents.main(arguments)
+
+
+def test_what_is_in_quarantine_is_left_out(data: Path, autoencoder: Path) -> None:
+    entries = [Entry("shard-000000.tar", "002", "bad"), Entry("shard-000002.tar", None, "worse")]
+    quarantine.replace(data, entries, duplicates=False)
+    assert latents.main(_arguments(data, autoencoder)) == 0
+    assert list(_samples(data.parent / "latents")) == ["000", "001", "003", "004", "006", "007"]
+    quarantine.replace(data, entries[:1], duplicates=False)
+    with pytest.raises(ValueError, match="another hash, source"):
+        latents.main(_arguments(data, autoencoder))
+
+
+def test_check_picture_and_where_the_time_went(
+    data: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert latents.main(_arguments(data, autoencoder)) == 0
+    picture = np.asarray(Image.open(data.parent / "latents" / "check.png"))
+    assert picture.shape == (3 * SIZE, 3 * SIZE, 3)  # of the first batch: image, decoded, decoded mirror image
+    assert (picture[:SIZE, SIZE : 2 * SIZE] == decode_image(_png(1), SIZE, "center").permute(1, 2, 0).numpy()).all()
+    assert "images/s in" in (printed := capsys.readouterr().out)
+    assert "encoding" in printed
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A few hundred images in twenty shards."""
+    with ShardWriter(tmp_path / "images", samples_per_shard=16) as writer:
+        for i in range(320):
+            writer.write({"__key__": f"{i:03d}", "png": _png(i % 7), "txt": f"number {i}"})
+    return tmp_path / "images"
+
+
+def test_killed_in_the_middle_and_started_again_the_shards_are_the_same(many: Path, autoencoder: Path) -> None:
+    arguments = _arguments(many, autoencoder)
+    assert latents.main(arguments) == 0
+    out = many.parent / "latents"
+    whole = tar_bytes(out)
+    out.rename(many.parent / "undisturbed")
+    for kill_at in (2, 9):
+        job = subprocess.Popen([sys.executable, "data_prep/latents.py", *arguments], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while len(list(out.glob("*.tar"))) < kill_at and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        made = tar_bytes(out)
+        assert kill_at <= len(made)
+        assert made.items() <= whole.items()  # finished shards are whole
+    assert len(made) < len(whole)
+    assert latents.main(arguments) == 0
+    assert tar_bytes(out) == whole
+    assert not list(out.glob(".*"))
+    assert load_index(out).meta == load_index(many.parent / "undisturbed").meta
+
+
+def test_on_a_full_disk_finished_shards_stay(many: Path, autoencoder: Path) -> None:
+    arguments = _arguments(many, autoencoder)
+    out = many.parent / "latents"
+    with small_disk(many.parent / "disk"):
+        (many.parent / "disk" / "latents").mkdir()
+        out.symlink_to(many.parent / "disk" / "latents")
+        fill(many.parent / "disk" / "filler", leave=300_000)
+        with pytest.raises(OSError, match="No space left"):
+            latents.main(arguments)
+        made = tar_bytes(out)
+        assert 0 < len(made) < 20
+        (many.parent / "disk" / "filler").unlink()
+        assert latents.main(arguments) == 0
+        assert made.items() <= tar_bytes(out).items()
+        assert len(load_index(out)) == 320
+        assert not list(out.glob(".*"))

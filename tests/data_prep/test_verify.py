@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import shapes, verify
-from dico_t2i.data.index import DataError, ShardWriter
+from data_prep import latents, quarantine, shapes, verify
+from data_prep.quarantine import DUPLICATE, Entry
+from dico_t2i.data.index import DataError, ShardWriter, load_index
+from tests.shards import image_bytes, tar_bytes
+from tests.small_models import save_autoencoder
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def _npy(values: np.ndarray) -> bytes:
 
 
 def test_whole_data_set_passes(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify.main([str(whole)]) == 0
+    assert verify.main([str(whole), "--workers", "1"]) == 0
     assert "12 samples in 2 shards (images)" in capsys.readouterr().out
 
 
@@ -34,7 +37,7 @@ def test_flipped_byte_is_found(whole: Path, capsys: pytest.CaptureFixture[str]) 
     content = bytearray(tar.read_bytes())
     content[content.index(b"IDAT") + 10] ^= 1
     tar.write_bytes(content)
-    assert verify.main([str(whole)]) == 1
+    assert verify.main([str(whole), "--workers", "1"]) == 1
     assert "shard-000001.tar: sample '00000006': checksum of png" in capsys.readouterr().out
 
 
@@ -42,12 +45,12 @@ def test_cut_and_stray_files_are_found(whole: Path, capsys: pytest.CaptureFixtur
     tar = whole / "shard-000001.tar"
     (whole / "stray.tar").write_bytes(tar.read_bytes())
     (whole / ".shard-000009.tar.x.part").write_bytes(b"")
-    assert verify.main([str(whole)]) == 1
+    assert verify.main([str(whole), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert "stray.tar: not in index.json" in printed
     assert "interrupted run" in printed
     tar.write_bytes(tar.read_bytes()[:-4000])
-    assert verify.main([str(whole)]) == 1
+    assert verify.main([str(whole), "--workers", "1"]) == 1
     assert "shard-000001.tar" in capsys.readouterr().out
 
 
@@ -75,7 +78,7 @@ def test_bad_image_samples_are_found(
     with ShardWriter(tmp_path / "data", kind="images") as writer:
         writer.write({**good, "__key__": "good"})
         writer.write({**filled, "__key__": "bad"})
-    assert verify.main([str(tmp_path / "data")]) == 1
+    assert verify.main([str(tmp_path / "data"), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert problem in printed
     assert "1 problems" in printed
@@ -92,7 +95,95 @@ def test_bad_moments_are_found(
     with ShardWriter(tmp_path / "data", kind="latents", meta=meta) as writer:
         writer.write({"__key__": "a", "moments.npy": _npy(np.zeros((8, 4, 4), np.float16)), "cls": 0})
         writer.write({"__key__": "b", "moments.npy": _npy(moments.astype(np.float16)), "cls": 0})
-    assert verify.main([str(tmp_path / "data")]) == 1
+    assert verify.main([str(tmp_path / "data"), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert problem in printed
     assert "1 problems" in printed
+
+
+def damage(tar: Path, mark: bytes) -> None:
+    """Flip a bit behind the first ``mark``."""
+    content = bytearray(tar.read_bytes())
+    content[content.index(mark) + len(mark) + 200] ^= 1
+    tar.write_bytes(content)
+
+
+def test_what_is_wrong_goes_to_the_quarantine(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "data", samples_per_shard=3) as writer:
+        for key in ("a", "b", "c", "d", "b", "e", "f"):
+            writer.write({"__key__": key, "jpg": image_bytes(1) if key != "c" else b"no image", "txt": "a dog"})
+    (tmp_path / "data" / "shard-000002.tar.index").write_bytes(b"no index")
+    known = Entry("shard-000000.tar", "a", f"{DUPLICATE}'x' in shard-000001.tar (near)")
+    quarantine.replace(tmp_path / "data", [known], duplicates=True)
+    for workers in ("2", "1"):  # the second time in the place of the first
+        assert verify.main([str(tmp_path / "data"), "--workers", workers]) == 1
+        found = {(entry.shard, entry.key): entry.reason for entry in quarantine.read(tmp_path / "data")}
+        assert set(found) == {
+            ("shard-000000.tar", "a"),
+            ("shard-000000.tar", "c"),
+            ("shard-000001.tar", "b"),
+            ("shard-000002.tar", None),
+        }
+        assert found["shard-000000.tar", "a"] == known.reason
+        assert found["shard-000001.tar", "b"] == "its key is that of a sample in shard-000000.tar"
+
+
+def test_repair_indexes_anew(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = load_index(whole)
+    (whole / "shard-000000.tar.index").unlink()
+    tar = whole / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:7000])
+    assert verify.main([str(whole), "--workers", "1"]) == 1
+    assert "--repair" in capsys.readouterr().out
+    assert verify.main([str(whole), "--workers", "1", "--repair"]) == 1  # what was cut off stays away
+    found = load_index(whole)
+    assert found.samples[0] == 6
+    assert 0 < found.samples[1] < 6
+    assert found.meta == index.meta
+    (whole / "index.json").write_text("{")
+    tar.unlink()
+    assert verify.main([str(whole), "--workers", "1", "--repair"]) == 0
+    assert load_index(whole).samples.tolist() == [6]
+
+
+def test_repair_encodes_damaged_latents_again(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder, out = str(save_autoencoder(tmp_path / "vae")), tmp_path / "latents"
+    options = ["--autoencoder", autoencoder, "--device", "cpu"]
+    assert latents.main(["--data", str(whole), "--out", str(out), "--size", "16", "--batch", "3", *options]) == 0
+    made = tar_bytes(out)
+    damage(out / "shard-000000.tar", b"NUMPY")
+    assert verify.main([str(out), "--workers", "1"]) == 1
+    (entry,) = quarantine.read(out)
+    assert (entry.shard, entry.key) == ("shard-000000.tar", "00000000")
+    (out / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match="--source and --autoencoder go together"):
+        verify.main([str(out), *options])
+    capsys.readouterr()
+    repair = [str(out), "--workers", "1", "--repair", "--source", str(whole), "--batch", "3", "--device", "cpu"]
+    assert verify.main([*repair, "--autoencoder", autoencoder]) == 0
+    assert "2 shards encoded again" in capsys.readouterr().out
+    assert tar_bytes(out) == made
+    assert not (out / quarantine.NAME).exists()
+    damage(out / "shard-000000.tar", b"NUMPY")
+    with pytest.raises(ValueError, match="another autoencoder"):
+        verify.main([*repair, "--autoencoder", autoencoder, "--scale", "0.5"])
+
+
+def test_text_features_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = {"latent_channels": 4, "latent_size": 4, "mirrored": False, "text_encoder": {}}
+    moments, pooled = np.zeros((8, 4, 4), np.float16), np.zeros((2, 6), np.float16)
+    texts = {
+        "good": np.zeros((2, 77, 8), np.float16),
+        "few": np.zeros((1, 77, 8), np.float16),
+        "float32": np.zeros((2, 77, 8), np.float32),
+        "nan": np.full((2, 77, 8), np.nan, np.float16),
+        "other": np.zeros((2, 77, 9), np.float16),
+        "none": None,
+    }
+    with ShardWriter(tmp_path / "data", kind="latents", meta=meta) as writer:
+        for key, text in texts.items():
+            features = {} if text is None else {"text.npy": text, "pooled.npy": pooled}
+            writer.write({"__key__": key, "moments.npy": moments, "json": {"captions": ["a", "b"]}, **features})
+    assert verify.main([str(tmp_path / "data"), "--workers", "1"]) == 1
+    assert {entry.key for entry in quarantine.read(tmp_path / "data")} == {"few", "float32", "nan", "none"}
+    assert "text features of several encoders" in capsys.readouterr().out

@@ -1,0 +1,67 @@
+"""Captions as text: decoding, cleaning, and what no language would say."""
+
+import codecs
+import re
+import unicodedata
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its beginning
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_REMOVED = {"Cc", "Cs", "Co", "Cn"}  # control, surrogates, private use, unassigned; Cf joins letters in many scripts
+_URL = re.compile(r"\b(?:https?://|www\.)\S+", re.IGNORECASE)
+_FILE_NAME = re.compile(
+    r"\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|raw|cr2|nef|svg|pdf|mp4)"
+    r"|(?:img|dsc[nf]?|pict?|image|photo|screenshot|wp|vid|p)[-_ ]?\d[\d_-]{2,}(?:\s?\(\d+\))?",
+    re.IGNORECASE,
+)
+_RUN = re.compile(r"(\S)\1{9,}")
+_FEW_CHARACTERS = 4  # different ones, in a caption of
+_MANY = 24
+
+
+def decode(data: bytes, encoding: str = "utf-8") -> str:
+    """Text of bytes: by their byte order mark, else in ``encoding``. Raises UnicodeDecodeError."""
+    marked = next((name for mark, name in _MARKS if data.startswith(mark)), encoding)
+    return data.decode(marked)
+
+
+def check_encoding(name: str) -> None:
+    """Raises ValueError for an --encoding that Python does not know."""
+    try:
+        b"a".decode(name)
+    except UnicodeDecodeError:
+        pass  # of more bytes a character
+    except LookupError:
+        raise ValueError(f"--encoding {name}: not known; utf-8, cp1252, gbk and shift_jis are") from None
+
+
+def clean(text: str) -> str:
+    """Composed (NFC), without control characters, and with single spaces for all white space."""
+    if not text.isprintable():
+        text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _REMOVED)
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def oddity(text: str) -> str | None:
+    """Why a clean text describes no picture in any language; None if it may."""
+    if not text:
+        return "empty"
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        return "wrongly decoded"
+    if not _has_letters(text):
+        return "without letters"
+    if not _has_letters(_URL.sub("", text)):
+        return "only a URL"
+    if _FILE_NAME.fullmatch(text):
+        return "only a file name"
+    if _RUN.search(text) or (len(text) >= _MANY and len(set(text.replace(" ", ""))) <= _FEW_CHARACTERS):
+        return "repeated characters"
+    return None
+
+
+def _has_letters(text: str) -> bool:
+    return any(c.isalpha() for c in text)

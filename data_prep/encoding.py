@@ -1,0 +1,180 @@
+"""Keeps an encoder busy: decoded batches ahead of it, writing behind it, and where the time went."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from dico_t2i.data.index import DataError, DatasetIndex, ShardError
+from dico_t2i.data.loader import IMAGE_EXTENSIONS
+from dico_t2i.data.reader import SampleError, ShardReader, decode_image
+
+COPIED = ("json", "txt", "cls")  # members that go along with the features
+AHEAD = 4  # batches read and decoded while one is encoded
+BEHIND = 2  # batches that wait to be written
+
+LeftOut = Mapping[str, set[str] | None]  # by shard: keys, or None for all
+Shape = Any  # pixels of a square, or height and width
+
+
+class Image(NamedTuple):
+    """A decoded image, (3, H, W) uint8, with the members to copy."""
+
+    copied: dict[str, Any]
+    pixels: Tensor
+
+
+@dataclass
+class Batch:
+    """Images of one shard and one shape. samples: how many there were; first, last: of the shard.
+
+    bucket: the number of the shape, in a data set with buckets.
+    """
+
+    shard: int
+    bucket: int | None
+    samples: int
+    first: bool
+    last: bool
+    images: list[Image] = field(default_factory=list)
+    skipped: list[SampleError] = field(default_factory=list)
+
+
+class Clock:
+    """Wall time by what the encoding thread did in it, and the thread that writes."""
+
+    def __init__(self) -> None:
+        self.seconds = {"waiting for images": 0.0, "encoding": 0.0, "waiting for the disk": 0.0}
+        self._started = time.perf_counter()
+        self._thread = ThreadPoolExecutor(1)
+        self._behind: deque[Future[None]] = deque()
+
+    @contextmanager
+    def measure(self, what: Literal["waiting for images", "encoding", "waiting for the disk"]) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+    def in_background(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do the work in the writing thread, after what it was given before. Raises what earlier work raised."""
+        with self.measure("waiting for the disk"):
+            self._behind.append(self._thread.submit(work, *arguments))
+            while len(self._behind) > BEHIND:
+                self._behind.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all that is to be written. Raises what writing raised."""
+        with self.measure("waiting for the disk"):
+            while self._behind:
+                self._behind.popleft().result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def line(self, samples: int) -> str:
+        """The rate, and the share of the time that each activity had."""
+        wall = max(time.perf_counter() - self._started, 1e-9)
+        shares = ", ".join(f"{what} {seconds / wall:.0%}" for what, seconds in self.seconds.items())
+        return f"{samples / wall:.1f} images/s in {wall:.1f} s: {shares}"
+
+
+def batches_of(
+    source: DatasetIndex,
+    shards: Sequence[int],
+    batch: int,
+    size: int,
+    crop: Literal["center", "resize"],
+    left_out: LeftOut,
+) -> Generator[Batch, None, None]:
+    """Batches of the shards in turn, AHEAD of the consumer; every shard has at least one, which may be empty.
+
+    The cut into batches depends on the shard alone, so that features do. With buckets, those of a bucket are together.
+    """
+    reader = ShardReader(source)
+    plan = (part for shard in shards for part in _plan(source, shard, batch, size))
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as decoding:
+
+        def read(shard: int, members: Sequence[int], shape: Shape) -> list[Future[Image] | SampleError]:
+            results: list[Future[Image] | SampleError] = []
+            for member in members:
+                try:
+                    sample = _read(reader, shard, member, left_out)
+                except SampleError as error:
+                    results.append(error)
+                else:
+                    results.append(decoding.submit(_decode, source.names[shard], sample, shape, crop))
+            return results
+
+        ahead: deque[tuple[Batch, Future[list[Future[Image] | SampleError]]]] = deque()
+        try:
+            for members, shape, empty in plan:
+                ahead.append((empty, reading.submit(read, empty.shard, members, shape)))
+                if len(ahead) > AHEAD:
+                    yield _filled(*ahead.popleft())
+            while ahead:
+                yield _filled(*ahead.popleft())
+        finally:
+            reading.shutdown(cancel_futures=True)
+            decoding.shutdown(cancel_futures=True)
+            reader.close()
+
+
+def _plan(source: DatasetIndex, shard: int, batch: int, size: int) -> Iterator[tuple[list[int], Shape, Batch]]:
+    """The members of each batch of a shard, the size of its images, and the batch without them."""
+    members, shapes = np.arange(int(source.samples[shard])), source.meta.get("buckets")
+    groups: list[tuple[int | None, np.ndarray]] = [(None, members)]
+    if shapes:
+        try:
+            buckets = getattr(source.shard(shard), "bucket", None)
+        except ShardError as error:
+            raise DataError(f"{error}; the buckets of its samples are in the index") from None
+        if buckets is None:
+            raise DataError(f"{source.path(shard)}: its samples have no buckets; assign them anew")
+        groups = [(number, members[buckets == number]) for number in np.unique(buckets).tolist()]
+    parts = [
+        (bucket, group[at : at + batch].tolist()) for bucket, group in groups for at in range(0, len(group), batch)
+    ] or [(None, [])]
+    for number, (bucket, chosen) in enumerate(parts):
+        shape = size if bucket is None or not shapes else tuple(shapes[bucket])
+        yield chosen, shape, Batch(shard, bucket, len(chosen), number == 0, number == len(parts) - 1)
+
+
+def _read(reader: ShardReader, shard: int, member: int, left_out: LeftOut) -> dict[str, Any]:
+    name = reader.index.names[shard]
+    keys = left_out.get(name, set())
+    if keys is None:
+        raise SampleError(name, "", "its shard is in quarantine")
+    sample = reader.read(shard, member)
+    if sample["__key__"] in keys:
+        raise SampleError(name, sample["__key__"], "in quarantine")
+    return sample
+
+
+def _decode(shard: str, sample: dict[str, Any], shape: Shape, crop: Literal["center", "resize"]) -> Image:
+    key = str(sample["__key__"])
+    data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
+    if data is None:
+        raise SampleError(shard, key, "has no image")
+    try:
+        pixels = decode_image(data, shape, crop)
+    except SampleError as error:
+        raise SampleError(shard, key, error.reason) from None
+    return Image({name: sample[name] for name in ("__key__", *COPIED) if name in sample}, pixels)
+
+
+def _filled(batch: Batch, read: Future[list[Future[Image] | SampleError]]) -> Batch:
+    for result in read.result():
+        try:
+            if isinstance(result, SampleError):
+                raise result
+            batch.images.append(result.result())
+        except SampleError as error:
+            batch.skipped.append(error)
+    return batch

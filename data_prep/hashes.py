@@ -1,0 +1,114 @@
+"""64-bit hashes of all samples of a data set, on disk, and which of them are equal or nearly so.
+
+With n samples 8 n bytes are on disk; in memory is a part of some million hashes at a time, whatever n is.
+"""
+
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+PART = 1 << 22  # hashes sorted at once
+BITS = 64
+_CHUNK = 1 << 22
+
+Pairs = tuple[np.ndarray, np.ndarray]  # places of the earlier and of the later samples, int64
+
+
+class HashFile:
+    """uint64 hashes by the samples' places in the data set, in a file that is gone with the process.
+
+    It is in ``folder``, or where temporary files are if nothing can be written there.
+    """
+
+    def __init__(self, samples: Sequence[int] | np.ndarray, folder: Path) -> None:
+        ends = np.cumsum(np.asarray(samples, np.int64))
+        self.starts = np.concatenate(([0], ends))
+        self._file = tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)  # noqa: SIM115 lives as long as this
+        self._file.truncate(max(8, 8 * int(self.starts[-1])))
+        self.values = np.memmap(self._file, np.uint64, "r+", shape=(int(self.starts[-1]),))
+        for start in range(0, len(self.values), _CHUNK):  # equal to no other as long as they are not known
+            stop = min(start + _CHUNK, len(self.values))
+            self.values[start:stop] = np.arange(start + 1, stop + 1, dtype=np.uint64)
+
+    def put(self, shard: int, hashes: np.ndarray) -> None:
+        start = int(self.starts[shard])
+        self.values[start : start + len(hashes)] = hashes
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and member of a sample."""
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard, number - int(self.starts[shard])
+
+
+def equal(hashes: np.ndarray) -> Iterator[Pairs]:
+    """Every sample that has the hash of an earlier one, with the first that has it."""
+    for places, keys in _parts(hashes, (1 << BITS) - 1):
+        order = np.argsort(keys, kind="stable")
+        places, keys = places[order], keys[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] + np.uint64(1)))
+        first = np.repeat(places[starts], np.diff(np.append(starts, len(keys))))
+        later = places != first
+        if later.any():
+            yield first[later], places[later]
+
+
+def near(hashes: np.ndarray, distance: int) -> Iterator[Pairs]:
+    """All pairs of samples whose hashes differ in 1 to ``distance`` bits; some come more than once.
+
+    Of distance + c blocks of bits, two such hashes agree in some c: hashes that agree in c blocks are neighbours when
+    sorted by those. c is as small as leaves few chance neighbours. 0 stands for no hash. Equal hashes should be
+    reduced to one of them first (the others set to 0), or their number squared is the work.
+    """
+    agreeing = _agreeing_blocks(distance, max(2, len(hashes)))
+    blocks = np.array_split(np.arange(BITS), distance + agreeing)
+    for chosen in itertools.combinations(blocks, agreeing):
+        bits = np.concatenate(chosen)
+        for places, keys in _parts(hashes, sum(1 << bit for bit in bits.tolist())):
+            yield from _neighbours(hashes, places, keys, distance)
+
+
+def _agreeing_blocks(distance: int, samples: int) -> int:
+    """The fewest blocks whose bits tell ``samples`` hashes apart."""
+    wanted = math.log2(samples)
+    return next((c for c in range(1, 9) if c * (BITS // (distance + c)) >= wanted), 8)
+
+
+def _neighbours(hashes: np.ndarray, places: np.ndarray, keys: np.ndarray, distance: int) -> Iterator[Pairs]:
+    order = np.argsort(keys, kind="stable")
+    places, keys = places[order], keys[order]
+    values = hashes[places]
+    left = np.arange(len(keys))  # those that may have a neighbour so far on
+    for step in itertools.count(1):
+        left = left[left + step < len(keys)]
+        left = left[keys[left] == keys[left + step]]
+        if not left.size:
+            return
+        close = np.bitwise_count(values[left] ^ values[left + step]) <= distance
+        if close.any():
+            pairs = places[left[close]], places[left[close] + step]
+            yield np.minimum(*pairs), np.maximum(*pairs)
+
+
+def _parts(hashes: np.ndarray, mask: int) -> Iterator[Pairs]:
+    """Places and keys (masked hashes, mixed) of all hashes but 0, in parts of like size; equal keys are in one."""
+    parts = max(1, -(-len(hashes) // PART))
+    for part in range(parts):
+        places, keys = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+        for start in range(0, len(hashes), _CHUNK):
+            chunk = np.asarray(hashes[start : start + _CHUNK])
+            mixed = _mixed(chunk & np.uint64(mask))
+            mine = np.flatnonzero((chunk != 0) & (mixed % np.uint64(parts) == part))
+            places.append(mine + start)
+            keys.append(mixed[mine])
+        yield np.concatenate(places), np.concatenate(keys)
+
+
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """One to one, so that any part of the bits tells keys apart (multiplication by an odd number, and shifts)."""
+    keys = (keys ^ (keys >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    return keys ^ (keys >> np.uint64(33))

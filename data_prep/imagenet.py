@@ -1,0 +1,244 @@
+"""Pack ImageNet into shards, with class numbers.
+
+python data_prep/imagenet.py --images ILSVRC/train --names LOC_synset_mapping.txt --out data/imagenet256
+python data_prep/imagenet.py --images ILSVRC2012_img_train.tar --out data/imagenet256
+python data_prep/imagenet.py --images ILSVRC/val --val-labels LOC_val_solution.csv --out data/imagenet256_val
+
+--images is a folder of class folders (n01440764/*.JPEG) or of class tars, the tar of class tars, or, with
+--val-labels, a folder or tar of images. Tars are read in place. Classes are numbered by their sorted names, those in
+--names or else those there. Images are in a random order, the same each time, so that every shard has all classes.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tarfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.common import run
+from data_prep.filters import Dropped
+from data_prep.folder import EXTENSIONS
+from data_prep.pipeline import MAX_FILE, Raw, add_options, options_of, read_image_file, run_pipeline
+from dico_t2i import randomness
+
+SYNSET = re.compile(r"n\d{8}")
+
+
+class Place(NamedTuple):
+    """Where an image lies. file: relative to the root; offset: in that file, -1 where it is the whole file."""
+
+    file: str
+    offset: int
+    size: int
+    name: str
+    label: int
+    synset: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of the set. words: names of the classes by synset, where known."""
+
+    root: Path = field(repr=False)
+    places: tuple[Place, ...]
+    words: Mapping[str, str] = field(repr=False)
+
+    def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
+        for place in self.places:
+            about = {"synset": place.synset, "name": self.words.get(place.synset, ""), "file_name": place.name}
+            try:
+                yield Raw(Path(place.name).stem, self._image(place), place.name, label=place.label, about=about)
+            except Dropped as dropped:
+                yield dropped
+
+    def _image(self, place: Place) -> bytes:
+        path = self.root / place.file if place.file else self.root
+        if place.offset < 0:
+            return read_image_file(path, place.file)
+        try:
+            with path.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), place.size, place.offset)
+        except OSError as error:
+            raise Dropped("unreadable image files", f"{place.name}: {error}") from None
+        if len(data) != place.size:
+            raise Dropped("images cut off by the end of a tar", place.name)
+        return data
+
+
+class Listing:
+    """Images found, kept as columns: a million of them take some 100 MB."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.synsets: list[str] = []
+        self.names: list[str] = []
+        self._columns = {name: array("q") for name in ("file", "offset", "size", "synset")}
+        self.noted: list[Dropped] = []
+
+    def add(self, file: str, offset: int, size: int, name: str, synset: str) -> None:
+        for column, value, of in (("file", file, self.files), ("synset", synset, self.synsets)):
+            if not of or of[-1] != value:
+                of.append(value)
+            self._columns[column].append(len(of) - 1)
+        self._columns["offset"].append(offset)
+        self._columns["size"].append(size)
+        self.names.append(name)
+
+    def place(self, number: int, classes: Mapping[str, int]) -> Place:
+        file, offset, size, synset = (column[number] for column in self._columns.values())
+        named = self.synsets[synset]
+        return Place(self.files[file], offset, size, self.names[number], classes[named], named)
+
+
+def list_training(images: Path) -> Listing:
+    """The images of class folders, class tars, or a tar of class tars. Raises ValueError if there are none."""
+    listing = Listing()
+    if images.is_file():
+        with _tar(images, listing) as outer:
+            for member in _regular(outer, images.name, listing):
+                if SYNSET.fullmatch(Path(member.name).stem):
+                    _list_tar(outer.extractfile(member), images.name, "", member.offset_data, listing, member.name)
+    else:
+        for entry in sorted(images.iterdir()):
+            if entry.is_dir() and SYNSET.fullmatch(entry.name):
+                for name in sorted(os.listdir(entry)):  # noqa: PTH208 a million Path objects would take a while
+                    if name.lower().endswith(EXTENSIONS):
+                        listing.add(f"{entry.name}/{name}", -1, 0, name, entry.name)
+            elif entry.suffix == ".tar" and SYNSET.fullmatch(entry.stem):
+                with entry.open("rb") as file:
+                    _list_tar(file, entry.name, entry.name, 0, listing, entry.name)
+    if not listing.names:
+        raise ValueError(f"--images {images}: no images in folders or tars named by class, such as n01440764")
+    return listing
+
+
+def list_validation(images: Path, labels: Path) -> Listing:
+    """Images of a flat folder or tar with their classes from a file. Raises ValueError if the two do not fit."""
+    listing = Listing()
+    if images.is_file():
+        with _tar(images, listing) as tar:
+            found = [(Path(m.name).name, m.offset_data, m.size) for m in _regular(tar, images.name, listing)]
+    else:
+        found = [(name, -1, 0) for name in os.listdir(images)]  # noqa: PTH208
+    found = sorted(item for item in found if item[0].lower().endswith(EXTENSIONS))
+    synsets = _read_labels(labels)
+    for number, (name, offset, size) in enumerate(found):
+        synset = synsets.get(Path(name).stem) or synsets.get(str(number))
+        if synset is None:
+            listing.noted.append(Dropped("images without a label", name))
+        else:
+            listing.add("" if images.is_file() else name, offset, size, name, synset)
+    if not listing.names:
+        raise ValueError(f"--images {images}: none of {len(found)} images has a class in --val-labels {labels}")
+    return listing
+
+
+def _read_labels(file: Path) -> dict[str, str]:
+    """Synset by the image's name, or by its number where lines hold a synset alone."""
+    found: dict[str, str] = {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        words = [word for word in re.split(r"[,\s]+", line) if word]
+        synset = next((word for word in words if SYNSET.fullmatch(word)), None)
+        if synset is not None:
+            found[str(len(found)) if words[0] == synset else Path(words[0]).stem] = synset
+        elif words and number:
+            raise ValueError(
+                f"--val-labels {file}: line {number + 1} names no class such as n01440764 ({line[:40]!r});"
+                " numbers alone will not do, for ILSVRC's own are not the class numbers that models use"
+            )
+    return found
+
+
+def _tar(path: Path, listing: Listing) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except tarfile.TarError as error:
+        raise ValueError(f"--images {path}: not a readable tar: {error}") from None
+
+
+def _list_tar(file: Any, name: str, relative: str, base: int, listing: Listing, label: str) -> None:
+    """Add the images of a class tar that begins at byte ``base`` of a file."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in _regular(tar, label, listing):
+                if member.name.lower().endswith(EXTENSIONS):
+                    place = (base + member.offset_data, member.size, Path(member.name).name)
+                    listing.add(relative, *place, Path(label).stem)
+    except tarfile.TarError as error:
+        listing.noted.append(Dropped("damaged archives", f"{name}: {label}: {error}"))
+
+
+def _regular(tar: tarfile.TarFile, label: str, listing: Listing) -> Iterator[tarfile.TarInfo]:
+    """The plain files of a tar, as far as it can be read."""
+    try:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all
+            if member.isreg() and not member.issparse() and (member.size <= MAX_FILE or member.name.endswith(".tar")):
+                yield member
+    except Exception as error:  # a hostile header makes tarfile raise nearly anything
+        listing.noted.append(Dropped("damaged archives", f"{label}: {error}"))
+
+
+def read_names(file: Path) -> dict[str, str]:
+    """Names of the classes by synset, from lines such as "n01440764 tench, Tinca tinca". Raises ValueError."""
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        synset, _, words = line.partition(" ")
+        if not SYNSET.fullmatch(synset):
+            raise ValueError(f"--names {file}: lines must be such as 'n01440764 tench, Tinca tinca', not {line[:40]!r}")
+        found[synset] = words.strip()
+    return found
+
+
+class ImageNet:
+    """The images in a fixed random order."""
+
+    def __init__(self, root: Path, listing: Listing, names: Mapping[str, str], samples_per_shard: int) -> None:
+        there = set(listing.synsets)
+        unknown = sorted(there - set(names)) if names else []
+        if unknown:
+            raise ValueError(f"--names: lacks {', '.join(unknown[:5])}, of which there are images")
+        self.root, self.listing, self.samples_per_shard = root, listing, samples_per_shard
+        self.words = dict(names)
+        self.classes = {synset: number for number, synset in enumerate(sorted(names or there))}
+        self.meta = {"source": "imagenet", "classes": len(self.classes), "images": len(listing.names)}
+        self._order = randomness.permutation(0, "imagenet", 0, len(listing.names))
+
+    def units(self) -> Iterator[Images]:
+        for start in range(0, len(self._order), self.samples_per_shard):
+            chosen = np.asarray(self._order[start : start + self.samples_per_shard]).tolist()
+            places = tuple(self.listing.place(number, self.classes) for number in chosen)
+            yield Images(self.root, places, {place.synset: self.words.get(place.synset, "") for place in places})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="PLACE", help="folder or tar of the images")
+    add("--names", type=Path, metavar="FILE", help="class names, such as LOC_synset_mapping.txt")
+    add("--val-labels", type=Path, metavar="FILE", help="the class of each image, such as LOC_val_solution.csv")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    options_of(args)
+    for option in ("images", "names", "val_labels"):
+        path = getattr(args, option)
+        if path is not None and not path.exists():
+            raise ValueError(f"--{option.replace('_', '-')} {path}: not there")
+    names = read_names(args.names) if args.names else {}
+    listing = list_validation(args.images, args.val_labels) if args.val_labels else list_training(args.images)
+    source = ImageNet(args.images, listing, names, args.samples_per_shard)
+    print(f"{args.images}: {len(listing.names)} images of {len(source.classes)} classes")
+    return run_pipeline(source, args, listing.noted)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
