@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dico_t2i.files import write_atomically
 from dico_t2i.training.distributed import World
+from dico_t2i.training.run import RunFolder
 
 Compute = Callable[[range], dict[str, Tensor]]
 _POLL_S = 2.0
@@ -44,6 +46,13 @@ class Chunks:
                 time.sleep(_POLL_S)
                 shown.update(self.done())
         meet(world)
+
+    @contextmanager
+    def owned(self, world: World, patience_s: float = 0.0) -> Iterator[None]:
+        """Keep other jobs away from the folder; collective. Raises ConfigError if one keeps it for longer."""
+        with RunFolder(self.folder.parent, self.folder.name).locked(patience_s) if world.is_main else nullcontext():
+            meet(world)
+            yield
 
     def load(self) -> Iterator[dict[str, Tensor]]:
         """The chunks in order. Raises ValueError for one that cannot be read."""

@@ -41,7 +41,6 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
         raise ValueError(f"--protocol {protocol.name}: has classes, not captions; it is for evals/imagenet_fid.py")
     from evals.captions import draw, find_files
     from evals.evaluation import Evaluation
-    from evals.feature_sets import features_of
     from evals.images import ImageFiles
 
     drawn = draw(args.captions, protocol.prompts)
@@ -53,9 +52,7 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
         drawn.captions,
         drawn.source,
         weights,
-        lambda networks, world: features_of(
-            images, networks, args.cache, world, protocol.chunk, protocol.reference.manifold
-        ),
+        lambda cache: cache.of(images, protocol.reference.manifold),
     )
 
 

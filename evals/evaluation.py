@@ -18,7 +18,7 @@ from dico_t2i.training.metrics import peak_memory_bytes
 from evals import report, scoring
 from evals.chunks import Chunks
 from evals.extractors import ClipScorer, DinoFeatures, Features, load_inception
-from evals.feature_sets import FeatureSet, collect
+from evals.feature_sets import FeatureCache, FeatureSet, collect
 from evals.generation import EXAMPLES, Generator, find_subject, save_pngs
 from evals.images import write_npz
 from evals.protocol import Extractor, Metric, Protocol, Scoring, changes_of, digest
@@ -83,14 +83,15 @@ class Evaluation:
         conditions: Sequence[str | int],
         sources: dict[str, Any],
         weights: Weights | None,
-        make_reference: Callable[[Sequence[Features], World], FeatureSet],
+        make_reference: Callable[[FeatureCache], FeatureSet],
     ) -> None:
         """Checks everything and makes the reference's features; collective. Raises ValueError."""
         self.args, self.protocol, self.conditions = args, protocol, conditions
         self.subject = find_subject(args.checkpoint, protocol)
+        self.folder: Path = (args.out or self.subject.folder / "evals").resolve()
         self.world = join(args.threads)
         self.networks = load_networks(protocol.extractor, protocol.scoring, args, weights, self.world.device)
-        self.reference = make_reference(self.networks.images, self.world)
+        self.reference = make_reference(FeatureCache(args.cache, self.networks.images, self.world, protocol.chunk))
         scoring.checked_metrics(args.metrics, self.networks.outputs, self.reference)
         self.sources = {**sources, "reference": self.reference.source, "networks": self.networks.identities}
         if self.world.is_main:
@@ -103,22 +104,22 @@ class Evaluation:
         A result that is there already is not made again.
         """
         args, subject = self.args, self.subject
-        folder = (args.out or subject.folder / "evals").resolve()
         key = digest([protocol.hash(), subject.identity, self.sources, args.save, sorted(args.metrics), args.resamples])
-        path = report.result_path(folder, protocol.name + _tag(protocol), subject.step)
+        path = report.result_path(self.folder, protocol.name + _tag(protocol), subject.step)
         done = _read(path)
         if done and done["key"] == key:
             if self.world.is_main:
                 report.print_result(done)
             return done
         chunks = Chunks(path.with_suffix(f".{key}"), protocol.prompts.count, protocol.chunk)
-        generated = self._generate(chunks, protocol, path)
-        if not self.world.is_main:
-            return None
-        result = self._result(protocol, generated, key)
-        self._keep_images(chunks, protocol, path)
-        report.write_result(path, result)
-        chunks.remove()
+        with chunks.owned(self.world):
+            generated = self._generate(chunks, protocol, path)
+            if not self.world.is_main:
+                return None
+            result = self._result(protocol, generated, key)
+            self._keep_images(chunks, protocol, path)
+            report.write_result(path, result)
+            chunks.remove()
         report.print_result(result)
         print(f"result: {path}")
         report.log_to_wandb(subject.config, subject.folder, result, path.with_suffix(".png"))

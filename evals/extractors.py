@@ -98,7 +98,7 @@ class DinoFeatures:
     """DINOv2's class token, for FD-DINOv2 (Stein et al. 2023): bicubic to 224 px, ImageNet's mean and deviation."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        settings, weights = resolve(name, [("config.json",), ("model.safetensors",)], "dinov2")
+        settings, weights = resolve(name, [("config.json",), ("model.safetensors",)], "--dinov2")
         import transformers
 
         with reading(weights):
@@ -121,7 +121,7 @@ class ClipScorer:
         card, weights = resolve(
             name,
             [("open_clip_config.json",), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")],
-            "clip",
+            "--clip",
         )
         import open_clip
 

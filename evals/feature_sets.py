@@ -19,11 +19,12 @@ from dico_t2i.files import write_atomically
 from dico_t2i.training.distributed import World
 from evals.chunks import Chunks, meet
 from evals.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION, Features
-from evals.images import ImageSet, npz_members, open_images
+from evals.images import Crop, ImageSet, npz_members, open_images
 from evals.metrics import Gaussian, Moments
-from evals.protocol import Protocol, digest
+from evals.protocol import Extractor, digest
 
 _STREAMED = (POOL, SPATIAL, DINO)
+_PATIENCE_S = 86400.0  # for another job that makes the same reference
 _ROWS = 1024  # added to the moments together, in the order of the chunks
 
 
@@ -84,65 +85,81 @@ def _add(moments: dict[str, Moments], waiting: dict[str, list[Tensor]], least: i
             parts.clear()
 
 
-def features_of(
-    images: ImageSet,
-    networks: Sequence[Features],
-    cache: Path,
-    world: World,
-    chunk: int,
-    manifold: int | None = None,
-    logits: bool = False,
-) -> FeatureSet:
-    """The features of a set: from the cache, or computed over the ranks and put there; collective.
+@dataclass(frozen=True)
+class FeatureCache:
+    """Makes features of sets of images over the ranks, and keeps them.
 
-    The cache's key is all that they depend on: the images' contents and preparation, the networks' weights and resize,
-    images in a chunk, rows kept. logits: whether to keep them, for the Inception Score.
+    The key is all that they depend on: the images' contents and preparation, the networks' weights and resize, the
+    number of images in a chunk, the rows kept. All ranks make the same calls.
     """
-    identity: list[Any] = [images.identity() if world.is_main else None]
-    dist.broadcast_object_list(identity, device=world.device)
-    networks_used = [network.identity for network in networks]
-    source = {"images": len(images), **identity[0], "networks": networks_used}
-    key = digest([source, chunk, manifold, logits])
-    path = cache.expanduser() / "references" / f"{key}.safetensors"
-    if not path.exists():
-        chunks = Chunks(path.with_suffix(".chunks"), len(images), chunk)
 
+    folder: Path
+    networks: Sequence[Features]
+    world: World
+    chunk: int
+
+    def of(self, images: ImageSet, manifold: int | None = None, logits: bool = False) -> FeatureSet:
+        """manifold: rows of pooled features to keep; none: all. logits: keep them, for the Inception Score."""
+        identity: list[Any] = [images.identity() if self.world.is_main else None]
+        dist.broadcast_object_list(identity, device=self.world.device)
+        networks = [network.identity for network in self.networks]
+        source = {"images": len(images), **identity[0], "networks": networks}
+        key = digest([source, self.chunk, manifold, logits])
+        path = self.folder.expanduser() / "references" / f"{key}.safetensors"
+        chunks = Chunks(path.with_suffix(".chunks"), len(images), self.chunk)
+        with chunks.owned(self.world, _PATIENCE_S):
+            if not path.exists():
+                self._make(chunks, images, path, manifold, logits, {"key": key, **source})
+        return read_statistics(path, self.networks)
+
+    def _make(
+        self,
+        chunks: Chunks,
+        images: ImageSet,
+        path: Path,
+        manifold: int | None,
+        logits: bool,
+        source: dict[str, Any],
+    ) -> None:
         def compute(index: range) -> dict[str, Tensor]:
             pixels = images.read(index)
-            found = {name: value for network in networks for name, value in network(pixels).items()}
+            found = {name: value for network in self.networks for name, value in network(pixels).items()}
             return {name: value for name, value in found.items() if logits or name != LOGITS}
 
-        chunks.make(compute, world, "reference")
-        if world.is_main and not path.exists():
-            write_atomically(path, _packed(collect(chunks.load(), len(images), manifold), {"key": key, **source}))
+        chunks.make(compute, self.world, "reference")
+        if self.world.is_main:
+            write_atomically(path, _packed(collect(chunks.load(), len(images), manifold), source))
             chunks.remove()
-    meet(world)
-    return read_statistics(path, networks)
+        meet(self.world)
 
+    def of_path(
+        self,
+        path: Path,
+        extractor: Extractor,
+        crop: Crop = "none",
+        size: int | None = None,
+        manifold: int | None = None,
+    ) -> FeatureSet:
+        """Of a folder, an npz of images or in ADM's layout, or a file of the cache.
 
-def reference_of(path: Path, networks: Sequence[Features], protocol: Protocol, cache: Path, world: World) -> FeatureSet:
-    """A given reference: a folder, an npz of images or in ADM's layout, a file of the cache; collective.
-
-    Raises ValueError for statistics of another extractor than the protocol's.
-    """
-    if path.suffix == ".safetensors":
-        return read_statistics(path, networks)
-    wanted = protocol.reference
-    statistics = path.suffix == ".npz" and {"mu", "sigma"} <= npz_members(path)
-    found = FeatureSet(0, {})
-    if not statistics or "arr_0" in npz_members(path):
-        images = open_images(path, wanted.crop, protocol.image_size)
-        found = features_of(images, networks, cache, world, protocol.chunk, wanted.manifold)
-    if statistics:
-        network = networks[0].identity if networks else {}
-        if not network.get("sha256", "").startswith(protocol.extractor.sha256 or ""):
-            raise ValueError(f"{path}: statistics of another extractor: they are the FID Inception's, not of {network}")
-        found.gaussians |= read_adm_statistics(path)
-        found.n = 0
-        found.source["statistics"] = f"{path.name}, sha256 {file_hash(path)}"
-        if protocol.extractor.resize != "legacy_tensorflow":
-            found.doubts.append(f"{path.name} does not say its resize; ADM's is legacy_tensorflow")
-    return found
+        Raises ValueError for statistics of another extractor than the protocol's.
+        """
+        if path.suffix == ".safetensors":
+            return read_statistics(path, self.networks)
+        statistics = path.suffix == ".npz" and {"mu", "sigma"} <= npz_members(path)
+        found = FeatureSet(0, {})
+        if not statistics or "arr_0" in npz_members(path):
+            found = self.of(open_images(path, crop, size), manifold)
+        if statistics:
+            network = self.networks[0].identity if self.networks else {}
+            if not network.get("sha256", "").startswith(extractor.sha256 or ""):
+                raise ValueError(f"{path}: statistics of another extractor: the FID Inception's, not of {network}")
+            found.gaussians |= read_adm_statistics(path)
+            found.n = 0
+            found.source["statistics"] = f"{path.name}, sha256 {file_hash(path)}"
+            if extractor.resize != "legacy_tensorflow":
+                found.doubts.append(f"{path.name} does not say its resize; ADM's is legacy_tensorflow")
+        return found
 
 
 def read_statistics(path: Path, networks: Sequence[Features]) -> FeatureSet:

@@ -41,9 +41,9 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
 
     from dico_t2i import randomness
     from evals.evaluation import Evaluation
-    from evals.feature_sets import reference_of
     from evals.protocol import digest
 
+    reference = protocol.reference
     index = torch.arange(protocol.prompts.count)
     labels = randomness.integers(protocol.prompts.seed, "evaluation class", index, protocol.prompts.classes or 1)
 
@@ -53,7 +53,9 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
         labels.tolist(),
         {"drawn_sha256": digest(labels.tolist())},
         weights,
-        lambda networks, world: reference_of(args.reference, networks, protocol, args.cache, world),
+        lambda cache: cache.of_path(
+            args.reference, protocol.extractor, reference.crop, protocol.image_size, reference.manifold
+        ),
     )
 
 

@@ -11,24 +11,23 @@ from evals.protocol import Metric, Protocol, load_protocol, names
 
 
 def add_protocol_options(parser: argparse.ArgumentParser, protocol: str | None = None) -> None:
-    """Protocol, networks, cache."""
+    """Which protocol, and changes to it."""
     add = parser.add_argument
     add("--protocol", default=protocol, required=protocol is None, help=f"one of {', '.join(names())}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a change; makes the result not comparable")
-    add("--metrics", type=_metrics, metavar="A,B", help="only these of the protocol's")
+    add("--metrics", type=metric_names, metavar="A,B", help="only these of the protocol's")
+    add_network_options(parser)
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Weights, cache, and how statistics are computed."""
+    add = parser.add_argument
     add("--extractor", type=Path, help=f"weights of the FID Inception (default: in the cache); or {weights.SEEDED}")
     add("--clip", help="folder of the CLIP model of the CLIP score (default: the protocol's, from the hub's cache)")
     add("--dinov2", help="folder of DINOv2 (default: the protocol's, from the hub's cache)")
-    add(
-        "--cache",
-        type=Path,
-        default=weights.CACHE,
-        help=f"for weights and reference statistics (default: {weights.CACHE})",
-    )
+    add("--cache", type=Path, default=weights.CACHE, help=f"weights, reference statistics (default: {weights.CACHE})")
     add("--resamples", type=int, default=20, help="bootstrap samples for standard errors; 0: none (default: 20)")
-    add(
-        "--threads", type=int, default=1, help="of each rank on a CPU; another number may change last bits (default: 1)"
-    )
+    add("--threads", type=int, default=1, help="of a rank's CPU; others may change last bits (default: 1)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +64,8 @@ def fix_threads(threads: int) -> None:
         os.environ[name] = str(threads)
 
 
-def _metrics(text: str) -> tuple[str, ...]:
+def metric_names(text: str) -> tuple[str, ...]:
+    """Of a list with commas."""
     unknown = set(text.split(",")) - set(get_args(Metric))
     if unknown:
         raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; there are {', '.join(get_args(Metric))}")
