@@ -94,7 +94,7 @@ class Evaluation:
         self.reference = make_reference(FeatureCache(args.cache, self.networks.images, self.world, protocol.chunk))
         scoring.checked_metrics(args.metrics, self.networks.outputs, self.reference)
         self.sources = {**sources, "reference": self.reference.source, "networks": self.networks.identities}
-        if self.world.is_main:
+        if self.world.is_main and weights:
             for line in scoring.warnings(protocol.prompts.count, self.reference):
                 print(f"warning: {line}", flush=True)
 

@@ -100,6 +100,8 @@ class FeatureCache:
 
     def of(self, images: ImageSet, manifold: int | None = None, logits: bool = False) -> FeatureSet:
         """manifold: rows of pooled features to keep; none: all. logits: keep them, for the Inception Score."""
+        if not self.networks:
+            return FeatureSet(len(images), {})
         identity: list[Any] = [images.identity() if self.world.is_main else None]
         dist.broadcast_object_list(identity, device=self.world.device)
         networks = [network.identity for network in self.networks]

@@ -63,7 +63,7 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
     if set(args.metrics) - {"is", "clip"}:
         reference = cache.of_path(args.reference, extractor)
     scoring.checked_metrics(args.metrics, networks.outputs, reference)
-    for line in scoring.warnings(len(images), reference) if world.is_main else []:
+    for line in scoring.warnings(len(images), reference) if world.is_main and weights else []:
         print(f"warning: {line}", flush=True)
     generated = FeatureSet(len(images), {})
     if networks.images:
