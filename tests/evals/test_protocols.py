@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dico_t2i.config import ConfigError
-from evals import weights
+from dico_t2i.training.distributed import World
+from evals import scoring, weights
 from evals.captions import draw, find_files
 from evals.extractors import POOL
-from evals.feature_sets import collect, read_adm_statistics
+from evals.feature_sets import FeatureCache, FeatureSet, collect, read_adm_statistics
 from evals.images import adm_crop, open_images, write_npz
+from evals.metrics import gaussian_of
 from evals.options import add_protocol_options, chosen_protocol
 from evals.protocol import Prompts, changes_of, load_protocol, names
 
@@ -164,6 +167,31 @@ def test_npz_in_adms_layout(tmp_path: Path) -> None:
         read_adm_statistics(tmp_path / "small.npz")
     with pytest.raises(ValueError, match="has no images"):
         open_images(tmp_path / "small.npz", "none")
+
+
+def test_statistics_of_another_extractor(tmp_path: Path) -> None:
+    """ADM's are of the published Inception, a file of the cache says of which; here no network is at hand."""
+    cache = FeatureCache(tmp_path, [], World(0, 1, 0, torch.device("cpu")), 4)
+    extractor = load_protocol("imagenet50k-adm").extractor
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="statistics of another extractor: the FID Inception's"):
+        cache.of_path(tmp_path / "adm.npz", extractor)
+    kept = tmp_path / "kept.safetensors"
+    tensors = {"n": torch.tensor(3), "mean.pool": torch.zeros(2), "cov.pool": torch.eye(2)}
+    save_file(tensors, kept, {"source": json.dumps({"networks": [{"sha256": "another"}]})})
+    with pytest.raises(ValueError, match="statistics of another extractor"):
+        cache.of_path(kept, extractor)
+    save_file(tensors, kept, {"source": json.dumps({"networks": []})})
+    assert cache.of_path(kept, extractor).n == 3
+
+
+def test_warnings_and_metrics_without_their_features() -> None:
+    few = FeatureSet(50, {POOL: gaussian_of(torch.randn(9, 2))})
+    assert [line.split()[0] for line in scoring.warnings(100, few)] == ["50", "100"]
+    assert scoring.warnings(30000, FeatureSet(40504, {})) == []
+    for metric, message in (("sfid", "this extractor gives pool only"), ("kid", "statistics only, no images")):
+        with pytest.raises(ValueError, match=message):
+            scoring.checked_metrics([metric], {POOL}, few)  # type: ignore[list-item]
 
 
 def test_adm_crop_halves_before_it_interpolates() -> None:
