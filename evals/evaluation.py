@@ -92,10 +92,11 @@ class Evaluation:
         self.world = join(args.threads)
         self.networks = load_networks(protocol.extractor, protocol.scoring, args, weights, self.world.device)
         self.reference = make_reference(FeatureCache(args.cache, self.networks.images, self.world, protocol.chunk))
-        scoring.checked_metrics(args.metrics, self.networks.outputs, self.reference)
+        samples, outputs = protocol.prompts.count, self.networks.outputs
+        scoring.check_metrics(protocol.scoring, args.metrics, samples, outputs, self.reference)
         self.sources = {**sources, "reference": self.reference.source, "networks": self.networks.identities}
         if self.world.is_main and weights:
-            for line in scoring.warnings(protocol.prompts.count, self.reference):
+            for line in scoring.warnings(samples, self.reference):
                 print(f"warning: {line}", flush=True)
 
     def run(self, protocol: Protocol) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
     reference = FeatureSet(0, {})
     if set(args.metrics) - {"is", "clip"}:
         reference = cache.of_path(args.reference, extractor)
-    scoring.checked_metrics(args.metrics, networks.outputs, reference)
+    scoring.check_metrics(settings, args.metrics, len(images), networks.outputs, reference)
     for line in scoring.warnings(len(images), reference) if world.is_main and weights else []:
         print(f"warning: {line}", flush=True)
     generated = FeatureSet(len(images), {})

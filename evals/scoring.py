@@ -89,8 +89,12 @@ def warnings(samples: int, reference: FeatureSet) -> list[str]:
     return said
 
 
-def checked_metrics(wanted: Sequence[Metric], outputs: set[str], reference: FeatureSet) -> None:
-    """Raises ValueError for a metric whose features are not there, saying what to do."""
+def check_metrics(
+    settings: Scoring, wanted: Sequence[Metric], samples: int, outputs: set[str], reference: FeatureSet
+) -> None:
+    """Raises ValueError for a metric without its features, or of too few samples, saying what to do."""
+    if "is" in wanted and samples < settings.splits:
+        raise ValueError(f"--metrics is: {samples} samples cannot be cut into {settings.splits} parts; leave it out")
     of_one_container: dict[Metric, str] = {"sfid": SPATIAL, "is": LOGITS}
     for metric, name in of_one_container.items():
         if metric in wanted and name not in outputs:
@@ -107,3 +111,6 @@ def checked_metrics(wanted: Sequence[Metric], outputs: set[str], reference: Feat
         raise ValueError(
             "--metrics precision, recall, kid: the reference has statistics only, no images; leave them out"
         )
+    fewest = min(samples, len(reference.rows.get(POOL, ())))
+    if {"precision", "recall"} & set(wanted) and fewest <= settings.neighbours:
+        raise ValueError(f"--metrics precision, recall: {fewest} images have no {settings.neighbours} neighbours each")

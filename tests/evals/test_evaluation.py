@@ -167,8 +167,13 @@ def test_checkpoints_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def network() -> Inception:
+    return Inception("clean", Weights(None, "seeded", None), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow", "legacy_pytorch"])
-def test_clean_fids_own_pipeline_gives_the_same_fid(mode: Any, tmp_path: Path) -> None:
+def test_clean_fids_own_pipeline_gives_the_same_fid(mode: Any, network: Inception, tmp_path: Path) -> None:
     """On the first 3 of 2048 features, for which 5 images make a covariance."""
     from cleanfid import fid
 
@@ -178,7 +183,7 @@ def test_clean_fids_own_pipeline_gives_the_same_fid(mode: Any, tmp_path: Path) -
         for i in range(5):
             image = rng.normal(rng.uniform(50, 200, 3), spread, (24, 24, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(image).save(tmp_path / name / f"{i}.png")
-    network = Inception(mode, Weights(None, "seeded", None), torch.device("cpu"))
+    network.resize = mode
     mine = [
         gaussian_of(network(open_images(tmp_path / name, "none").read(range(5)))[POOL][:, :3]) for name in ("a", "b")
     ]

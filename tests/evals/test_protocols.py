@@ -16,7 +16,7 @@ from dico_t2i.config import ConfigError
 from dico_t2i.training.distributed import World
 from evals import scoring, weights
 from evals.captions import draw, find_files
-from evals.extractors import POOL
+from evals.extractors import LOGITS, POOL
 from evals.feature_sets import FeatureCache, FeatureSet, collect, read_adm_statistics
 from evals.images import adm_crop, open_images, write_npz
 from evals.metrics import gaussian_of
@@ -189,9 +189,14 @@ def test_warnings_and_metrics_without_their_features() -> None:
     few = FeatureSet(50, {POOL: gaussian_of(torch.randn(9, 2))})
     assert [line.split()[0] for line in scoring.warnings(100, few)] == ["50", "100"]
     assert scoring.warnings(30000, FeatureSet(40504, {})) == []
+    settings = load_protocol("coco-uvit").scoring
     for metric, message in (("sfid", "this extractor gives pool only"), ("kid", "statistics only, no images")):
         with pytest.raises(ValueError, match=message):
-            scoring.checked_metrics([metric], {POOL}, few)  # type: ignore[list-item]
+            scoring.check_metrics(settings, [metric], 100, {POOL}, few)  # type: ignore[list-item]
+    some = FeatureSet(3, {}, {POOL: torch.randn(3, 2)})
+    for metric, message in (("is", "9 samples cannot be cut into 10 parts"), ("recall", "3 images have no 3 neighb")):
+        with pytest.raises(ValueError, match=message):
+            scoring.check_metrics(settings, [metric], 9, {POOL, LOGITS}, some)  # type: ignore[list-item]
 
 
 def test_adm_crop_halves_before_it_interpolates() -> None:
