@@ -1,5 +1,6 @@
 """Samples of a checkpoint and their features, in chunks: image i depends on the protocol and i alone."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,8 +59,6 @@ def find_subject(path: Path, protocol: Protocol) -> Subject:
 
 
 def _exported(path: Path) -> Subject:
-    import json
-
     origin = json.loads((path / "export.json").read_text(encoding="utf-8"))
     stat = (path / WEIGHTS_FILE).stat()
     identity = digest([origin, stat.st_size, stat.st_mtime_ns])
