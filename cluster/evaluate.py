@@ -1,10 +1,12 @@
 """Evaluate a run's checkpoints in a job of its own, never holding up training.
 
-    python cluster/evaluate.py --run runs/NAME -- evals/script.py --checkpoint {checkpoint} --out {out}
+    python cluster/evaluate.py --run runs/NAME -- evals/coco_fid.py --checkpoint {checkpoint} --protocol ...
     python cluster/evaluate.py --run runs/NAME --follow -- ...        each new checkpoint, until the run is done
     python cluster/evaluate.py --run runs/NAME --after JOB -- ...     the newest one, once the training job has ended
+    ... -- -m torch.distributed.run --nproc-per-node 8 evals/coco_fid.py ...     on all GPUs of the node
 
-{checkpoint} and {out} stand for the checkpoint's folder and a folder for results, runs/NAME/evaluations/NAME-OF-STEP.
+{checkpoint} and {out} stand for the checkpoint's folder and a folder for results, runs/NAME/evaluations/NAME-OF-STEP,
+where the script's output goes as well. The scripts of evals/ need no {out}: they write to runs/NAME/evals.
 Each checkpoint is evaluated once: what is there already is not done again. With several jobs after one another separate
 them by --name, which is also the name of the folder instead of "evaluations".
 """
@@ -34,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not any("{checkpoint}" in part for part in arguments.script):
         raise ValueError("the script's arguments have no {checkpoint}: it would not know what to evaluate")
-    if not Path(arguments.script[0]).is_file():
-        raise ValueError(f"{arguments.script[0]}: no such script")
+    script = next((part for part in arguments.script if part.endswith(".py")), arguments.script[0])
+    if not Path(script).is_file():
+        raise ValueError(f"{script}: no such script")
     folder = arguments.run.resolve()
     if not (arguments.after or arguments.follow or folder.is_dir()):
         raise ValueError(f"--run {arguments.run}: no such run")

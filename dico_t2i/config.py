@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -48,6 +48,9 @@ class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Span(Section):
@@ -528,6 +531,20 @@ def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: Cluste
         return ClusterConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{profile or 'cluster'}:\n{_explain(error, ClusterConfig)}") from None
+
+
+def load_section(path: Path, section: type[AnySection], overrides: Iterable[str] = ()) -> AnySection:
+    """Any section from a file of its own, with ``extends:`` and overrides as ``load_config`` has them.
+
+    Raises ConfigError with the file, the key's path and the remedy.
+    """
+    tree = _read_tree(path, ())
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{_explain(error, section)}") from None
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:

@@ -1,0 +1,67 @@
+"""FID and other metrics of a text-to-image model on MS-COCO, under a protocol.
+
+    python evals/coco_fid.py --checkpoint runs/NAME --images coco/val2014 \\
+        --captions coco/annotations/captions_val2014.json --protocol coco30k-zeroshot
+    torchrun --nproc-per-node 8 evals/coco_fid.py ...
+
+Started again it goes on where it stopped, on any number of ranks. Results: runs/NAME/evals/PROTOCOL/STEP.json, with the
+first images as a grid. docs/evaluation.md describes protocols and metrics.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.common import run
+from evals.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
+from evals.protocol import Protocol
+from evals.weights import find_weights
+
+if TYPE_CHECKING:
+    from evals.evaluation import Evaluation
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its options, which evals/sweep.py has too."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sampling_options(made)
+    made.add_argument("--images", type=Path, required=True, help="folder of the annotated images, or its parent")
+    made.add_argument("--captions", type=Path, required=True, help="COCO's captions_*.json")
+    add_protocol_options(made)
+    return made
+
+
+def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
+    """All that comes before the first sample: checks, and the features of the reference; collective."""
+    weights = find_weights(protocol.extractor, args.extractor, args.cache) if needs_inception(args.metrics) else None
+    if protocol.prompts.rule == "uniform":
+        raise ValueError(f"--protocol {protocol.name}: has classes, not captions; it is for evals/imagenet_fid.py")
+    from evals.captions import draw, find_files
+    from evals.evaluation import Evaluation
+    from evals.images import ImageFiles
+
+    drawn = draw(args.captions, protocol.prompts)
+    names = drawn.files if protocol.reference.images == "drawn" else drawn.all_files
+    images = ImageFiles(find_files(names, args.images), protocol.reference.crop, protocol.image_size)
+    return Evaluation(
+        args,
+        protocol,
+        drawn.captions,
+        drawn.source,
+        weights,
+        lambda cache: cache.of(images, protocol.reference.manifold),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    protocol = chosen_protocol(args)
+    prepare(args, protocol).run(protocol)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

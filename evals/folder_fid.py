@@ -1,0 +1,116 @@
+"""Compare two sets of images: folders, or npz in ADM's layout; the second may be statistics.
+
+    python evals/folder_fid.py samples/ reference/ --resize clean --metrics fid,kid,precision,recall
+    python evals/folder_fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is
+
+Images are taken as they are. The CLIP score reads each PNG's text entry "prompt", as `dico sample` and --save png write
+it. Features are kept in the cache, so that a second look is quick.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.common import run
+from evals.options import add_network_options, fix_threads, metric_names, needs_inception
+from evals.protocol import STATE_DICT, TORCHSCRIPT, Extractor, Resize, Scoring, digest
+from evals.weights import Weights, find_weights
+
+if TYPE_CHECKING:
+    from evals.evaluation import Networks
+
+_CHUNK = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder or npz")
+    parser.add_argument("reference", type=Path, help="folder, npz, or a statistics file of the cache")
+    parser.add_argument("--metrics", type=metric_names, default=("fid",), metavar="A,B", help="(default: fid)")
+    parser.add_argument("--resize", choices=get_args(Resize), default="clean", help="(default: clean)")
+    parser.add_argument("--out", type=Path, help="JSON result")
+    add_network_options(parser)
+    args = parser.parse_args(argv)
+    fix_threads(args.threads)
+    scripted = args.extractor and args.extractor.suffix == Path(TORCHSCRIPT).suffix
+    extractor = Extractor(
+        file=TORCHSCRIPT if scripted else STATE_DICT, sha256=None if scripted else "6726825d", resize=args.resize
+    )
+    weights = find_weights(extractor, args.extractor, args.cache) if needs_inception(args.metrics) else None
+    result = _compare(args, extractor, weights)
+    if result and args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | None) -> dict[str, Any] | None:
+    """The result, printed, on rank 0."""
+    from evals import report, scoring
+    from evals.evaluation import join, load_networks
+    from evals.feature_sets import FeatureCache, FeatureSet
+    from evals.images import open_images
+
+    settings = Scoring(metrics=args.metrics)
+    images = open_images(args.images, "none")
+    world = join(args.threads)
+    networks = load_networks(extractor, settings, args, weights, world.device)
+    cache = FeatureCache(args.cache, networks.images, world, _CHUNK)
+    reference = FeatureSet(0, {})
+    if set(args.metrics) - {"is", "clip"}:
+        reference = cache.of_path(args.reference, extractor)
+    scoring.check_metrics(settings, args.metrics, len(images), networks.outputs, reference)
+    for line in scoring.warnings(len(images), reference) if world.is_main and weights else []:
+        print(f"warning: {line}", flush=True)
+    generated = FeatureSet(len(images), {})
+    if networks.images:
+        generated = cache.of(images, logits="is" in args.metrics)
+    if "clip" in args.metrics:
+        generated.rows |= _clip_scores(args.images, networks)
+    if not world.is_main:
+        return None
+    numbers, errors = scoring.score(settings, args.metrics, generated, reference, args.resamples)
+    result = {
+        "subject": f"{args.images} against {args.reference}",
+        "images": generated.n,
+        "protocol": {"name": f"folders, {args.resize}", **settings.model_dump(mode="json")},
+        "protocol_hash": digest([settings.model_dump(mode="json"), extractor.model_dump(mode="json"), _CHUNK]),
+        "comparable": not (networks.doubts or reference.doubts),
+        "changes": [],
+        "doubts": [*networks.doubts, *reference.doubts],
+        "numbers": numbers,
+        "standard_errors": errors,
+        "sources": {"images": generated.source, "reference": reference.source, "networks": networks.identities},
+    }
+    report.print_result(result)
+    return result
+
+
+def _clip_scores(folder: Path, networks: "Networks") -> "dict[str, Any]":
+    """Of PNGs that have their prompts with them; every rank computes them all."""
+    import torch
+    from PIL import Image
+
+    from evals.images import ImageFiles, open_images
+
+    images = open_images(folder, "none")
+    assert networks.clip
+    if not isinstance(images, ImageFiles):
+        raise ValueError(f"--metrics clip: {folder} has no prompts; give a folder of PNGs with theirs")
+    prompts: list[str] = []
+    for file in images.files:
+        with Image.open(file) as image:
+            prompts.append(getattr(image, "text", {}).get("prompt", ""))
+    bare = [file.name for file, prompt in zip(images.files, prompts, strict=True) if not prompt]
+    if bare:
+        raise ValueError(f"--metrics clip: {len(bare)} of {len(prompts)} images have no text entry 'prompt': {bare[0]}")
+    pieces = [range(i, min(i + _CHUNK, len(images))) for i in range(0, len(images), _CHUNK)]
+    found = [networks.clip(images.read(piece), prompts[piece.start : piece.stop])["clip"] for piece in pieces]
+    return {"clip": torch.cat(found)}
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

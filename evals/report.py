@@ -1,0 +1,109 @@
+"""Results: JSON in the run's folder, a table in the terminal, Weights & Biases."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dico_t2i.config import Config
+from dico_t2i.files import write_atomically
+
+NAMES = {
+    "fid": "FID",
+    "fid_cleanfid": "FID by clean-fid's functions",
+    "fid_infinity": "FID extrapolated to infinity",
+    "sfid": "sFID",
+    "is": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "kid": "KID",
+    "clip": "CLIP score",
+    "fd_dinov2": "FD-DINOv2",
+}
+_SPREADS = {"is": "is_std", "kid": "kid_std"}
+
+
+def result_path(folder: Path, protocol: str, step: int) -> Path:
+    return folder / protocol / f"{step:08d}.json"
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def print_result(result: dict[str, Any], console: Console | None = None) -> None:
+    """The numbers, what they depend on, and whether they compare with others."""
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console.print(result_table(result))
+    for key, value in result["sources"].items():
+        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    for line in [f"changed: {change}" for change in result["changes"]] + result["doubts"]:
+        console.print(f"not comparable: {line}", style="bold red", markup=False, soft_wrap=True)
+    if result.get("seconds"):
+        console.print(_shares(result), markup=False, highlight=False, soft_wrap=True)
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    protocol, numbers, errors = result["protocol"], result["numbers"], result["standard_errors"]
+    table = Table(
+        "metric", "value", "standard error", "spread of parts", title=f"{result['subject']}, {result['images']} images"
+    )
+    table.caption = f"{protocol['name']} {result['protocol_hash']}" + (
+        "" if result["comparable"] else ", NOT COMPARABLE"
+    )
+    for key, name in NAMES.items():
+        if key in numbers:
+            spread = numbers.get(_SPREADS.get(key, ""))
+            table.add_row(name, f"{numbers[key]:.6f}", _short(errors.get(key)), _short(spread))
+    return table
+
+
+def _shares(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    total = sum(seconds.values())
+    parts = ", ".join(f"{name} {value:.1f} s ({value / total:.0%})" for name, value in seconds.items())
+    return f"time of all ranks: {parts}; peak memory of rank 0 {result['peak_memory_gb']:.2f} GB"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def log_to_wandb(config: Config, folder: Path, result: dict[str, Any], picture: Path | None) -> None:
+    """To a run of its own beside the training run, if that is logged: two writers of one run lose each other's steps.
+
+    Its id is that of the training run with "-evals"; it is resumed for each checkpoint.
+    """
+    identity = folder / "wandb_id"
+    if config.log.wandb == "disabled" or not identity.exists():
+        return
+    online = config.log.wandb == "online" or (config.log.wandb == "auto" and "WANDB_API_KEY" in os.environ)
+    prefix = result["protocol"]["name"]
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=config.log.wandb_project,
+            name=f"{config.name}-evals",
+            group=config.name,
+            id=f"{identity.read_text().strip()}-evals",
+            resume="allow",
+            dir=str(folder),
+            mode="online" if online else "offline",
+            settings=wandb.Settings(silent=True),
+        )
+        run.define_metric("checkpoint_step")
+        run.define_metric("*", step_metric="checkpoint_step")
+        values: dict[str, Any] = {f"{prefix}/{name}": value for name, value in result["numbers"].items()}
+        if picture:
+            values[f"{prefix}/examples"] = wandb.Image(str(picture))
+        run.log({"checkpoint_step": result["step"], **values})
+        run.summary[f"{prefix}/hash"] = result["protocol_hash"]
+        run.finish()
+    except Exception as error:  # a lost line in wandb must not lose the evaluation
+        print(f"wandb: not logged: {error}", file=sys.stderr)
