@@ -5,13 +5,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "files", "randomness", "safetensors_writer"},
+    {"config", "evaluations", "files", "imagenet", "randomness", "safetensors_writer"},
     {"data", "ops"},
     {"models", "encoders", "diffusion"},
     {"training.checkpoint", "training.optimizer"},
     {"sampling"},
     {"export", "training"},
-    {"plan"},
+    {"demo", "plan", "report"},
     {"plan_text"},
     {"cli"},
     {"__main__"},
