@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,6 +61,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     export.add_argument("--out", required=True, type=Path)
     export.set_defaults(run=_export)
+
+    demo = commands.add_parser("demo", help="a web page to try a checkpoint on, or to compare two")
+    demo.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
+    demo.add_argument("--compare", type=Path, help="a second one, sampled with the same seeds")
+    demo.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    demo.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    demo.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others too (default: this machine only)")
+    demo.add_argument("--port", type=int, default=7860)
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="one HTML page about one run or several, to read off line")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -96,7 +114,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    import torch
     from rich.progress import Progress
 
     from dico_t2i.sampling import load_pipeline, save_images
@@ -104,11 +121,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    pipeline = load_pipeline(
-        arguments.checkpoint, arguments.weights, device, torch.bfloat16 if dtype == "bf16" else torch.float32
-    )
+    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, *_device(arguments.dtype))
     kind = "text" if arguments.labels is None else "class"
     if pipeline.config.model.condition != kind:
         raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
@@ -134,6 +147,15 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _device(dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
+    """Where to sample, and in what: as wished, or bf16 on a GPU and fp32 on a CPU."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return device, torch.bfloat16 if wished == "bf16" else torch.float32
+
+
 def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
     if arguments.labels is not None:
         return list(arguments.labels)
@@ -152,4 +174,21 @@ def _export(arguments: argparse.Namespace) -> int:
 
     export(arguments.checkpoint, arguments.weights, arguments.out)
     print(f"exported to {arguments.out}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dico_t2i.demo import check_gradio, serve
+
+    check_gradio()
+    checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
+    serve(checkpoints, arguments.weights, *_device(arguments.dtype), arguments.host, arguments.port)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dico_t2i.report import write_report
+
+    write_report(arguments.runs, arguments.out)
+    print(f"report: {arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
     return 0

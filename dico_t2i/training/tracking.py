@@ -112,7 +112,6 @@ class WandbRun:
         self._run.log({"samples": wandb.Image(str(path), caption=f"step {step}")}, step=step)
 
     def event(self, step: int, kind: str, message: str, details: dict[str, Any]) -> None:
-        import wandb
 
         self._exit_code = _EXIT_CODES.get(kind, self._exit_code)
         if kind == "start":
@@ -120,7 +119,7 @@ class WandbRun:
         if kind == "stop":
             self._run.mark_preempting()  # with the exit code it shows as preempted, not as crashed
         if kind in _ALERTS:
-            self._run.alert(f"{self._config.name}: {kind} at step {step}", message, "ERROR")
+            self._run.alert(f"{kind} at step {step}", f"{self._config.name}: {message}", "ERROR")
 
     def finish(self) -> None:
         if self._config.log.wandb_artifacts:
