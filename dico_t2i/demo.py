@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -50,9 +51,11 @@ def serve(
 ) -> None:
     """Load the checkpoints and serve the page until interrupted. Raises ValueError saying what to correct."""
     check_gradio()
-    pipelines = {path.name: load_pipeline(path, weights, device, dtype) for path in checkpoints}
-    if len(pipelines) < len(checkpoints):
-        pipelines = {f"{path}": load_pipeline(path, weights, device, dtype) for path in checkpoints}
+    names = [path.name for path in checkpoints]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in checkpoints]
+    loaded = [load_pipeline(path, weights, device, dtype) for path in checkpoints]
+    pipelines = dict(zip(names, loaded, strict=True))
     kinds = {pipeline.config.model.condition for pipeline in pipelines.values()}
     if len(kinds) > 1:
         raise ValueError("--compare: one checkpoint takes text and the other classes; give two of one kind")
@@ -70,6 +73,8 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
             server_port=port,
             share=False,
             show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
             footer_links=[],
             ssr_mode=False,
             theme=_theme(),
@@ -77,6 +82,8 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
         )
     except OSError as error:
         raise ValueError(f"--port {port}: {error}") from None
+    print(f"demo: http://{host}:{port}", flush=True)
+    page.block_thread()
 
 
 def generate(pipeline: Pipeline, settings: Settings, progress: Callable[[int, int], None] | None = None) -> Tensor:
@@ -194,21 +201,24 @@ def _handler(pipelines: dict[str, Pipeline]) -> Callable[..., Iterator[Any]]:
     """One checkpoint after the other, each shown as soon as it is done."""
     import gradio as gr
 
-    def run(*fields: Any, progress: Any = gr.Progress()) -> Iterator[Any]:  # noqa: B008: gradio looks for it there
+    # gradio finds the progress bar by the default.
+    def run(*fields: Any, progress: Any = gr.Progress()) -> Iterator[Any]:  # noqa: B008
         shown: list[Any] = [[] for _ in pipelines]
         yield _one_or_all(shown)
         for number, (name, pipeline) in enumerate(pipelines.items()):
             try:
                 settings = read_settings(pipeline, *fields)
-                images = generate(
-                    pipeline, settings, lambda done, total, name=name: progress((done, total), desc=name, unit="steps")
-                )
+                images = generate(pipeline, settings, partial(_tell, progress, name))
             except ValueError as error:
                 raise gr.Error(str(error)) from None
             shown[number] = _captioned(images, settings)
             yield _one_or_all(shown)
 
     return run
+
+
+def _tell(progress: Any, name: str, done: int, total: int) -> None:
+    progress((done, total), desc=name, unit="steps")
 
 
 def _one_or_all(values: list[Any]) -> Any:
@@ -222,7 +232,7 @@ def _captioned(images: Tensor, settings: Settings) -> list[tuple[Image.Image, st
     for image, condition, seed in zip(images, settings.conditions, settings.seeds, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         picture.info = {"prompt": str(condition), "seed": str(seed)}
-        found.append((picture, f"{condition} · seed {seed}"))
+        found.append((picture, f"seed {seed} · {condition}"))
     return found
 
 

@@ -101,12 +101,16 @@ def _panels(curves: Sequence[dict[str, Curve]]) -> list[Panel]:
         *(Panel(key, f"t = {key.removeprefix(_BAND)}", _BANDS) for key in bands),
         *(panel for panel in known if panel.group == _SPEED),
         *(Panel(k, _evaluation_title(k), _EVALUATIONS) for k in rest if k.startswith("evaluation/")),
-        *(Panel(key, key, _OTHER, noisy=not key.startswith("val_")) for key in rest if "/" not in key),
+        *(
+            Panel(key, key, _OTHER, noisy=not key.startswith("val_"))
+            for key in rest
+            if not key.startswith("evaluation/")
+        ),
     ]
 
 
 def _evaluation_title(key: str) -> str:
-    _, protocol, number = key.split("/")
+    protocol, _, number = key.removeprefix("evaluation/").rpartition("/")
     return f"{number}, {protocol}"
 
 
@@ -130,16 +134,15 @@ def _card(number: int, record: Record) -> str:
     total = history.start.get("total_steps")
     share = min(1.0, history.step / total) if isinstance(total, int | float) and total else 0.0
     of = f" of {total:,}" if isinstance(total, int) else ""
-    loss, val = history.curves.get("loss"), history.curves.get("val_loss")
-    speed = history.curves.get("images_per_s")
+    loss, val, speed = (history.curves.get(key, Curve()) for key in ("loss", "val_loss", "images_per_s"))
     parameters = history.start.get("parameters")
     facts = {
         "steps": f"{history.step:,}{of}",
         "images seen": f"{history.step * record.batch:,}",
-        "loss": _number(loss and loss.newest),
-        "validation loss": _number(val and val.newest),
-        "lowest so far": _number(val and val.lowest),
-        "images/s, median": _number(speed and speed.median),
+        "loss": _number(loss.newest),
+        "validation loss": _number(val.newest),
+        "lowest so far": _number(val.lowest),
+        "images/s, median": _number(speed.median),
         "at work": _duration(history.seconds),
         "parameters": f"{parameters / 1e6:,.1f}M" if isinstance(parameters, int | float) else "",
         "ranks": str(start.get("ranks", "")),
