@@ -18,7 +18,7 @@ _PAUSED = ("start", "resume", "config", "bad checkpoint")  # told before trainin
 _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "failed": "failed", "hang": "failed"}
 
 
-@dataclass
+@dataclass(slots=True)
 class Bucket:
     """Reports in a row."""
 
@@ -29,10 +29,13 @@ class Bucket:
     high: float
     count: int
 
-    def add(self, other: "Bucket") -> None:
+    def add(self, last: int, total: float, low: float, high: float, count: int) -> None:
         """Take in what comes after."""
-        self.last, self.total, self.count = other.last, self.total + other.total, self.count + other.count
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.last, self.total, self.count = last, self.total + total, self.count + count
+        if low < self.low:
+            self.low = low
+        if high > self.high:
+            self.high = high
 
 
 class Curve:
@@ -51,11 +54,10 @@ class Curve:
             return
         while self._buckets and self._buckets[-1].first >= step:
             self._buckets.pop()
-        bucket = Bucket(step, step, value, value, value, 1)
         if self._buckets and self._buckets[-1].count < self._width:
-            self._buckets[-1].add(bucket)
+            self._buckets[-1].add(step, value, value, value, 1)
         else:
-            self._buckets.append(bucket)
+            self._buckets.append(Bucket(step, step, value, value, value, 1))
         if len(self._buckets) > self._points:
             self._halve()
 
@@ -87,7 +89,7 @@ class Curve:
     def _halve(self) -> None:
         pairs = self._buckets[::2]
         for first, second in zip(pairs, self._buckets[1::2], strict=False):
-            first.add(second)
+            first.add(second.last, second.total, second.low, second.high, second.count)
         self._buckets, self._width = pairs, 2 * self._width
 
 
