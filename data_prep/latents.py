@@ -29,7 +29,7 @@ from data_prep.common import claim, part, progress_bar, remove_leftovers, run
 from data_prep.encoding import Batch, Clock, Image, LeftOut, batches_of
 from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex, ShardFile, load_index, write_index
-from dico_t2i.data.loader import _captions
+from dico_t2i.data.loader import captions_of
 from dico_t2i.data.reader import SampleError
 from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
@@ -146,7 +146,7 @@ def _encode(job: Job, batch: Batch) -> Encoded:
     images, skipped, captions = [], list(batch.skipped), []
     for image in batch.images:
         try:
-            captions.append(_captions(image.copied) if job.text_encoder else [])
+            captions.append(captions_of(image.copied) if job.text_encoder else [])
             images.append(image)
         except SampleError as error:
             key = str(image.copied["__key__"])

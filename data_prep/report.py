@@ -6,7 +6,7 @@ import json
 import textwrap
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Report:
 
     def measure(self, width: int, height: int, captions: list[str], kept: bool) -> None:
         """Add a sample to the histograms of what was seen, or of what was kept."""
-        values = ([min(width, height)], [width / height], map(len, captions))
+        values: tuple[Iterable[float], ...] = ([min(width, height)], [width / height], map(len, captions))
         for (name, edges), numbers in zip(_EDGES.items(), values, strict=True):
             for number in numbers:
                 place = min(max(bisect_right(edges, number) - 1, 0), len(edges) - 2)

@@ -29,7 +29,7 @@ from data_prep.hashes import HashFile, equal
 from data_prep.latents import POOLED, TEXT
 from data_prep.quarantine import Entry
 from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, ShardIndex, index_shard, load_index, write_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS, _captions
+from dico_t2i.data.loader import IMAGE_EXTENSIONS, captions_of
 from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
 
 LISTED = 1000  # problems that are printed; all go to the quarantine
@@ -181,7 +181,7 @@ def _check_condition(sample: Sample) -> None:
         int(sample["cls"])
         return
     try:
-        _captions(sample)
+        captions_of(sample)
     except SampleError as error:
         raise ValueError(f"has neither a caption nor a label: {error.reason}") from None
 
@@ -192,7 +192,7 @@ def _check_text(sample: Sample, described: bool, found: Findings) -> None:
         return
     shapes = []
     for name in (TEXT, POOLED):
-        values, captions = _array(sample, name), len(_captions(sample))
+        values, captions = _array(sample, name), len(captions_of(sample))
         if values.dtype != np.float16 or values.ndim < 2 or len(values) != captions:
             raise ValueError(f"{name} is {values.dtype} {values.shape}, expected float16 of {captions} captions")
         if not np.isfinite(values).all():

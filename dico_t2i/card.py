@@ -91,7 +91,7 @@ def _text_encoder(encoder: TextEncoderConfig) -> str:
 def _data(config: Config) -> dict[str, Any]:
     data = config.data
     return {
-        "set": Path(data.path).name,
+        "set": ", ".join(Path(path).name for path in data.paths),
         "size": f"{data.image_size} pixels, {data.crop}",
         "flips": "yes" if data.flip else "no",
     }

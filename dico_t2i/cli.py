@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from dico_t2i.config import SamplerConfig
 
 
@@ -103,6 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print a script that completes commands and options with TAB")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(run=_completion)
+
+    demo = commands.add_parser("demo", help="a web page to try a checkpoint on, or to compare two")
+    demo.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
+    demo.add_argument("--compare", type=Path, help="a second one, sampled with the same seeds")
+    demo.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    demo.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    demo.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others too (default: this machine only)")
+    demo.add_argument("--port", type=int, default=7860)
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="one HTML page about one run or several, to read off line")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -143,7 +159,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    import torch
     from rich.progress import Progress
 
     from dico_t2i.ops.backend import OPERATORS
@@ -154,11 +169,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     if arguments.exact:
         os.environ[OPERATORS] = "torch"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    pipeline = load_pipeline(
-        arguments.checkpoint, arguments.weights, device, torch.bfloat16 if dtype == "bf16" else torch.float32
-    )
+    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, *_device(arguments.dtype))
     kind = "text" if arguments.labels is None else "class"
     if pipeline.config.model.condition != kind:
         raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
@@ -189,6 +200,15 @@ def _sampler(arguments: argparse.Namespace, default: "SamplerConfig") -> "Sample
     asked = {key: value for key, value in changes.items() if value is not None}
     fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
     return type(default).model_validate({**default.model_dump(), **fast, **asked})
+
+
+def _device(dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
+    """Where to sample, and in what: as wished, or bf16 on a GPU and fp32 on a CPU."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return device, torch.bfloat16 if wished == "bf16" else torch.float32
 
 
 def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
@@ -279,4 +299,21 @@ def _completion(arguments: argparse.Namespace) -> int:
             if action.type is Path:
                 action.complete = shtab.FILE
     print(shtab.complete(parser, arguments.shell))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dico_t2i.demo import check_gradio, serve
+
+    check_gradio()
+    checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
+    serve(checkpoints, arguments.weights, *_device(arguments.dtype), arguments.host, arguments.port)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dico_t2i.report import write_report
+
+    write_report(arguments.runs, arguments.out)
+    print(f"report: {arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
     return 0

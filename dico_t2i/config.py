@@ -304,6 +304,8 @@ class LogConfig(Section):
     every: Span = Span(steps=50)
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
     wandb_project: str = "dico_t2i"
+    wandb_artifacts: StrictBool = False  # at the end, the manifest (not the weights) of the newest checkpoint
+    tensorboard: StrictBool = False  # event files in the run folder; needs the package tensorboard
 
 
 class SamplerConfig(Section):
@@ -553,6 +555,17 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n{_explain(error)}") from None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of sections, and of lists of sections, as {"key.path": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            value = {str(number): entry for number, entry in enumerate(value)}
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
 
 
 def dump_config(config: Config) -> str:

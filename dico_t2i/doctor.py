@@ -193,19 +193,21 @@ def _weights(config: Config) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """What the shards hold, and how fast this config's loader reads them."""
-    from dico_t2i.data import Order, check_data, load_index, make_loader
+    from dico_t2i.data import check_data, load_data, make_loader, make_order
 
-    root = Path(config.data.path)
-    if root.is_dir() and not (root / "index.json").exists():
+    bare = [root for root in map(Path, config.data.paths) if root.is_dir() and not (root / "index.json").exists()]
+    for root in bare:
         yield Finding(
             "data", "warn", f"{root} has no index yet", f"python -m dico_t2i.data {root}, or let the start do it"
         )
+    if bare:
         return
-    index = load_index(root)
+    index = load_data(config.data)
     check_data(config, index)
     size = index.bytes.sum() / len(index)
-    yield Finding("data", "ok", f"{root}: {len(index):,} samples in {len(index.names)} shards, {index.kind}")
-    order = Order(config.seed, index.samples.tolist(), config.data.streams, config.data.shuffle_block)
+    where = ", ".join(config.data.paths)
+    yield Finding("data", "ok", f"{where}: {len(index):,} samples in {len(index.names)} shards, {index.kind}")
+    order = make_order(config.data, index, config.seed, config.train.global_batch)
     micro, _ = config.batching(1)
     batches = iter(
         make_loader(
@@ -231,7 +233,7 @@ def _data(config: Config) -> Iterator[Finding]:
     text = f"{rate:,.0f} samples/s, {rate * size / 1e6:,.1f} MB/s by one rank with {config.data.workers} workers"
     yield Finding("reading", "ok", text, "")
     if bad:
-        yield Finding("samples", "warn", f"{bad} of {samples} could not be used", f"python data_prep/verify.py {root}")
+        yield Finding("samples", "warn", f"{bad} of {samples} could not be used", f"python data_prep/verify.py {where}")
 
 
 def _guarded(topic: str, work: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"config", "files", "imagenet", "randomness", "safetensors_writer"},
+    {"config", "evaluations", "files", "imagenet", "randomness", "safetensors_writer"},
     {"inline"},
     {"data", "ops"},
     {"models", "encoders", "diffusion"},
@@ -14,7 +14,7 @@ LAYERS = (
     {"card"},
     {"export", "pipeline", "training"},
     {"doctor", "released"},
-    {"plan"},
+    {"demo", "plan", "report"},
     {"plan_text"},
     {"cli"},
     {"__main__"},

@@ -27,7 +27,7 @@ from dico_t2i.encoders.autoencoders import DECODE_CHUNK, to_uint8
 from dico_t2i.encoders.text import TOKENS, TextFeatures, clip_features
 from dico_t2i.randomness import normal
 
-Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor]]
+Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class DiCoPipeline(DiffusionPipeline):

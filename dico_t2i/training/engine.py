@@ -163,6 +163,16 @@ class Engine:
             dist.all_reduce(whole)
             yield name, whole.view(shape)
 
+    def distance(self, kind: str) -> float:
+        """How far an average ("ema_0.9999") is from the weights, ||weight - average|| / ||weight||; collective."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for piece in self.owned_pieces():
+            weight = piece.tensors[WEIGHT]
+            squares[0] += (weight - piece.tensors[kind]).square().sum()
+            squares[1] += weight.square().sum()
+        dist.all_reduce(squares)
+        return math.sqrt(squares[0].item() / squares[1].item())
+
     def _flat_weights(self) -> list[Tensor]:
         if self.stage == 0:
             return list(self.engine.module.parameters())

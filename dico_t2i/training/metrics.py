@@ -1,14 +1,12 @@
-"""Where the numbers of a run go: metrics.jsonl always, Weights & Biases if wished, the terminal."""
+"""Where the numbers of a run go: metrics.jsonl, the terminal, and the trackers of training.tracking."""
 
 import json
-import os
 import resource
 import sys
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.progress import (
 )
 
 from dico_t2i.config import Config
+from dico_t2i.training.tracking import Tracking
 
 
 class Reporter:
@@ -32,7 +31,7 @@ class Reporter:
         if not enabled:
             return
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._wandb = WandbRun(config, folder)
+        self._tracking = Tracking(config, folder)
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(
@@ -56,7 +55,7 @@ class Reporter:
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), **values})
-        self._wandb.log(step, values)
+        self._tracking.log(step, values)
         numbers = "  ".join(
             f"{key} {_short(values[key])}" for key in ("loss", "val_loss", "grad_norm", "images_per_s") if key in values
         )
@@ -70,19 +69,20 @@ class Reporter:
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), "event": kind, "message": message, **details})
+        self._tracking.event(step, kind, message, details)
         self._console.print(f"[{kind}] {message}", highlight=False, markup=False, soft_wrap=True)
 
     def image(self, step: int, path: Path) -> None:
         """A picture that was saved in the run folder."""
         self.event(step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder)))
         if self.enabled:
-            self._wandb.image(step, path)
+            self._tracking.image(step, path)
 
     def close(self) -> None:
         if self.enabled:
             self._progress.stop()
             self._file.close()
-            self._wandb.finish()
+            self._tracking.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
@@ -112,53 +112,6 @@ def memory_report(held: Mapping[str, float], peak: float, predicted: Mapping[str
 def _part(name: str, size: float, predicted: float | None) -> str:
     expected = "" if predicted is None else f" ({predicted / 1e9:.2f})"
     return f"{name.replace('_', ' ')} {size / 1e9:.2f} GB{expected}"
-
-
-class WandbRun:
-    """A run of Weights & Biases that resumes under the same id. A failure turns it off and never stops training."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        self._run: Any = None
-        wish = config.log.wandb
-        if wish == "disabled":
-            return
-        online = wish == "online" or (wish == "auto" and "WANDB_API_KEY" in os.environ)
-        self._guard(lambda: self._start(config, folder, "online" if online else "offline"))
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        self._guard(lambda: self._run and self._run.log(values, step=step))
-
-    def image(self, step: int, path: Path) -> None:
-        import wandb
-
-        self._guard(lambda: self._run and self._run.log({"samples": wandb.Image(str(path))}, step=step))
-
-    def finish(self) -> None:
-        self._guard(lambda: self._run and self._run.finish())
-
-    def _start(self, config: Config, folder: Path, mode: Literal["online", "offline"]) -> None:
-        import wandb
-
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=config.name,
-            id=identity.read_text().strip(),
-            resume="allow",
-            dir=str(folder),
-            mode=mode,
-            config=config.model_dump(mode="json", exclude_none=True),
-            settings=wandb.Settings(silent=True),
-        )
-
-    def _guard(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self._run = None
-            print(f"wandb is off from here on: {error}", file=sys.stderr)
 
 
 def _short(value: Any) -> str:

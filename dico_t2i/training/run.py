@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from dico_t2i.config import Config, ConfigError, dump_config, load_config
+from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_config
 
 # What must not change within a run: the weights, the data order or the noise would no longer be the run's own.
 FIXED = (
@@ -115,20 +115,7 @@ def _lock(file: IO[str]) -> bool:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
-            for number, inner in enumerate(value):
-                walk(f"{prefix}.{number}", inner)
-        else:
-            flat[prefix] = value
-
-    walk("", config.model_dump(mode="json", exclude_none=True))
-    return flat
+    return flatten(config.model_dump(mode="json", exclude_none=True))
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

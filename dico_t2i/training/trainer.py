@@ -27,7 +27,7 @@ from dico_t2i.data import (
 )
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
-from dico_t2i.sampling import load_encoders
+from dico_t2i.sampling import default_weights, load_encoders
 from dico_t2i.training import checkpoint as ckpt
 from dico_t2i.training.ahead import Ahead
 from dico_t2i.training.averaged import averaged_model
@@ -44,6 +44,7 @@ from dico_t2i.training.saving import Saver
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
 from dico_t2i.training.snapshot import write_snapshot
 from dico_t2i.training.sources import SourceLosses
+from dico_t2i.training.tracking import check_tracking
 from dico_t2i.training.validation import Validation
 from dico_t2i.training.watchdog import Watchdog
 
@@ -65,6 +66,7 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0, expect: Expe
     lock_patience_s: how long to wait for another job to leave the run folder. expect: told beside what is measured.
     Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
     """
+    check_tracking(config)
     world = join_world()
     config.batching(world.size)
     if world.is_main:
@@ -273,6 +275,8 @@ class Trainer:
             f" {self.micro_batch} x {self.accumulation} = batch {config.train.global_batch},"
             f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
             total_steps=self.total_steps,
+            parameters=parameters,
+            ranks=self.world.size,
         )
         for line in self._data_notes():
             self.report.event(self.step, "data", line)
@@ -390,7 +394,10 @@ class Trainer:
     def _validate(self) -> None:
         assert self.validation is not None
         model = averaged_model(self.config, self.engine, self.world, self.dtype)
-        self.report.log(self.step, self.validation.run(model))
+        found = self.validation.run(model)
+        if self.config.optimizer.ema:
+            found["ema_distance"] = self.engine.distance(default_weights(self.config))
+        self.report.log(self.step, found)
 
     def _spoilt(self) -> DataError:
         self._finish(1)
