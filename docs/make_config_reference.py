@@ -107,6 +107,8 @@ class _Page:
                 return ", ".join(f"`{ast.literal_eval(option)}`" for option in options)
             case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call() as limits])):
                 bounds = {k.arg: ast.unparse(k.value) for k in limits.keywords}
+                if "pattern" in bounds:
+                    return f"{self._type(inner)} of the form `{ast.literal_eval(bounds['pattern'])}`"
                 return f"{self._type(inner)}, {bounds['ge']} to {bounds['le']}"
             case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=parts)):
                 several = isinstance(parts[-1], ast.Constant)

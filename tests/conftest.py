@@ -1,6 +1,24 @@
-"""Lets tests import the scripts of cluster/, data_prep/ and evals/, which are not installed."""
+"""Lets tests import the scripts of cluster/, data_prep/ and evals/, which are not installed; and deals them out."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+
+LONGEST_FIRST = ("cluster", "faults", "training", "evals")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (pytest -n), a file's tests stay together, and those on the one SLURM; the longest are first."""
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(TESTS).parts[0]
+
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(folder(item), len(rank)))
+    for item in items:
+        group = "slurm" if folder(item) == "cluster" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
