@@ -15,6 +15,7 @@ import torch
 from dico_t2i.sampling import make_grid
 from dico_t2i.training.distributed import World, join_world
 from dico_t2i.training.metrics import peak_memory_bytes
+from dico_t2i.training.tracking import log_evaluation
 from evals import report, scoring
 from evals.chunks import Chunks
 from evals.extractors import ClipScorer, DinoFeatures, Features, load_inception
@@ -123,7 +124,7 @@ class Evaluation:
             chunks.remove()
         report.print_result(result)
         print(f"result: {path}")
-        report.log_to_wandb(subject.config, subject.folder, result, path.with_suffix(".png"))
+        log_evaluation(subject.config, subject.folder, result, path.with_suffix(".png"))
         return result
 
     def _generate(self, chunks: Chunks, protocol: Protocol, path: Path) -> FeatureSet:

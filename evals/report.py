@@ -1,7 +1,6 @@
 """Results: JSON in the run's folder, a table in the terminal, Weights & Biases."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dico_t2i.config import Config
 from dico_t2i.files import write_atomically
 
 NAMES = {
@@ -72,38 +70,3 @@ def _shares(result: dict[str, Any]) -> str:
 
 def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def log_to_wandb(config: Config, folder: Path, result: dict[str, Any], picture: Path | None) -> None:
-    """To a run of its own beside the training run, if that is logged: two writers of one run lose each other's steps.
-
-    Its id is that of the training run with "-evals"; it is resumed for each checkpoint.
-    """
-    identity = folder / "wandb_id"
-    if config.log.wandb == "disabled" or not identity.exists():
-        return
-    online = config.log.wandb == "online" or (config.log.wandb == "auto" and "WANDB_API_KEY" in os.environ)
-    prefix = result["protocol"]["name"]
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=config.log.wandb_project,
-            name=f"{config.name}-evals",
-            group=config.name,
-            id=f"{identity.read_text().strip()}-evals",
-            resume="allow",
-            dir=str(folder),
-            mode="online" if online else "offline",
-            settings=wandb.Settings(silent=True),
-        )
-        run.define_metric("checkpoint_step")
-        run.define_metric("*", step_metric="checkpoint_step")
-        values: dict[str, Any] = {f"{prefix}/{name}": value for name, value in result["numbers"].items()}
-        if picture:
-            values[f"{prefix}/examples"] = wandb.Image(str(picture))
-        run.log({"checkpoint_step": result["step"], **values})
-        run.summary[f"{prefix}/hash"] = result["protocol_hash"]
-        run.finish()
-    except Exception as error:  # a lost line in wandb must not lose the evaluation
-        print(f"wandb: not logged: {error}", file=sys.stderr)

@@ -475,9 +475,10 @@ class Meter:
         trainer, config = self.trainer, self.trainer.config
         skipped = int(self.skipped)  # waits for the device: only then is the time of the steps known
         spent = time.monotonic() - self._began - self.other
-        shares = torch.tensor([self.wait, spent, self.other, trainer.quarantined], device=trainer.world.device)
+        counts = [trainer.quarantined, trainer.bad_samples]
+        shares = torch.tensor([self.wait, spent, self.other, *counts], device=trainer.world.device)
         means = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
-        loss, mse, vb, wait, seconds, other, quarantined = means
+        loss, mse, vb, wait, seconds, other, quarantined, bad = means
         values = {
             "loss": loss,
             "mse": mse,
@@ -492,8 +493,8 @@ class Meter:
             "other_s": other,
             "skipped_steps": skipped,
             "save_pause_s": trainer.saver.pause_s,
-            "bad_samples": trainer.bad_samples,
-            "quarantined_samples": round(quarantined * trainer.world.size),  # replaced since the start, by all ranks
+            "bad_samples": round(bad * trainer.world.size),  # these two: replaced since the start, by all ranks
+            "quarantined_samples": round(quarantined * trainer.world.size),
             **(trainer.cost.rates(seconds / self.steps) if trainer.world.is_main else {}),
             "peak_memory_gb": peak_memory_bytes(trainer.world.device) / 1e9,
             "eta_s": (trainer.total_steps - trainer.step) * seconds / self.steps,
