@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,6 @@ COPIED = ("json", "txt", "cls")  # members that go along with the features
 AHEAD = 4  # batches read and decoded while one is encoded
 BEHIND = 2  # batches that wait to be written
 
-LeftOut = Mapping[str, set[str] | None]  # by shard: keys, or None for all
 Shape = Any  # pixels of a square, or height and width
 
 
@@ -91,13 +90,12 @@ def batches_of(
     batch: int,
     size: int,
     crop: Literal["center", "resize"],
-    left_out: LeftOut,
 ) -> Generator[Batch, None, None]:
     """Batches of the shards in turn, AHEAD of the consumer; every shard has at least one, which may be empty.
 
     The cut into batches depends on the shard alone, so that features do. With buckets, those of a bucket are together.
     """
-    reader = ShardReader(source)
+    reader = ShardReader(source, obey_quarantine=True)
     plan = (part for shard in shards for part in _plan(source, shard, batch, size))
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as decoding:
 
@@ -105,7 +103,7 @@ def batches_of(
             results: list[Future[Image] | SampleError] = []
             for member in members:
                 try:
-                    sample = _read(reader, shard, member, left_out)
+                    sample = reader.read(shard, member)
                 except SampleError as error:
                     results.append(error)
                 else:
@@ -132,7 +130,7 @@ def _plan(source: DatasetIndex, shard: int, batch: int, size: int) -> Iterator[t
     groups: list[tuple[int | None, np.ndarray]] = [(None, members)]
     if shapes:
         try:
-            buckets = getattr(source.shard(shard), "bucket", None)
+            buckets = source.shard(shard).bucket
         except ShardError as error:
             raise DataError(f"{error}; the buckets of its samples are in the index") from None
         if buckets is None:
@@ -144,17 +142,6 @@ def _plan(source: DatasetIndex, shard: int, batch: int, size: int) -> Iterator[t
     for number, (bucket, chosen) in enumerate(parts):
         shape = size if bucket is None or not shapes else tuple(shapes[bucket])
         yield chosen, shape, Batch(shard, bucket, len(chosen), number == 0, number == len(parts) - 1)
-
-
-def _read(reader: ShardReader, shard: int, member: int, left_out: LeftOut) -> dict[str, Any]:
-    name = reader.index.names[shard]
-    keys = left_out.get(name, set())
-    if keys is None:
-        raise SampleError(name, "", "its shard is in quarantine")
-    sample = reader.read(shard, member)
-    if sample["__key__"] in keys:
-        raise SampleError(name, sample["__key__"], "in quarantine")
-    return sample
 
 
 def _decode(shard: str, sample: dict[str, Any], shape: Shape, crop: Literal["center", "resize"]) -> Image:

@@ -24,17 +24,16 @@ import torch
 from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep import quarantine
 from data_prep.common import claim, part, progress_bar, remove_leftovers, run
-from data_prep.encoding import Batch, Clock, Image, LeftOut, batches_of
+from data_prep.encoding import Batch, Clock, Image, batches_of
 from dico_t2i.config import AutoencoderConfig, load_config
+from dico_t2i.data import quarantine
 from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex, ShardFile, load_index, write_index
-from dico_t2i.data.loader import captions_of
+from dico_t2i.data.loader import POOLED, TEXT, captions_of
 from dico_t2i.data.reader import SampleError
 from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
 
-TEXT, POOLED = "text.npy", "pooled.npy"  # of all captions: float16 (captions, 77, width), (captions, pooled_dim)
 _CHECKED = 8  # images of check.png
 
 
@@ -113,7 +112,7 @@ def encode_shards(job: Job, shards: Sequence[int], advance: Callable[[int], None
     line that says where the time went.
     """
     clock, shard, done = Clock(), None, 0
-    batches = batches_of(job.source, shards, job.batch, job.size, job.crop, _left_out(job.source))
+    batches = batches_of(job.source, shards, job.batch, job.size, job.crop)
     try:
         while (batch := _next(batches, clock)) is not None:
             shard = shard or Shard(job.out / job.source.names[batch.shard])
@@ -188,22 +187,11 @@ def draw_check(job: Job, encoded: Encoded) -> None:
     Picture.fromarray(grid.permute(1, 2, 0).numpy()).save(job.out / "check.png")
 
 
-def _left_out(source: DatasetIndex) -> LeftOut:
-    """What the source's quarantine lists."""
-    found: dict[str, set[str] | None] = {}
-    for entry in quarantine.read(source.root):
-        if entry.key is None:
-            found[entry.shard] = None
-        elif (keys := found.setdefault(entry.shard, set())) is not None:
-            keys.add(entry.key)
-    return found
-
-
 def describe(
     source: DatasetIndex, autoencoder: Autoencoder, text_encoder: TextEncoder | None, args: argparse.Namespace
 ) -> dict[str, Any]:
     """The meta data of the latent data set: all that its contents depend on, and a hash of that."""
-    listed = source.root / quarantine.NAME
+    listed = source.root / quarantine.FILE
     left_out = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
     meta = {
         "autoencoder": autoencoder.identity(),

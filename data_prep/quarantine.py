@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dico_t2i.data.index import DataError
+from dico_t2i.data.quarantine import FILE
 from dico_t2i.files import flush, temporary
 
-NAME = "quarantine.jsonl"
 DUPLICATE = "duplicate of "  # how the reasons of data_prep/duplicates.py begin; the others are of verify.py
 
 
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 def read(root: Path) -> Iterator[Entry]:
     """The entries of a data set's list; none if it has no list. Raises DataError."""
-    file = root / NAME
+    file = root / FILE
     if not file.exists():
         return
     with file.open(encoding="utf-8") as lines:
@@ -43,7 +43,7 @@ def replace(root: Path, entries: Iterable[Entry], duplicates: bool) -> int:
 
     duplicates: whether they are duplicates. The file is replaced at once, and removed when nothing is left.
     """
-    file, part, count = root / NAME, temporary(root / NAME), 0
+    file, part, count = root / FILE, temporary(root / FILE), 0
     kept = (entry for entry in read(root) if entry.reason.startswith(DUPLICATE) != duplicates)
     listed = chain(kept, entries)
     first = next(listed, None)

@@ -26,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep import latents, quarantine
 from data_prep.common import alone, in_parallel, progress_bar, run
 from data_prep.hashes import HashFile, equal
-from data_prep.latents import POOLED, TEXT
 from data_prep.quarantine import Entry
 from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, ShardIndex, index_shard, load_index, write_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS, captions_of
+from dico_t2i.data.loader import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of
 from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
 
 LISTED = 1000  # problems that are printed; all go to the quarantine
@@ -136,7 +135,7 @@ def _moment_shapes(index: DatasetIndex, table: ShardIndex) -> list[Shape] | None
     try:
         channels, size, mirrored = (index.meta[name] for name in ("latent_channels", "latent_size", "mirrored"))
         start = (*((2,) if mirrored else ()), 2 * channels)
-        buckets = getattr(table, "bucket", None)
+        buckets = table.bucket
         if buckets is None:
             return [(*start, size, size)] * len(table)
         sides = [[side * size // index.meta["image_size"] for side in shape] for shape in index.meta["buckets"]]

@@ -103,8 +103,8 @@ def test_planted_duplicates_are_listed(data: Path, capsys: pytest.CaptureFixture
 def test_an_empty_list_is_removed(data: Path) -> None:
     quarantine.replace(data, [Entry("a", None, "b")], duplicates=False)
     assert quarantine.replace(data, [], duplicates=False) == 0
-    assert not (data / quarantine.NAME).exists()
-    (data / quarantine.NAME).write_text('{"shard": 1}\n')
+    assert not (data / quarantine.FILE).exists()
+    (data / quarantine.FILE).write_text('{"shard": 1}\n')
     with pytest.raises(DataError, match="line 1 is no entry"):
         list(quarantine.read(data))
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from PIL import Image
 
 from data_prep import latents, quarantine
 from data_prep.quarantine import Entry
-from dico_t2i.config import AutoencoderConfig, load_config
+from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
+from dico_t2i.data import assign_buckets, make_loader, make_order
 from dico_t2i.data.index import ShardWriter, load_index
 from dico_t2i.data.reader import ShardReader, decode_image, decode_moments
 from dico_t2i.encoders import load_autoencoder, load_text_encoder
@@ -165,6 +167,33 @@ def test_what_is_in_quarantine_is_left_out(data: Path, autoencoder: Path) -> Non
     quarantine.replace(data, entries[:1], duplicates=False)
     with pytest.raises(ValueError, match="another hash, source"):
         latents.main(_arguments(data, autoencoder))
+
+
+def test_buckets_are_encoded_at_their_shapes_and_trained_on(tmp_path: Path, autoencoder: Path) -> None:
+    with ShardWriter(tmp_path / "images", samples_per_shard=8) as writer:
+        for i in range(24):
+            image = Image.open(io.BytesIO(_png(i))).resize((140, 70) if i % 3 else (64, 64))
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            writer.write({"__key__": f"{i:03d}", "png": buffer.getvalue(), "txt": f"number {i}"})
+    shapes = [(64, 64), (32, 64)]
+    assign_buckets(tmp_path / "images", shapes)
+    arguments = _arguments(tmp_path / "images", autoencoder)
+    assert latents.main([*arguments, "--size", "64"]) == 0
+    samples = _samples(tmp_path / "latents")
+    assert len(samples) == 24
+    for key, sample in samples.items():
+        height, width = shapes[int(key) % 3 > 0]
+        assert decode_moments(sample["moments.npy"], (2, 8, height // 8, width // 8)) is not None
+    index = load_index(tmp_path / "latents")
+    data = DataConfig(path=str(tmp_path / "latents"), image_size=64, streams=4, workers=0, buckets=True)
+    order = make_order(data, index, 0, 4)
+    sizes = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world": 1, "start_step": 0}
+    batches = make_loader(data, index, order, seed=0, condition="text", tokenize=lambda texts: torch.zeros(4), **sizes)
+    seen = [(batch.keys, tuple(batch.moments.shape)) for batch in islice(batches, 6)]
+    assert sorted({key for keys, _ in seen for key in keys}) == sorted(samples)
+    assert {shape for _, shape in seen} == {(4, 8, 8, 8), (4, 8, 4, 8)}
+    assert all(len({int(key) % 3 > 0 for key in keys}) == 1 for keys, _ in seen)
 
 
 def test_check_picture_and_where_the_time_went(

@@ -163,7 +163,7 @@ def test_repair_encodes_damaged_latents_again(whole: Path, tmp_path: Path, capsy
     assert verify.main([*repair, "--autoencoder", autoencoder]) == 0
     assert "2 shards encoded again" in capsys.readouterr().out
     assert tar_bytes(out) == made
-    assert not (out / quarantine.NAME).exists()
+    assert not (out / quarantine.FILE).exists()
     damage(out / "shard-000000.tar", b"NUMPY")
     with pytest.raises(ValueError, match="another autoencoder"):
         verify.main([*repair, "--autoencoder", autoencoder, "--scale", "0.5"])
