@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,100 +26,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dico", description="Plan, train, sample and export DiCo.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    train = commands.add_parser("train", help="train a run, or go on with it where it stopped")
-    train.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
-    train.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
-    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    train.set_defaults(run=_train)
-
-    plan = commands.add_parser("plan", help="what a run will need: memory, time, communication, data; no GPU needed")
-    plan.add_argument("--config", required=True, type=Path)
-    plan.add_argument("--cluster", type=Path, help="a profile; see configs/cluster/")
-    plan.add_argument("--nodes", type=int)
-    plan.add_argument("--gpus-per-node", type=int)
-    plan.add_argument("--json", type=Path, help="write the numbers there")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    plan.set_defaults(run=_plan)
-
-    sample = commands.add_parser("sample", help="make images from prompts or class labels")
-    sample.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
-    what = sample.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", action="append", help="a text; may be given several times")
-    what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
-    what.add_argument("--labels", nargs="+", help='class numbers, or ImageNet names such as "golden retriever"')
-    sample.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
-    sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
-    sample.add_argument(
-        "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
-    )
-    sample.add_argument("--steps", type=int)
-    sample.add_argument(
-        "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"
-    )
-    sample.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
-    sample.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    sample.add_argument("--batch", type=int, default=16, help="images sampled at a time (default: 16)")
-    sample.add_argument("--decode-batch", type=int, default=16, help="images decoded at a time (default: 16)")
-    sample.add_argument(
-        "--exact", action="store_true", help="through torch alone: in fp32, the bytes that diffusers gives"
-    )
-    sample.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    sample.set_defaults(run=_sample)
-
-    export = commands.add_parser(
-        "export", help="write averaged weights, config and a diffusers pipeline into one folder"
-    )
-    export.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
-    export.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    export.add_argument("--out", required=True, type=Path)
-    export.add_argument(
-        "--no-encoders", action="store_true", help="leave autoencoder and text encoder out of the folder"
-    )
-    export.set_defaults(run=_export)
-
-    official = commands.add_parser("import-official", help="make an exported folder of a released checkpoint")
-    official.add_argument("file", type=Path, help="a torch file or safetensors; nothing in it is executed")
-    official.add_argument("--out", required=True, type=Path)
-    official.add_argument("--image-size", type=int, default=256, help="pixels it was trained on (default: 256)")
-    official.add_argument("--autoencoder", help="a folder or hub id (default: stabilityai/sd-vae-ft-ema)")
-    official.add_argument("--no-encoders", action="store_true", help="leave the autoencoder out of the folder")
-    official.set_defaults(run=_import_official)
-
-    prefetch = commands.add_parser("prefetch", help="get every pretrained file a config needs into one folder")
-    prefetch.add_argument("--config", type=Path, help="a YAML file; with --check it may be left out")
-    prefetch.add_argument("--out", required=True, type=Path, help="the folder; use it with DICO_WEIGHTS=FOLDER")
-    prefetch.add_argument("--also", action="append", default=[], metavar="URL", help="a further file, to FOLDER/files")
-    prefetch.add_argument("--check", action="store_true", help="verify the folder's hashes, and get nothing")
-    prefetch.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    prefetch.set_defaults(run=_prefetch)
-
-    doctor = commands.add_parser("doctor", help="look at this machine, and say what to change before training")
-    doctor.add_argument("--config", type=Path, help="look as well at the weights, data and disk space it needs")
-    doctor.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    doctor.set_defaults(run=_doctor)
-
-    completion = commands.add_parser("completion", help="print a script that completes commands and options with TAB")
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-    completion.set_defaults(run=_completion)
-
-    demo = commands.add_parser("demo", help="a web page to try a checkpoint on, or to compare two")
-    demo.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
-    demo.add_argument("--compare", type=Path, help="a second one, sampled with the same seeds")
-    demo.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    demo.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    demo.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others too (default: this machine only)")
-    demo.add_argument("--port", type=int, default=7860)
-    demo.set_defaults(run=_demo)
-
-    report = commands.add_parser("report", help="one HTML page about one run or several, to read off line")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
-    report.set_defaults(run=_report)
+    for name, (says, add_options, run) in _COMMANDS.items():
+        command = commands.add_parser(name, help=says)
+        add_options(command)
+        command.set_defaults(run=run)
     return parser
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -130,6 +47,15 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.training.trainer import train
 
     return train(config, arguments.runs, expect=expected_memory)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--cluster", type=Path, help="a profile; see configs/cluster/")
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -156,6 +82,32 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not plan.estimate.fits:
         raise ValueError(refusal(plan))
     return 0
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", help="a text; may be given several times")
+    what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
+    what.add_argument("--labels", nargs="+", help='class numbers, or ImageNet names such as "golden retriever"')
+    parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
+    parser.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
+    parser.add_argument(
+        "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
+    )
+    parser.add_argument("--steps", type=int)
+    parser.add_argument(
+        "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"
+    )
+    parser.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
+    parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    parser.add_argument("--batch", type=int, default=16, help="images sampled at a time (default: 16)")
+    parser.add_argument("--decode-batch", type=int, default=16, help="images decoded at a time (default: 16)")
+    parser.add_argument(
+        "--exact", action="store_true", help="through torch alone: in fp32, the bytes that diffusers gives"
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -234,12 +186,29 @@ def _check_names(labels: Sequence[str] | None, classes: int) -> None:
         raise ValueError(f"--labels {names[0]!r}: this model has {classes} classes, not ImageNet's; give numbers")
 
 
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
+    parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--no-encoders", action="store_true", help="leave autoencoder and text encoder out of the folder"
+    )
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from dico_t2i.export import export
 
     export(arguments.checkpoint, arguments.weights, arguments.out, not arguments.no_encoders)
     print(f"exported to {arguments.out}")
     return 0
+
+
+def _import_official_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a torch file or safetensors; nothing in it is executed")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--image-size", type=int, default=256, help="pixels it was trained on (default: 256)")
+    parser.add_argument("--autoencoder", help="a folder or hub id (default: stabilityai/sd-vae-ft-ema)")
+    parser.add_argument("--no-encoders", action="store_true", help="leave the autoencoder out of the folder")
 
 
 def _import_official(arguments: argparse.Namespace) -> int:
@@ -250,6 +219,14 @@ def _import_official(arguments: argparse.Namespace) -> int:
     )
     print(f"{name} in {arguments.out}")
     return 0
+
+
+def _prefetch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="a YAML file; with --check it may be left out")
+    parser.add_argument("--out", required=True, type=Path, help="the folder; use it with DICO_WEIGHTS=FOLDER")
+    parser.add_argument("--also", action="append", default=[], metavar="URL", help="a further file, to FOLDER/files")
+    parser.add_argument("--check", action="store_true", help="verify the folder's hashes, and get nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
@@ -267,6 +244,13 @@ def _prefetch(arguments: argparse.Namespace) -> int:
         print(f"use it with: export DICO_WEIGHTS={arguments.out.absolute()}")
     print(f"{check(arguments.out, config)} files in {arguments.out}, all as they should be")
     return 0
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="look as well at the weights, data and disk space it needs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -290,6 +274,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return int(any(finding.state == "fail" for finding in findings))
 
 
+def _completion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
 def _completion(arguments: argparse.Namespace) -> int:
     import shtab
 
@@ -302,6 +290,15 @@ def _completion(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
+    parser.add_argument("--compare", type=Path, help="a second one, sampled with the same seeds")
+    parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others too (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from dico_t2i.demo import check_gradio, serve
 
@@ -311,9 +308,28 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from dico_t2i.report import write_report
 
     write_report(arguments.runs, arguments.out)
     print(f"report: {arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "train": ("train a run, or go on with it where it stopped", _train_options, _train),
+    "plan": ("what a run will need: memory, time, communication, data; no GPU needed", _plan_options, _plan),
+    "sample": ("make images from prompts or class labels", _sample_options, _sample),
+    "export": ("write averaged weights, config and a diffusers pipeline into one folder", _export_options, _export),
+    "import-official": ("make an exported folder of a released checkpoint", _import_official_options, _import_official),
+    "prefetch": ("get every pretrained file a config needs into one folder", _prefetch_options, _prefetch),
+    "doctor": ("look at this machine, and say what to change before training", _doctor_options, _doctor),
+    "completion": ("print a script that completes commands and options with TAB", _completion_options, _completion),
+    "demo": ("a web page to try a checkpoint on, or to compare two", _demo_options, _demo),
+    "report": ("one HTML page about one run or several, to read off line", _report_options, _report),
+}
