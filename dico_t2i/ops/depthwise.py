@@ -33,7 +33,10 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
 def _depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backend(x).depthwise_backward(x.contiguous(), weight, bias, grad.contiguous(), grad_mean)
+    grad_x, grad_weight, grad_bias = backend(x).depthwise_backward(
+        x.contiguous(), weight, bias, grad.contiguous(), grad_mean
+    )
+    return grad_x, grad_weight.contiguous(), grad_bias
 
 
 @_depthwise.register_fake

@@ -140,7 +140,7 @@ class Job:
 
     @property
     def last_step(self) -> int:
-        """The last step that any rank got data for; 0 before the first."""
+        """The last step that any rank began; 0 before the first."""
         return max((step for step, _ in self.batches()), default=0)
 
     def batches(self) -> Iterator[tuple[int, list[tuple[int, str]]]]:
@@ -341,17 +341,18 @@ def _rank_main(folder: Path, arguments: list[str], rank: int, ranks: int, port: 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     from dico_t2i.cli import main
-    from dico_t2i.training import trainer
+    from dico_t2i.training.ahead import Ahead
 
-    make_loader = trainer.make_loader
+    take = Ahead.take
 
-    def recorded(*positional: Any, **options: Any) -> Iterator[Any]:
-        with (folder / f"rank-{rank}.jsonl").open("w", buffering=1) as record:
-            for batch in make_loader(*positional, **options):
-                record.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
-                yield batch
+    def recorded(ahead: Ahead[Any, Any]) -> tuple[Any, Any]:
+        """What is about to be trained on; more may have been fetched."""
+        batch, inputs = take(ahead)
+        with (folder / f"rank-{rank}.jsonl").open("a") as record:
+            record.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
+        return batch, inputs
 
-    trainer.make_loader = recorded
+    Ahead.take = recorded  # type: ignore[method-assign]
     if death and death.rank == rank:
         config = arguments[arguments.index("--config") + 1]
         name = yaml.safe_load(Path(config).read_text())["name"]
