@@ -11,6 +11,7 @@ sys.path.insert(0, str(TESTS.parent))
 LONGEST_FIRST = ("cluster", "faults", "training", "evals")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side (pytest -n), a file's tests stay together, and those on the one SLURM; the longest are first."""
 

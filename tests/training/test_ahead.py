@@ -98,7 +98,8 @@ def test_compiled_blocks_compute_what_the_others_do():
         results.append([out, *(p.grad for p in network.parameters())])
     for plain, fast in zip(*results, strict=True):
         assert (plain is None) == (fast is None)
-        assert plain is None or torch.allclose(plain, fast, rtol=1e-4, atol=1e-6)
+        if plain is not None:
+            torch.testing.assert_close(fast, plain, rtol=1e-4, atol=2e-6 * float(plain.abs().max()))
 
 
 def test_compiling_is_off_unless_asked_for_and_never_at_stage_3(runs):
