@@ -191,7 +191,10 @@ class _Supervision(Iterator[Batch]):
         self.source, self.plan = source, source.plan
         self.number = 0  # of the micro-batch that is next
         before = signal.getsignal(signal.SIGCHLD)
+        # Held back while workers are made: what libraries start in them right after the fork must not take it either.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.batches: Any = iter(source.loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         if threading.current_thread() is threading.main_thread():
             # torch's own handler would raise in the middle of a step or a save; here a death shows when data are due.
             signal.signal(signal.SIGCHLD, before)
@@ -457,8 +460,7 @@ def _set_up_worker(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # Threads started later inherit the mask, so SIGTERM reaches nobody but the waiting thread.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # SIGTERM is blocked since the fork, in all threads: it reaches nobody but the waiting one.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

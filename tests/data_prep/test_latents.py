@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -222,8 +223,10 @@ def test_killed_in_the_middle_and_started_again_the_shards_are_the_same(many: Pa
     out = many.parent / "latents"
     whole = tar_bytes(out)
     out.rename(many.parent / "undisturbed")
+    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     for kill_at in (2, 5):
-        job = subprocess.Popen([sys.executable, "data_prep/latents.py", *arguments], stdout=subprocess.DEVNULL)
+        command = [sys.executable, "data_prep/latents.py", *arguments]
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alike)
         deadline = time.monotonic() + 300
         while len(list(out.glob("*.tar"))) < kill_at and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
