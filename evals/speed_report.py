@@ -41,13 +41,13 @@ def rows(findings: Sequence[Finding], peak: float) -> Iterator[tuple[str, ...]]:
     """The cells of the table; peak in operations a second."""
     for finding in findings:
         for number, result in enumerate(finding.results):
-            spread = f"{1e3 * min(result.seconds):.3g} to {1e3 * max(result.seconds):.3g}"
+            spread = f"{_short(1e3 * min(result.seconds))} to {_short(1e3 * max(result.seconds))}"
             cost = result.cost
             yield (
                 "" if number else finding.case,
                 result.name,
-                f"{1e3 * result.median:.3g} ({spread})",
-                f"{result.images_per_s:.3g}",
+                f"{_short(1e3 * result.median)} ({spread})",
+                _short(result.images_per_s),
                 f"{cost.flops / result.median / peak:.1%}" if cost else "",
                 f"{cost.traffic / result.median / 1e9:,.0f}" if cost and cost.traffic else "",
                 f"{result.peak_memory / 1e9:.2f}" if result.peak_memory else "",
@@ -73,6 +73,11 @@ def _goal(finding: Finding, result: Result, is_ours: bool) -> str:
         reached = result.cost.flops / result.median / 1e12
         told.append(_verdict(f"{goal.tflops:g} TFLOP/s (has {reached:.3g})", reached >= goal.tflops))
     return ", ".join(told)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _verdict(goal: str, reached: bool) -> str:
