@@ -215,6 +215,7 @@ def _evaluation_table(folder: Path) -> Any:
 
 def _open_wandb(config: Config, folder: Path, suffix: str = "") -> Any:
     """The run of a folder, or the one with this suffix beside it, new or resumed."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # what it says of its own files would only worry
     import wandb
 
     identity = folder / "wandb_id"
