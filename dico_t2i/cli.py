@@ -44,9 +44,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     from dico_t2i.plan import expected_memory
+    from dico_t2i.training.distributed import leave_world
     from dico_t2i.training.trainer import train
 
-    return train(config, arguments.runs, expect=expected_memory)
+    code = train(config, arguments.runs, expect=expected_memory)
+    leave_world()
+    return code
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:

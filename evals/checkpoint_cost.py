@@ -25,7 +25,7 @@ from rich.table import Table
 from dico_t2i.config import Config, load_config
 from dico_t2i.models import DiCo
 from dico_t2i.training import checkpoint as ckpt
-from dico_t2i.training.distributed import World, join_world
+from dico_t2i.training.distributed import World, join_world, leave_world
 from dico_t2i.training.engine import Engine
 
 
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.is_main:
         _report(args, config, plain_step, results, loads)
         shutil.rmtree(args.out)
+    leave_world()
     return 0
 
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from dico_t2i.config import load_config
 from dico_t2i.diffusion import build
 from dico_t2i.models import DiCo
-from dico_t2i.training.distributed import join_world
+from dico_t2i.training.distributed import join_world, leave_world
 from dico_t2i.training.engine import Engine
 
 
@@ -48,6 +48,7 @@ def main(path: Path) -> None:
             most = max(most, held)
     if world.is_main:
         print("RESULT", json.dumps({"peak": most, "left": held}))
+    leave_world()
 
 
 if __name__ == "__main__":

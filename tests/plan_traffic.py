@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dico_t2i.config import Config, load_config
 from dico_t2i.models import DiCo
-from dico_t2i.training.distributed import World, join_world
+from dico_t2i.training.distributed import World, join_world, leave_world
 from dico_t2i.training.engine import Engine
 
 # Where each has the tensor that is as large as what all ranks have together.
@@ -55,6 +55,7 @@ def main(path: str, stages: list[str]) -> None:
     results = {stage: step_bytes(load_config(path, [f"train.zero_stage={stage}"]), world) for stage in stages}
     if world.is_main:
         print("RESULT", json.dumps(results))
+    leave_world()
 
 
 if __name__ == "__main__":

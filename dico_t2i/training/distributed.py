@@ -62,6 +62,15 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
 
 
+def leave_world() -> None:
+    """Wait for the other ranks and leave the process group; collective, the last thing a process does.
+
+    A rank that merely exits takes connections away which others still use: they abort, though their work is done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean of a tensor over the ranks; collective."""
     total = values.clone()

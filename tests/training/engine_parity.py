@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dico_t2i.config import DiCoConfig, OptimizerConfig, Span, TrainConfig
 from dico_t2i.models import DiCo
-from dico_t2i.training.distributed import join_world
+from dico_t2i.training.distributed import join_world, leave_world
 from dico_t2i.training.engine import Engine
 
 MODEL = DiCoConfig(hidden_size=8, depths=(1, 1, 1, 1, 1), mlp_ratio=2.0, num_classes=10)
@@ -98,6 +98,7 @@ def main():
         )
     if world.is_main:
         print("RESULT", json.dumps(results))
+    leave_world()
 
 
 if __name__ == "__main__":
