@@ -1,0 +1,111 @@
+"""Networks on captioned shapes, same data and steps, several seeds: held-out loss, prompt accuracy, speed.
+
+    python evals/shapes_comparison.py configs/shapes/dico.yaml configs/shapes/cross_attention.yaml
+    python evals/shapes_comparison.py configs/shapes/*.yaml --seeds 0 1 2 --out shapes_comparison.json
+
+Each network and seed is a run of its own, runs/NAME-SEED; started again, all go on where they stopped. Prompt accuracy is that of
+evals/prompt_accuracy.py, on held-out combinations. Shown are means over the seeds and, after the sign, their
+standard deviations. The loss of a run is from its last validation.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.common import run
+from dico_t2i.config import load_config
+from dico_t2i.models import count_macs, count_parameters
+
+SHOWN = {"val_loss": "held-out loss", "colour": "colour", "background": "background", "shape": "shape"}
+SHOWN |= {"place": "place", "all": "all of it", "images_per_s": "images/s"}
+
+
+def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Train one run, or go on with it, sample the held-out prompts, and return its numbers.
+
+    Raises ValueError if a step of it fails.
+    """
+    name = f"{load_config(config).name}-{seed}"
+    folder = runs / name
+    changes = [*overrides, f"name={name}", f"seed={seed}"]
+    _python("-m", "dico_t2i", "train", "--config", str(config), "--runs", str(runs), *changes)
+    accuracy, samples = folder / "prompt_accuracy.json", folder / "held_out"
+    if not accuracy.exists():
+        if not (samples / "grid.png").exists():
+            command = ("-m", "dico_t2i", "sample", "--checkpoint", str(folder), "--prompts", str(prompts))
+            _python(*command, "--out", str(samples), "--batch", "60")
+        _python("evals/prompt_accuracy.py", "--images", str(samples), "--out", str(accuracy))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses, speeds = ([line[key] for line in lines if key in line] for key in ("val_loss", "images_per_s"))
+    if not losses or not speeds:
+        raise ValueError(f"{folder}: was never validated, or reported no speed; see validation.every and log.every")
+    numbers: dict[str, float] = json.loads(accuracy.read_text())["samples"]
+    return {**numbers, "val_loss": losses[-1], "images_per_s": statistics.median(speeds)}
+
+
+def _python(*command: str) -> None:
+    if code := subprocess.run([sys.executable, *command], check=False).returncode:
+        raise ValueError(f"python {' '.join(command)}: ended with {code}")
+
+
+def summary(config: Path, overrides: Sequence[str], seeds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """A row: size of the network, and of each number all seeds, their mean and standard deviation."""
+    resolved = load_config(config, overrides)
+    model, size = resolved.model, resolved.latent_size
+    row: dict[str, Any] = {"config": str(config), "parameters": count_parameters(model)}
+    row["macs"] = count_macs(model, (1, model.in_channels, size, size))
+    for key in SHOWN:
+        values = [seed[key] for seed in seeds]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        row[key] = {"values": values, "mean": statistics.mean(values), "deviation": deviation}
+    return row
+
+
+def print_table(rows: Sequence[dict[str, Any]], seeds: int) -> None:
+    table = Table("network", "M parameters", "MMACs", *SHOWN.values(), title=f"shapes, {seeds} seeds")
+    for row in rows:
+        cells = [Path(row["config"]).stem, f"{row['parameters'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}"]
+        table.add_row(*cells, *(_shown(key, **row[key]) for key in SHOWN))
+    Console().print(table)
+
+
+def _shown(key: str, values: Sequence[float], mean: float, deviation: float) -> str:
+    form = {"val_loss": ".4f", "images_per_s": ".0f"}.get(key, ".1%")
+    return f"{mean:{form}} ± {deviation:{form}}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="as those of configs/shapes")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--prompts", type=int, default=240, help="held-out prompts to sample (default: 240)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to all configs")
+    parser.add_argument("--out", type=Path, help="write the numbers there, as JSON")
+    args = parser.parse_args(argv)
+    for config in args.configs:
+        load_config(config, args.set)
+    prompts = args.runs / f"held_out_prompts_{args.prompts}.txt"
+    args.runs.mkdir(parents=True, exist_ok=True)
+    _python("evals/prompt_accuracy.py", "--write-prompts", str(prompts), "--count", str(args.prompts))
+    rows = []
+    for config in args.configs:
+        seeds = [measure(config, seed, args.runs, prompts, args.set) for seed in args.seeds]
+        rows.append(summary(config, args.set, seeds))
+    print_table(rows, len(args.seeds))
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
