@@ -3,9 +3,9 @@
     python evals/shapes_comparison.py configs/shapes/dico.yaml configs/shapes/cross_attention.yaml
     python evals/shapes_comparison.py configs/shapes/*.yaml --seeds 0 1 2 --out shapes_comparison.json
 
-Each network and seed is a run of its own, runs/NAME-SEED; started again, all go on where they stopped. Prompt accuracy is that of
-evals/prompt_accuracy.py, on held-out combinations. Shown are means over the seeds and, after the sign, their
-standard deviations. The loss of a run is from its last validation.
+Each network and seed is a run of its own, runs/NAME-SEED; started again, all go on where they stopped. Prompt accuracy
+is that of evals/prompt_accuracy.py, on held-out combinations. Shown are means over the seeds and, after the sign,
+their standard deviations. The loss of a run is from its last validation, its speed the median of its reports.
 """
 
 import argparse
