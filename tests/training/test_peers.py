@@ -39,7 +39,3 @@ def test_pooled_text_and_recomputing_in_bf16(runs):
     runs.train("mmdit", *plain, *preview, "model.checkpoint_stages=[blocks]")
     assert len(runs.losses("mmdit")) == 2
     assert len(list((runs.folder / "mmdit" / "samples").iterdir())) == 1
-
-
-def test_another_size_is_refused_at_once(runs):
-    assert "set model.latent_size=16" in runs.train("size", override(UVIT), "model.latent_size=8", code=2)
