@@ -40,7 +40,7 @@ def named_config(name: str, condition: Condition, size: int) -> NetworkConfig:
     section = next((section for section in _SECTIONS if name in section.variants), None)
     if section is None:
         raise ValueError(f"{name}: not one of {', '.join(name for s in _SECTIONS for name in s.variants)}")
-    fields = {"variant": name, "condition": condition}
+    fields: dict[str, Any] = {"variant": name, "condition": condition}
     if issubclass(section, SizedConfig):
         fields["latent_size"] = size
     try:

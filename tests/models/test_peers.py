@@ -159,7 +159,7 @@ def test_what_is_no_released_dit_is_named():
 
 
 def plain_uvit(w, x, t, text, heads):
-    """U-ViT written out, from the weights ``w`` of ours by name; (N, C, H, W), patches of 2."""
+    """U-ViT of five blocks written out, from the weights ``w`` of ours by name; (N, C, H, W), patches of 2."""
     D, N, C, H, W = w["norm.weight"].shape[0], *x.shape
 
     def linear(name, x):
@@ -184,15 +184,18 @@ def plain_uvit(w, x, t, text, heads):
     angles = t[:, None] * 10000 ** (-torch.arange(D // 2, dtype=t.dtype) / (D // 2))
     time = torch.cat((angles.cos(), angles.sin()), 1)[:, None]
     x = torch.cat((time, linear("text", text), tokens), 1) + w["positions"]
-    first = block(0, x)
-    last = block(2, linear("layers.2.merge", torch.cat((block(1, first), first), -1)))
-    pixels = linear("head", norm("norm", last))[:, 1 + text.shape[1] :].reshape(N, H // 2, W // 2, 2, 2, -1)
+    x = first = block(0, x)
+    x = second = block(1, x)
+    x = block(2, x)
+    x = block(3, linear("layers.3.merge", torch.cat((x, second), -1)))
+    x = block(4, linear("layers.4.merge", torch.cat((x, first), -1)))
+    pixels = linear("head", norm("norm", x))[:, 1 + text.shape[1] :].reshape(N, H // 2, W // 2, 2, 2, -1)
     image = pixels.permute(0, 5, 1, 3, 2, 4).reshape(N, -1, H, W)
     return F.conv2d(image, w["smooth.weight"], w["smooth.bias"], padding=1)
 
 
 def test_uvit_against_the_same_written_out():
-    config = PEERS["uvit"]
+    config = UViTConfig(**{**TEXT, "depth": 5})
     network = randomized(config).double()
     x, t, text, _ = inputs(config)
     x, t, text = x.double(), t.double(), text.double()

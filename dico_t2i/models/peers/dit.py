@@ -49,7 +49,8 @@ class DiT(Transformer):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, pooled: None = None) -> Tensor:
         x = self.patches(x.to(self.head.weight.dtype)).permute(0, 2, 3, 1)
-        x = x + grid_positions(*x.shape[1:], device=x.device).to(x.dtype)
+        _, H, W, C = x.shape
+        x = x + grid_positions(H, W, C, x.device).to(x.dtype)
         condition = F.silu(self.time_embedding(t) + self.class_embedding(cond))
         for block in self.layers:
             x = self.run(block, x, condition)
