@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dico_t2i.config import Config, Span, TextEncoderConfig
+from dico_t2i.config import Config, DiCoConfig, NetworkConfig, Span, TextEncoderConfig, TransformerConfig
 from dico_t2i.models import count_parameters
 
 
@@ -23,12 +23,19 @@ def model_card(config: Config, origin: Mapping[str, Any], metrics: Mapping[str, 
         "Numbers at export": _numbers(metrics),
         "Limits": "\n".join(f"- {line}" for line in _limits(config, metrics, parts)),
     }
-    head = f"---\nlibrary_name: diffusers\npipeline_tag: {task}\ntags: [dico]\n---\n\n# {config.name}\n\n"
-    intro = "A DiCo, a purely convolutional diffusion model (arXiv 2505.11196), written by `dico export` of dico_t2i.\n"
+    ours = isinstance(config.model, DiCoConfig)
+    library = "diffusers" if ours else "dico_t2i"
+    head = (
+        f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags: [{config.model.kind}]\n---\n\n# {config.name}\n\n"
+    )
+    what = "DiCo, a purely convolutional diffusion model (arXiv 2505.11196)" if ours else "peer of DiCo"
+    intro = f"A {what}, written by `dico export` of dico_t2i.\n"
     return head + intro + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
 
 
 def _usage(config: Config, parts: Sequence[str]) -> str:
+    if not isinstance(config.model, DiCoConfig):
+        return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} There is no pipeline of diffusers for it."
     text = config.model.condition == "text"
     passed, lines = "", []
     if config.autoencoder.kind != "pixels" and "vae" not in parts:
@@ -49,35 +56,39 @@ def _usage(config: Config, parts: Sequence[str]) -> str:
         f"pipeline = diffusers.DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True{passed})",
         f"image = pipeline({what}, seed=0).images[0]",
     ]
+    return "\n".join(["```python", *code, "```", "", f"or `dico sample --checkpoint FOLDER`. {_sampler(config)}"])
+
+
+def _sampler(config: Config) -> str:
     sampler = config.sampler
-    return "\n".join(
-        [
-            "```python",
-            *code,
-            "```",
-            "",
-            f"or `dico sample --checkpoint FOLDER`. Defaults: {sampler.kind}, {sampler.steps} steps, guidance"
-            f" {sampler.guidance:g}.",
-        ]
-    )
+    return f"Defaults: {sampler.kind}, {sampler.steps} steps, guidance {sampler.guidance:g}."
 
 
 def _network(config: Config) -> dict[str, Any]:
     model = config.model
     rows: dict[str, Any] = {
         "parameters": f"{count_parameters(model):,}",
-        "width, depths, FFN ratio": f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}",
+        **_dimensions(model),
         "latents": f"{model.in_channels} channels, {config.latent_size} x {config.latent_size}",
         "autoencoder": f"{config.autoencoder.kind}, {Path(config.autoencoder.path).name}"
         if config.autoencoder.kind != "pixels"
         else "none (pixels)",
     }
     if model.condition == "text":
-        rows["text"] = f"{model.text_fusion}{', with the pooled text' if model.pooled_text else ''}"
+        fusion = model.text_fusion if isinstance(model, DiCoConfig) else model.kind
+        rows["text"] = f"{fusion}{', with the pooled text' if model.pooled_text else ''}"
         rows["text encoder"] = _text_encoder(config.text_encoder)
     else:
         rows["classes"] = model.num_classes
     return rows
+
+
+def _dimensions(model: NetworkConfig) -> dict[str, str]:
+    if isinstance(model, DiCoConfig):
+        return {"width, depths, FFN ratio": f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}"}
+    assert isinstance(model, TransformerConfig)
+    sizes = f"{model.hidden_size}, {model.depth}, {model.num_heads}, {model.patch_size}"
+    return {"kind": model.kind, "width, blocks, heads, patch": sizes}
 
 
 def _text_encoder(encoder: TextEncoderConfig) -> str:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -38,6 +40,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DiCo-XL": {"hidden_size": 416, "depths": (9, 9, 10, 9, 9), "mlp_ratio": 2.0},
     "DiCo-H": {"hidden_size": 416, "depths": (14, 12, 10, 12, 14), "mlp_ratio": 4.0},
 }
+# Peers, by their own papers: DiT (arXiv 2212.09748, table 1), U-ViT (2209.12152, table 7), PixArt-alpha (2310.00426) at
+# DiT's sizes.
+DIT_VARIANTS: dict[str, dict[str, Any]] = {
+    "DiT-S/2": {"hidden_size": 384, "depth": 12, "num_heads": 6, "patch_size": 2},
+    "DiT-B/2": {"hidden_size": 768, "depth": 12, "num_heads": 12, "patch_size": 2},
+    "DiT-L/2": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "patch_size": 2},
+    "DiT-XL/2": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "patch_size": 2},
+}
+UVIT_VARIANTS: dict[str, dict[str, Any]] = {
+    "U-ViT-S/2": {"hidden_size": 512, "depth": 13, "num_heads": 8, "patch_size": 2},
+    "U-ViT-S/2 deep": {"hidden_size": 512, "depth": 17, "num_heads": 8, "patch_size": 2},
+}
+PIXART_VARIANTS = {name.replace("DiT", "PixArt"): sizes for name, sizes in DIT_VARIANTS.items()}
 
 
 class ConfigError(ValueError):
@@ -77,12 +92,13 @@ class Span(Section):
         return max(1, round(images / batch))
 
 
-class DiCoConfig(Section):
-    """Dimensions and conditioning of the network (paper, section 3)."""
+class NetworkConfig(Section):
+    """What all networks share: their channels, and what they are conditioned on."""
 
-    hidden_size: Positive
-    depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
-    mlp_ratio: PositiveFloat
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # sizes with a name, for `variant:` in a config
+    stages: ClassVar[tuple[str, ...]] = ()  # of checkpoint_stages, most activations first
+
+    kind: str
     in_channels: Positive = 4
     learn_sigma: StrictBool = True
     condition: Literal["class", "text"] = "class"
@@ -90,11 +106,9 @@ class DiCoConfig(Section):
     dropout_prob: Probability = 0.1  # of the condition, for guidance; 0 also drops the null class's row
     text_dim: Positive = 768
     text_tokens: Positive = 77
-    text_fusion: Literal["dwc", "cross_attention"] = "dwc"
-    text_projection: Literal["block", "stage"] = "block"  # one MLP in each block, or one for each stage
     pooled_text: StrictBool = False  # add a projection of the pooled text to the timestep embedding
     pooled_dim: Positive = 768
-    checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
+    checkpoint_stages: tuple[str, ...] = ()  # stages that recompute activations in the backward pass
 
     @model_validator(mode="before")
     @classmethod
@@ -103,12 +117,37 @@ class DiCoConfig(Section):
             return data
         data = dict(data)
         variant = data.pop("variant")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
-        clash = sorted(set(data) & set(VARIANTS[variant]))
+        if variant not in cls.variants:
+            known = ", ".join(cls.variants) or "none: give hidden_size and the others"
+            raise ValueError(f"variant: {variant!r} is not among those of this kind ({known})")
+        clash = sorted(set(data) & set(cls.variants[variant]))
         if clash:
             raise ValueError(f"variant: {variant} already sets {', '.join(clash)}; give one or the other")
-        return {**VARIANTS[variant], **data}
+        return {**cls.variants[variant], **data}
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def latent_divisor(self) -> int:
+        """What height and width of the network's input must be divisible by."""
+        return 1
+
+
+class DiCoConfig(NetworkConfig):
+    """DiCo (paper, section 3)."""
+
+    variants = VARIANTS
+    stages = ("decoder1", "encoder1", "decoder2", "encoder2", "middle")
+
+    kind: Literal["dico"] = "dico"
+    hidden_size: Positive
+    depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
+    mlp_ratio: PositiveFloat
+    text_fusion: Literal["dwc", "cross_attention"] = "dwc"
+    text_projection: Literal["block", "stage"] = "block"  # one MLP in each block, or one for each stage
+    checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
 
     @model_validator(mode="after")
     def _widths(self) -> DiCoConfig:
@@ -121,8 +160,100 @@ class DiCoConfig(Section):
         return self
 
     @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
+    def latent_divisor(self) -> int:
+        """Down-sampled twice."""
+        return 4
+
+
+class TransformerConfig(NetworkConfig):
+    """What the peers share: transformers over patches."""
+
+    stages = ("blocks",)
+
+    hidden_size: Positive
+    depth: Positive  # blocks
+    num_heads: Positive
+    patch_size: Positive = 2
+    checkpoint_stages: tuple[Literal["blocks"], ...] = ()  # [blocks]: recompute activations in the backward pass
+
+    @model_validator(mode="after")
+    def _heads(self) -> TransformerConfig:
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} must be divisible by num_heads: {self.num_heads} and by 4"
+            )
+        return self
+
+    @property
+    def latent_divisor(self) -> int:
+        return self.patch_size
+
+
+class DiTConfig(TransformerConfig):
+    """DiT of classes (Peebles and Xie 2023)."""
+
+    variants = DIT_VARIANTS
+
+    kind: Literal["dit"] = "dit"
+    condition: Literal["class"] = "class"
+    pooled_text: Literal[False] = False
+    mlp_ratio: PositiveFloat = 4.0
+
+
+class SizedConfig(TransformerConfig):
+    """A transformer whose positions are made for one size."""
+
+    latent_size: Positive = 32  # height and width of the network's input
+
+
+class UViTConfig(SizedConfig):
+    """U-ViT with text tokens in the sequence (Bao et al. 2023)."""
+
+    variants = UVIT_VARIANTS
+
+    kind: Literal["uvit"] = "uvit"
+    condition: Literal["text"] = "text"
+    pooled_text: Literal[False] = False
+    mlp_ratio: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _a_middle(self) -> UViTConfig:
+        if self.depth % 2 == 0:
+            raise ValueError(f"depth: {self.depth} must be odd: as many blocks before the middle one as after it")
+        return self
+
+
+class PixArtConfig(SizedConfig):
+    """PixArt-alpha: DiT with cross-attention to the text (Chen et al. 2023), as diffusers has it."""
+
+    variants = PIXART_VARIANTS
+
+    kind: Literal["pixart"] = "pixart"
+    condition: Literal["text"] = "text"
+    pooled_text: Literal[False] = False
+
+
+class MMDiTConfig(SizedConfig):
+    """MMDiT: text and image attend to each other (Esser et al. 2024), as diffusers has it in Stable Diffusion 3."""
+
+    kind: Literal["mmdit"] = "mmdit"
+    condition: Literal["text"] = "text"
+    pooled_text: Literal[True] = True
+
+
+def _kind(model: Any) -> str:
+    """Which network a section is of; DiCo without ``kind``."""
+    return str(model.get("kind", "dico")) if isinstance(model, Mapping) else getattr(model, "kind", "dico")
+
+
+ModelConfig = Annotated[
+    Annotated[DiCoConfig, Tag("dico")]
+    | Annotated[DiTConfig, Tag("dit")]
+    | Annotated[UViTConfig, Tag("uvit")]
+    | Annotated[PixArtConfig, Tag("pixart")]
+    | Annotated[MMDiTConfig, Tag("mmdit")],
+    Discriminator(_kind),
+]
 
 
 class DiffusionConfig(Section):
@@ -436,7 +567,7 @@ class Config(Section):
 
     name: str
     seed: NonNegative = 0
-    model: DiCoConfig
+    model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
@@ -458,14 +589,11 @@ class Config(Section):
             raise ValueError("train.duration: give steps, images or epochs (schedules need an end in images)")
         if train.global_batch % data.streams:
             raise ValueError(f"data.streams: {data.streams} does not divide train.global_batch: {train.global_batch}")
-        if self.autoencoder.kind == "pixels":
-            size, unit = data.image_size, 4
-        else:
-            size, unit = data.image_size // 8, 32
+        unit = self.model.latent_divisor * (1 if self.autoencoder.kind == "pixels" else 8)
         if data.image_size % unit:
             raise ValueError(
-                f"data.image_size: {data.image_size} must be divisible by {unit}"
-                f" (latents of {size}x{size} are down-sampled twice)"
+                f"data.image_size: {data.image_size} must be divisible by {unit} (latents of"
+                f" {self.latent_size}x{self.latent_size} by {self.model.latent_divisor})"
             )
         channels = 3 if self.autoencoder.kind == "pixels" else self.model.in_channels
         if channels != self.model.in_channels:
@@ -488,6 +616,18 @@ class Config(Section):
             raise ValueError("model.learn_sigma: must be false with diffusion.kind: flow, which has no variance")
         check_sampler(self.diffusion, self.sampler)
         check_sampler(self.diffusion, self.preview.sampler, "preview.sampler")
+        return self
+
+    @model_validator(mode="after")
+    def _positions(self) -> Config:
+        model = self.model
+        if isinstance(model, SizedConfig) and model.latent_size != self.latent_size:
+            raise ValueError(
+                f"model.latent_size: {model.latent_size}, but latents of data.image_size: {self.data.image_size} are"
+                f" {self.latent_size}x{self.latent_size}; set model.latent_size={self.latent_size}"
+            )
+        if isinstance(model, UViTConfig) and self.data.buckets:
+            raise ValueError("data.buckets: kind: uvit has learned positions for squares of one size; leave it out")
         return self
 
     @property
@@ -630,24 +770,49 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, root: type[Section] = Config) -> str:
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        loc, section = _resolve(item["loc"], root)
+        key = ".".join(str(part) for part in loc)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "unknown key" + _suggestion(item["loc"], root)
+            message = "unknown key" + _suggestion(str(loc[-1]), section)
+        elif item["type"] == "union_tag_invalid":
+            key, message = f"{key}.kind", f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
         elif item["type"] != "missing" and item["type"] != "value_error":
             message = f"{message}, found {item['input']!r}"
         lines.append(f"  {key}: {message}" if key else f"  {message}")
     return "\n".join(lines)
 
 
-def _suggestion(loc: tuple[int | str, ...], section: type[Section]) -> str:
+def _resolve(loc: tuple[int | str, ...], section: type[Section]) -> tuple[list[int | str], type[Section]]:
+    """The keys of an error's place, without the kinds that stand among them, and the section of the last one."""
+    keys: list[int | str] = []
+    kinds: dict[str, type[Section]] = {}  # that the next part may name: of a choice by kind
+    for number, part in enumerate(loc):
+        if part in kinds:
+            section, kinds = kinds[str(part)], {}
+            continue
+        keys.append(part)
+        if isinstance(part, str) and part in section.model_fields and number + 1 < len(loc):
+            options = _sections(section.model_fields[part].annotation)
+            kinds = {
+                o.model_fields["kind"].default: o for o in options if "kind" in o.model_fields and len(options) > 1
+            }
+            section = options[0] if options else section
+    return keys, section
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections in a field's type: one, one or None, several, or a list of one."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for part in getattr(annotation, "__args__", ()) for section in _sections(part)]
+
+
+def _suggestion(key: str, section: type[Section]) -> str:
     """The known key nearest to an unknown one."""
     import difflib
 
-    for part in (p for p in loc[:-1] if isinstance(p, str)):  # numbers: entries of a list of sections
-        annotation: Any = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]  # a section, one or None, or several
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
-    known = list(section.model_fields) + (["variant"] if section is DiCoConfig else [])
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    named = issubclass(section, NetworkConfig) and section.variants
+    known = list(section.model_fields) + (["variant"] if named else [])
+    near = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"

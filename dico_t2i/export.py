@@ -5,6 +5,8 @@ export.json, README.md            where the weights come from; the model card
 model_index.json, pipeline.py     the pipeline of diffusers, as code that needs nothing of this package
 transformer/                      config.json, model.py, and the weights themselves
 scheduler/ vae/ text_encoder/ tokenizer/
+
+Of a peer (models/peers) the folder is without pipeline, transformer/ and scheduler/: `dico sample` reads it.
 """
 
 import importlib.metadata
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dico_t2i.card import model_card
-from dico_t2i.config import Config, dump_config, load_config
+from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
 from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder, load_text_encoder
 from dico_t2i.imagenet import CLASSES, class_names
 from dico_t2i.inline import standalone
@@ -76,15 +78,19 @@ def write_folder(
     """
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "transformer").mkdir(parents=True)
+    temporary.mkdir(parents=True)
     parts: dict[str, Component] = dict.fromkeys(("vae", "text_encoder", "tokenizer"), (None, None))
     if encoders:
         parts |= _save_encoders(config, temporary)
-    write_safetensors(temporary / "transformer" / _TRANSFORMER_WEIGHTS, shapes, arrays)
-    (temporary / WEIGHTS_FILE).symlink_to(Path("transformer", _TRANSFORMER_WEIGHTS))  # the same parameters
     (temporary / "config.yaml").write_text(dump_config(config))
     _write_json(temporary / "export.json", origin)
-    _write_pipeline(temporary, config, parts)
+    if isinstance(config.model, DiCoConfig):
+        (temporary / "transformer").mkdir()
+        write_safetensors(temporary / "transformer" / _TRANSFORMER_WEIGHTS, shapes, arrays)
+        (temporary / WEIGHTS_FILE).symlink_to(Path("transformer", _TRANSFORMER_WEIGHTS))  # the same parameters
+        _write_pipeline(temporary, config, parts)
+    else:
+        write_safetensors(temporary / WEIGHTS_FILE, shapes, arrays)
     (temporary / "README.md").write_text(model_card(config, origin, metrics, [n for n, p in parts.items() if p[0]]))
     temporary.rename(out)
 

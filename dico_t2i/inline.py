@@ -183,21 +183,27 @@ def _dataclass(name: str) -> str:
     """A section of the config as a dataclass: its fields, defaults and properties, without the checks."""
     section: type[config.Section] = getattr(config, name)
     module = _Module.read(_CONFIG)
-    definition = module.definitions[name]
-    assert isinstance(definition, ast.ClassDef)
     hints = typing.get_type_hints(section)
-    lines = ["@dataclass(frozen=True)", f"class {name}:"]
+    lines = ["@dataclass(frozen=True, kw_only=True)", f"class {name}:"]
     if section.__doc__:
         lines += [f'    """{section.__doc__}"""', ""]
     for key, info in section.model_fields.items():
         default = "" if info.is_required() else f" = {info.default!r}"
         lines.append(f"    {key}: {_hint(hints[key])}{default}")
-    for statement in definition.body:
-        if isinstance(statement, ast.FunctionDef) and any(
-            ast.unparse(d) == "property" for d in statement.decorator_list
-        ):
-            lines += ["", *module.lines[statement.decorator_list[0].lineno - 1 : statement.end_lineno]]
+    for statement in _properties(module, section):
+        lines += ["", *module.lines[statement.decorator_list[0].lineno - 1 : statement.end_lineno]]
     return "\n".join(lines)
+
+
+def _properties(module: _Module, section: type[config.Section]) -> list[ast.FunctionDef]:
+    """Those of a section and of the sections below it, each as the section has it."""
+    found: dict[str, ast.FunctionDef] = {}
+    for parent in section.__mro__:
+        for statement in getattr(module.definitions.get(parent.__name__), "body", ()):
+            decorators = map(ast.unparse, getattr(statement, "decorator_list", ()))
+            if isinstance(statement, ast.FunctionDef) and "property" in decorators:
+                found.setdefault(statement.name, statement)
+    return list(found.values())
 
 
 def _hint(hint: typing.Any) -> str:

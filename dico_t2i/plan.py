@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dico_t2i.config import Config, HardwareConfig, Stage
+from dico_t2i.config import Config, HardwareConfig
 from dico_t2i.data import DatasetIndex, load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.models import count_macs, count_parameters
@@ -31,7 +31,6 @@ PLAIN_SHARE = 1 / 16  # of the peak of bf16 products: what fp32 and convolutions
 # backward pass, which is half of its "maximal reuse distance": that counts both ways.
 GATHERED = 50_000_000
 KEPT = 500_000_000
-_STAGES: tuple[Stage, ...] = ("decoder1", "encoder1", "decoder2", "encoder2", "middle")  # most activations first
 _KNOWN_BYTES = {"stabilityai/sd-vae-ft-ema": 335e6}  # fp32
 _VOCABULARY = 49_408  # CLIP's
 _CAPTION_BYTES = 500.0  # of a sample's captions and tar headers; for data that are not there yet
@@ -128,7 +127,7 @@ def make_plan(config: Config) -> Plan:
     if _encoder_bytes(config) is None:
         notes.append("the size of the frozen encoders is not known here: left out")
     checkpoint_bytes = 4.0 * parameters * (3 + len(config.optimizer.ema))
-    every: tuple[tuple[str, tuple[Stage, ...]], ...] = (("no stage", ()), ("all stages", _STAGES))
+    every = (("no stage", ()), ("all stages", config.model.stages))
     stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
     return Plan(
         name=config.name,
@@ -285,8 +284,8 @@ def _communication(config: Config, stage: int) -> Communication:
 
 def _remedies(config: Config) -> dict[str, Estimate]:
     """The nearest settings that fit, of each kind, with what they give."""
-    everything = _smaller(config, [f"model.checkpoint_stages={_all()}"])
-    kinds = (_recompute(), _smaller(config), _sharded(config), _spread(config), everything)
+    everything = _smaller(config, _recomputing(config.model.stages))
+    kinds = (_recompute(config), _smaller(config), _sharded(config), _spread(config), everything)
     found = {}
     for changes in kinds:
         for change in changes:
@@ -297,13 +296,13 @@ def _remedies(config: Config) -> dict[str, Estimate]:
     return found
 
 
-def _all() -> str:
-    return f"[{', '.join(_STAGES)}]"
+def _recomputing(stages: tuple[str, ...]) -> list[str]:
+    return [f"model.checkpoint_stages=[{', '.join(stages)}]"]
 
 
-def _recompute() -> Iterator[list[str]]:
-    for count in range(1, len(_STAGES) + 1):
-        yield [f"model.checkpoint_stages=[{', '.join(_STAGES[:count])}]"]
+def _recompute(config: Config) -> Iterator[list[str]]:
+    for count in range(1, len(config.model.stages) + 1):
+        yield _recomputing(config.model.stages[:count])
 
 
 def _smaller(config: Config, more: list[str] | None = None) -> Iterator[list[str]]:

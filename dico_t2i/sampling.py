@@ -19,7 +19,7 @@ from dico_t2i.config import Config, ConfigError, SamplerConfig, load_config
 from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
-from dico_t2i.models import DiCo
+from dico_t2i.models import Network, build_network
 from dico_t2i.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, read_weights
 from dico_t2i.training.optimizer import WEIGHT, ema_name
 
@@ -32,7 +32,7 @@ class Pipeline:
     """Everything that turns prompts or labels into images."""
 
     config: Config
-    model: DiCo
+    model: Network
     autoencoder: Autoencoder
     conditioner: Conditioner
     device: torch.device
@@ -162,12 +162,12 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
     """
     config, fill = _find_weights(path, weights)
     autoencoder, conditioner = load_encoders(config, device, dtype)
-    model = DiCo(config.model)
+    model = build_network(config.model)
     fill(model)
     return Pipeline(config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device)
 
 
-def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[DiCo], None]]:
+def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[Network], None]]:
     if (path / WEIGHTS_FILE).exists():
         return exported_config(path), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
     run, checkpoint = locate_checkpoint(path)
@@ -201,7 +201,7 @@ def default_weights(config: Config) -> str:
     return ema_name(config.optimizer.ema[0]) if config.optimizer.ema else WEIGHT
 
 
-def _fill(model: DiCo, state: dict[str, Tensor], source: Path) -> None:
+def _fill(model: Network, state: dict[str, Tensor], source: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -33,7 +33,8 @@ Made from `dico_t2i/config.py` by `python docs/make_config_reference.py`; change
 
 A config is a YAML file; `extends: other.yaml` takes another's keys first. `key.path=value` on the command line changes
 any key. An unknown key, a wrong type or an impossible combination is an error that names it, before anything starts.
-A key without a default must be given. `model.variant: DiCo-S` (or B, L, XL, H) stands for width, depths and FFN ratio.
+A key without a default must be given. `model.kind` chooses the network (docs/networks.md): DiCo where it is left out.
+`model.variant: DiCo-S` (or B, L, XL, H) stands for width, depths and FFN ratio, `DiT-XL/2` and the like for a peer's.
 """
 
 
@@ -62,28 +63,52 @@ class _Page:
         keys: dict[str, list[str]] = {}
 
         def visit(name: str, key: str) -> None:
-            keys.setdefault(name, []).append(key)
+            keys.setdefault(name, []).append(f"{key}, kind: {kind}" if (kind := self._kind(name)) else key)
+            for base in self._bases(name):
+                if base not in keys:
+                    visit(base, f"{key.partition(',')[0]}, any {base.removesuffix('Config').lower()}")
             for field in self._fields(name):
                 assert isinstance(field.target, ast.Name)
-                for part in ast.walk(field.annotation):
-                    if isinstance(part, ast.Name) and part.id in self._classes:
-                        visit(part.id, f"{key}.{field.target.id}".lstrip("."))
+                for section in self._sections(field.annotation):
+                    visit(section, f"{key}.{field.target.id}".lstrip("."))
 
         visit("Config", "")
         spans = keys.pop("Span")
         yield from ((name, ", ".join(under) or "A run") for name, under in keys.items())
         yield "Span", f"A span, such as {spans[0]}"
 
+    def _sections(self, annotation: ast.expr) -> Iterator[str]:
+        """The sections in a type, through aliases."""
+        names = (part for part in ast.walk(annotation) if isinstance(part, ast.Name))
+        for part in sorted(names, key=lambda name: (name.lineno, name.col_offset)):
+            if part.id in self._classes:
+                yield part.id
+            elif part.id in self._aliases:
+                yield from self._sections(self._aliases[part.id])
+
+    def _bases(self, name: str) -> list[str]:
+        """The section whose keys a section has as well."""
+        bases = [base.id for base in self._classes[name].bases if isinstance(base, ast.Name)]
+        return [base for base in bases if base in self._classes and base != "Section"]
+
+    def _kind(self, name: str) -> str:
+        """Of a section that is chosen by it, from others that share a base."""
+        kinds = [f.value for f in self._fields(name) if isinstance(f.target, ast.Name) and f.target.id == "kind"]
+        value = next(iter(kinds), None)
+        return str(ast.literal_eval(value)) if value is not None and self._bases(name) else ""
+
     def section(self, name: str, title: str) -> str:
         node = self._classes[name]
         text = ast.get_docstring(node)
         rows = "".join(self._row(field) for field in self._fields(name))
-        intro = f"{text}\n\n" if text else ""
+        also = "".join(f" With the keys of [{base}](#{base.lower()})." for base in self._bases(name))
+        intro = f"{text}{also}\n\n" if text else ""
         head = f'\n<a id="{name.lower()}"></a>\n\n## {title}\n\n'
         return f"{head}{intro}| key | type | default | |\n| --- | --- | --- | --- |\n{rows}"
 
     def _fields(self, name: str) -> list[ast.AnnAssign]:
-        return [node for node in self._classes[name].body if isinstance(node, ast.AnnAssign)]
+        fields = (node for node in self._classes[name].body if isinstance(node, ast.AnnAssign))
+        return [field for field in fields if "ClassVar" not in ast.unparse(field.annotation)]
 
     def _row(self, field: ast.AnnAssign) -> str:
         assert isinstance(field.target, ast.Name)
@@ -104,7 +129,13 @@ class _Page:
                 return self._type(self._aliases[name])
             case ast.Subscript(value=ast.Name(id="Literal"), slice=choice):
                 options = choice.elts if isinstance(choice, ast.Tuple) else [choice]
-                return ", ".join(f"`{ast.literal_eval(option)}`" for option in options)
+                return ", ".join(f"`{_yaml(option)}`" for option in options)
+            case ast.Subscript(slice=ast.Tuple(elts=[inner, ast.Call(func=ast.Name(id="Discriminator"))])):
+                return self._type(inner)
+            case ast.Subscript(
+                slice=ast.Tuple(elts=[ast.Name(id=name), ast.Call(func=ast.Name(id="Tag"), args=[tag])])
+            ):
+                return f"[{ast.literal_eval(tag)}](#{name.lower()})"
             case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call() as limits])):
                 bounds = {k.arg: ast.unparse(k.value) for k in limits.keywords}
                 if "pattern" in bounds:

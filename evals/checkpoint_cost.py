@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dico_t2i.config import Config, load_config
-from dico_t2i.models import DiCo
+from dico_t2i.models import build_network
 from dico_t2i.training import checkpoint as ckpt
 from dico_t2i.training.distributed import World, join_world, leave_world
 from dico_t2i.training.engine import Engine
@@ -34,7 +34,7 @@ class Trial:
 
     def __init__(self, config: Config, world: World, batch: int, folder: Path) -> None:
         self.world, self.folder = world, folder
-        self.engine = Engine(DiCo(config.model), config.train, config.optimizer, (batch, 1), world)
+        self.engine = Engine(build_network(config.model), config.train, config.optimizer, (batch, 1), world)
         self.engine.materialize(0)
         model, device = config.model, world.device
         self.x = torch.randn(batch, model.in_channels, config.latent_size, config.latent_size, device=device)

@@ -5,11 +5,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dico_t2i.config import DiCoConfig, DiffusionConfig, OptimizerConfig, SamplerConfig
+from dico_t2i.config import (
+    DiCoConfig,
+    DiffusionConfig,
+    DiTConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    PixArtConfig,
+    SamplerConfig,
+    SizedConfig,
+    UViTConfig,
+)
 from dico_t2i.diffusion import build, guided, sample
-from dico_t2i.models import DiCo
+from dico_t2i.models import DiCo, Network, build_network
 from dico_t2i.models.trace import Pass, trace_training
 from dico_t2i.ops import text_dwconv
 from dico_t2i.sampling import as_cuda_graph
@@ -19,41 +30,34 @@ from evals.speed_measure import Contender, Cost, pass_cost
 from tests.plain_dico import PlainDiCo, grouped_text_dwconv
 
 Condition = Literal["class", "text"]
-_DIT = {"DiT-S/2": (12, 6, 64), "DiT-XL/2": (28, 16, 72)}  # layers, heads, their width
+_SECTIONS: tuple[type[NetworkConfig], ...] = (DiCoConfig, DiTConfig, UViTConfig, PixArtConfig)
 _OPTIMIZER = OptimizerConfig()
 _OBJECTIVE = build(DiffusionConfig(), learn_sigma=True)
 
 
-class DiT(nn.Module):
-    """DiT as diffusers has it, attention through SDPA; called as a class-conditional DiCo."""
+def named_config(name: str, condition: Condition, size: int) -> NetworkConfig:
+    """A size with a name, such as DiCo-S or DiT-XL/2, for latents of ``size``. Raises ValueError for others."""
+    section = next((section for section in _SECTIONS if name in section.variants), None)
+    if section is None:
+        raise ValueError(f"{name}: not one of {', '.join(name for s in _SECTIONS for name in s.variants)}")
+    fields: dict[str, Any] = {"variant": name, "condition": condition}
+    if issubclass(section, SizedConfig):
+        fields["latent_size"] = size
+    try:
+        return section.model_validate(fields)
+    except ValidationError:
+        raise ValueError(f"{name}: is not made for condition {condition}") from None
 
-    def __init__(self, name: str, size: int) -> None:
-        from diffusers import DiTTransformer2DModel
 
-        super().__init__()
-        layers, heads, width = _DIT[name]
-        self.transformer = DiTTransformer2DModel(
-            num_attention_heads=heads,
-            attention_head_dim=width,
-            in_channels=4,
-            out_channels=8,
-            num_layers=layers,
-            sample_size=size,
-            num_embeds_ada_norm=1000,
-        )
-        # diffusers embeds timestep and class anew in each block; DiT has one embedding for all (33M, 675M parameters).
-        for block in self.transformer.transformer_blocks[1:]:
-            block.norm1.emb = self.transformer.transformer_blocks[0].norm1.emb
-
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        dtype = self.transformer.proj_out_2.weight.dtype
-        return self.transformer(x.to(dtype), timestep=t, class_labels=cond, return_dict=False)[0]
+def takes_text(name: str) -> bool:
+    """Whether a size with a name is of a network for text alone."""
+    return any(name in section.variants for section in (UViTConfig, PixArtConfig))
 
 
 class Setting:
     """What all contenders of a case share: the model's dimensions, the batch, the inputs, the device."""
 
-    def __init__(self, config: DiCoConfig, batch: int, size: int, device: torch.device) -> None:
+    def __init__(self, config: NetworkConfig, batch: int, size: int, device: torch.device) -> None:
         self.config, self.batch, self.size, self.device = config, batch, size, device
         generator = torch.Generator().manual_seed(0)
 
@@ -72,12 +76,15 @@ class Setting:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-def build_network(kind: str, setting: Setting) -> nn.Module:
-    """ours, plain, or the name of a DiT; on the current device, fp32, no weight zero."""
+def network_of(kind: str, setting: Setting) -> nn.Module:
+    """ours, plain, or a size with a name, such as DiT-S/2; on the current device, fp32, no weight zero."""
     torch.manual_seed(0)
-    if kind in _DIT:
-        return DiT(kind, setting.size)
-    network = DiCo(setting.config) if kind == "ours" else PlainDiCo(setting.config)
+    network: nn.Module
+    if kind in ("ours", "plain"):
+        assert isinstance(setting.config, DiCoConfig)
+        network = DiCo(setting.config) if kind == "ours" else PlainDiCo(setting.config)
+    else:
+        network = build_network(named_config(kind, setting.config.condition, setting.size))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -89,18 +96,19 @@ def contender(
 ) -> Contender:
     """A network at work: a training step (forward, backward, AdamW, average of the weights), or one pass.
 
-    A pass is made in the working dtype of ours by all. In a step others have fp32 weights (with TF32 convolutions on a
-    GPU, cuDNN's default); how: "autocast" puts them under bf16 autocast, "compiled" under torch.compile as well (ours:
-    block by block).
+    A pass is made in the working dtype of ours by all. A step is trained as ours trains, except "plain" and what is
+    under "autocast": those have fp32 weights (with TF32 convolutions on a GPU, cuDNN's default); how: "autocast" puts
+    them under bf16 autocast, "compiled" under torch.compile as well (ours: block by block).
     """
     with setting.device:
-        network = build_network(kind, setting).to(setting.device)
+        network = network_of(kind, setting).to(setting.device)
     if work == "pass":
         network = network.to(setting.dtype).eval().requires_grad_(False)
     if how == "compiled":
-        network = _compiled(kind, network)
-    lower = how != "" and kind != "ours"
-    cost = None if how == "compiled" and kind != "ours" else _counted(kind, setting, work, lower)
+        network = _compiled(network)
+    released = kind == "plain" or how == "autocast"
+    lower = how != "" and released
+    cost = None if how == "compiled" and kind != "ours" else _counted(kind, setting, work, released, lower)
     run: Callable[[], Any]
     if work == "pass":
         cond = setting.cond.to(setting.dtype) if setting.config.condition == "text" else setting.cond
@@ -111,7 +119,7 @@ def contender(
 
         held = float(sum(p.nbytes for p in network.parameters()))
     else:
-        run = TrainingStep(network, setting, ours=kind == "ours", lower=lower)
+        run = TrainingStep(network, setting, ours=not released, lower=lower)
         held = run.held
     return Contender(f"{kind}, {how}" if how else kind, run, setting.batch, held, cost)
 
@@ -179,7 +187,7 @@ def samplers(setting: Setting, steps: int, guidance: float) -> Iterator[Contende
     cond, null = ({"cond": c.to(setting.dtype)} for c in (setting.cond, setting.null))
     with setting.device:
         ours, plain = (
-            build_network(kind, setting).to(setting.dtype).eval().requires_grad_(False) for kind in ("ours", "plain")
+            network_of(kind, setting).to(setting.dtype).eval().requires_grad_(False) for kind in ("ours", "plain")
         )
     assert isinstance(ours, DiCo)
 
@@ -221,29 +229,28 @@ def text_convolutions(shape: tuple[int, int, int], device: torch.device) -> Iter
     yield Contender("plain", run(grouped_text_dwconv, x, grad), N, 0.0, cost)
 
 
-def _compiled(kind: str, network: nn.Module) -> nn.Module:
-    if kind == "ours":
-        assert isinstance(network, DiCo)
+def _compiled(network: nn.Module) -> nn.Module:
+    if isinstance(network, Network):
         network.compile_blocks()
-        return network
-    network.compile()
+    else:
+        network.compile()
     return network
 
 
-def _counted(kind: str, setting: Setting, work: Literal["step", "pass"], lower: bool) -> Cost:
+def _counted(kind: str, setting: Setting, work: Literal["step", "pass"], released: bool, lower: bool) -> Cost:
     """Traced as an accelerator would run it."""
-    ours_in = setting.dtype if kind == "ours" or work == "pass" else torch.float32
+    ours_in = torch.float32 if released and work == "step" else setting.dtype
     traced = _trace(kind, setting, ours_in, lower)
     if work == "pass":
         return pass_cost(traced, backward=False)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_network(kind, setting).parameters())
+        parameters = sum(p.numel() for p in network_of(kind, setting).parameters())
     return pass_cost(traced, backward=True, more_traffic=optimizer_traffic(parameters, 1))
 
 
 def _trace(kind: str, setting: Setting, dtype: torch.dtype, lower: bool) -> Pass:
     with torch.device("meta"):
-        network = build_network(kind, setting).to("meta", dtype).train()
+        network = network_of(kind, setting).to("meta", dtype).train()
 
     def loss() -> Tensor:
         x, noise, t, cond = (v.to("meta") for v in (setting.x, setting.noise, setting.t, setting.cond))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from evals.speed_measure import Result
 
-COLUMNS = ("case", "", "ms", "images/s", "MFU", "GB/s", "GB", "ours is faster by", "goal")
+COLUMNS = ("case", "", "ms", "images/s", "MFU", "GB/s", "GB", "the first is faster by", "goal")
 _MOST_OPERATORS = 10
 
 

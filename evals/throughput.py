@@ -3,12 +3,13 @@
     python evals/throughput.py --quick                      # DiCo-S on a CPU, five minutes
     python evals/throughput.py --preset xl-64 text-dwconv   # on a GPU
     python evals/throughput.py --all --profile              # every row of docs/performance.md for this device
+    python evals/throughput.py --networks DiCo-S DiT-S/2    # networks by name, beside what was published of them
 
 Contenders of a case take turns, round by round, on the same inputs, after a warm-up; medians and ranges are shown.
-"plain" is tests/plain_dico.py, the usual style of such code. MFU: counted operations that are useful, those of channel
-by channel convolutions included, over the rate of a large matrix product measured in the same run (bf16 on a GPU, fp32
-on a CPU). GB/s: bytes that the operations read and write as they are called, where that is known. Results go to --out
-as table.md, throughput.png and throughput.json.
+"plain" is tests/plain_dico.py, the usual style of such code. Networks by name are all trained as DiCo is. MFU: counted
+operations that are useful, those of channel by channel convolutions included, over the rate of a large matrix product
+measured in the same run (bf16 on a GPU, fp32 on a CPU). GB/s: bytes that the operations read and write as they are
+called, where that is known. Results go to --out as table.md, throughput.png and throughput.json.
 """
 
 import argparse
@@ -27,10 +28,19 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import run
 from dico_t2i.files import write_atomically
-from dico_t2i.models import VARIANTS, DiCoConfig
+from dico_t2i.models import VARIANTS, DiCoConfig, NetworkConfig
 from dico_t2i.training.cost import product_rate
 from evals.speed_measure import Contender, compare, free_memory
-from evals.speed_networks import Condition, Setting, contender, samplers, text_convolutions
+from evals.speed_networks import (
+    Condition,
+    Setting,
+    contender,
+    named_config,
+    samplers,
+    takes_text,
+    text_convolutions,
+)
+from evals.speed_published import Published, published_markdown, published_rows, published_table
 from evals.speed_report import Finding, Goal, as_json, markdown, operator_table, plot, table
 
 _NO_GOAL = Goal({})
@@ -52,19 +62,38 @@ def _config(variant: str, condition: Condition) -> DiCoConfig:
 
 def _step(variant: str, condition: Condition, batch: int, *others: str, size: int = 32) -> Callable[..., Any]:
     """A training step of ours and of others, named "kind" or "kind, how"."""
-    return lambda device: _contenders("step", variant, condition, batch, size, device, ("ours", *others))
+    config, names = _config(variant, condition), ("ours", *others)
+    return lambda device: _contenders("step", config, batch, size, device, names)
 
 
 def _pass(variant: str, condition: Condition, batch: int, *others: str, size: int = 32) -> Callable[..., Any]:
-    return lambda device: _contenders("pass", variant, condition, batch, size, device, ("ours", *others))
+    config, names = _config(variant, condition), ("ours", *others)
+    return lambda device: _contenders("pass", config, batch, size, device, names)
 
 
 def _contenders(
-    work: Any, variant: str, condition: Condition, batch: int, size: int, device: torch.device, names: Sequence[str]
+    work: Any, config: NetworkConfig, batch: int, size: int, device: torch.device, names: Sequence[str]
 ) -> list[Contender]:
-    setting = Setting(_config(variant, condition), batch, size, device)
+    setting = Setting(config, batch, size, device)
     pairs: list[Any] = [name.partition(", ")[::2] for name in names]
     return [contender(kind, setting, work, how) for kind, how in pairs]
+
+
+def by_name(names: Sequence[str], batch: int, size: int = 32) -> dict[str, Case]:
+    """One pass and a training step of networks by name; the first is what the others are compared with.
+
+    Raises ValueError for a name that is not known, and for networks of classes beside networks of text.
+    """
+    condition: Condition = "text" if any(map(takes_text, names)) else "class"
+    config, *_ = (named_config(name, condition, size) for name in names)
+    works = {"pass": "one pass", "step": "training step"}
+    return {
+        work: Case(
+            f"{condition}, {title}, batch {batch}",
+            lambda device, work=work: _contenders(work, config, batch, size, device, names),  # type: ignore[misc]
+        )
+        for work, title in works.items()
+    }
 
 
 def _text_and_class(device: torch.device) -> list[Contender]:
@@ -183,10 +212,18 @@ def _chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]
     return chosen
 
 
-def _write(folder: Path, setting: dict[str, Any], findings: Sequence[Finding], peak: float, profiled: bool) -> None:
+def _write(
+    folder: Path,
+    setting: dict[str, Any],
+    findings: Sequence[Finding],
+    peak: float,
+    profiled: bool,
+    published: Sequence[Published],
+) -> None:
     """After each case anew, so that a run that is cut off leaves what it has measured."""
-    write_atomically(folder / "table.md", markdown(setting, findings, peak, profiled).encode())
-    content = json.dumps(as_json(setting, findings, peak), indent=1) + "\n"
+    text = markdown(setting, findings, peak, profiled) + (published_markdown(published) if published else "")
+    write_atomically(folder / "table.md", text.encode())
+    content = json.dumps({**as_json(setting, findings, peak), "published": published}, indent=1) + "\n"
     write_atomically(folder / "throughput.json", content.encode())
     plot(findings, setting["device"], folder / "throughput.png")
 
@@ -197,6 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--quick", action="store_true", help="DiCo-S at small batches, for CPUs; also runs on a GPU")
     which.add_argument("--preset", nargs="+", metavar="NAME", help="some cases, by the beginnings of their names")
     which.add_argument("--all", action="store_true", help="all cases of this kind of device")
+    which.add_argument(
+        "--networks", nargs="+", metavar="NAME", help="sizes by name, the first to compare with: DiCo-S DiT-S/2"
+    )
+    parser.add_argument("--batch", type=int, help="of --networks (default: 64 on a GPU, 8 on a CPU)")
     parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
     parser.add_argument("--rounds", type=int, help="of each case (default: 10 on a GPU, 3 on a CPU)")
     parser.add_argument("--profile", action="store_true", help="print the ten largest operators of each contender")
@@ -205,14 +246,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     rounds = args.rounds or (10 if cuda else 3)
-    cases = _chosen(args, GPU if cuda and not args.quick else QUICK)
+    if args.networks:
+        cases, published = by_name(args.networks, args.batch or (64 if cuda else 8)), published_rows(args.networks)
+    else:
+        cases, published = _chosen(args, GPU if cuda and not args.quick else QUICK), []
     console = Console(width=max(_TABLE_WIDTH, Console().width))
     peak = product_rate(device, torch.bfloat16 if cuda else torch.float32)
     setting = describe(device, rounds, peak)
     args.out.mkdir(parents=True, exist_ok=True)
     for findings in measure(cases, rounds, device, console):
-        _write(args.out, setting, findings, peak, args.profile)
+        _write(args.out, setting, findings, peak, args.profile, published)
     console.print(table(findings, peak))
+    if published:
+        console.print(published_table(published))
     for finding in findings if args.profile else ():
         console.print(operator_table(finding))
     console.print(", ".join(f"{key} {value}" for key, value in setting.items()), highlight=False)

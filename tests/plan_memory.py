@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dico_t2i.config import load_config
 from dico_t2i.diffusion import build
-from dico_t2i.models import DiCo
+from dico_t2i.models import build_network
 from dico_t2i.training.distributed import join_world, leave_world
 from dico_t2i.training.engine import Engine
 
@@ -35,7 +35,7 @@ def main(path: Path) -> None:
         return losses["loss"].mean()
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        engine = Engine(DiCo(network), config.train, config.optimizer, (micro, accumulation), world)
+        engine = Engine(build_network(network), config.train, config.optimizer, (micro, accumulation), world)
         engine.materialize(0)
         for _ in range(2):
             for _ in range(accumulation):

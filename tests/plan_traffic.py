@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dico_t2i.config import Config, load_config
-from dico_t2i.models import DiCo
+from dico_t2i.models import build_network
 from dico_t2i.training.distributed import World, join_world, leave_world
 from dico_t2i.training.engine import Engine
 
@@ -36,7 +36,7 @@ def counted(name, original, *args, **kwargs):
 
 def step_bytes(config: Config, world: World) -> dict[str, int]:
     micro, accumulation = config.batching(world.size)
-    engine = Engine(DiCo(config.model), config.train, config.optimizer, (micro, accumulation), world)
+    engine = Engine(build_network(config.model), config.train, config.optimizer, (micro, accumulation), world)
     engine.materialize(0)
     x = torch.zeros(micro, config.model.in_channels, config.latent_size, config.latent_size)
     t = torch.zeros(micro, dtype=torch.int64)

@@ -6,7 +6,8 @@ import yaml
 from dico_t2i.config import ConfigError, dump_config, load_config, parse_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if not path.name.startswith("base"))
+FILES = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("peers/*.yaml")]
+RUNS = sorted(str(path.relative_to(CONFIGS)) for path in FILES if not path.name.startswith("base"))
 MINIMAL = {
     "name": "test",
     "model": {"variant": "DiCo-S"},
@@ -36,6 +37,12 @@ def test_the_papers_settings():
     [
         ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean lr?"),
         ("model.varient=DiCo-S", "model.varient: unknown key; did you mean variant?"),
+        ("model={kind: dit, varient: DiT-S/2}", "model.varient: unknown key; did you mean variant?"),
+        ("model={kind: dit, variant: DiCo-S}", "'DiCo-S' is not among those of this kind (DiT-S/2, DiT-B/2"),
+        ("model={kind: ditt, variant: DiT-S/2}", "model.kind: 'ditt' is not one of 'dico', 'dit', 'uvit'"),
+        ("model={kind: dit, variant: DiT-S/2, condition: text}", "model.condition: Input should be 'class'"),
+        ("model={kind: dit, hidden_size: 64, depth: 1, num_heads: 5}", "must be divisible by num_heads: 5"),
+        ("model={kind: uvit, variant: U-ViT-S/2, latent_size: 16}", "set model.latent_size=32"),
         ("train.global_batch=many", "train.global_batch: "),
         ("train.global_batch=1.5", "train.global_batch: "),
         ("train.zero_stage=4", "train.zero_stage: "),

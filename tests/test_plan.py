@@ -97,6 +97,15 @@ def test_the_paper_sizes():
     assert 2.9 < plan.flops_per_image / (2 * plan.macs_per_image) < 3.1
 
 
+@pytest.mark.parametrize(("name", "gmacs"), [("dit_xl_imagenet256", 118.66), ("mmdit_coco", None)])
+def test_peers_are_planned_alike(name, gmacs):
+    plan = make_plan(load_config(ROOT / "configs" / "peers" / f"{name}.yaml"))
+    assert gmacs is None or abs(plan.macs_per_image / 1e9 / gmacs - 1) < 0.01
+    assert 2.9 < plan.flops_per_image / (2 * plan.macs_per_image) < 3.2
+    none, everything = (plan.recomputing[word].memory.activations for word in ("no stage", "all stages"))
+    assert everything < 0.3 * none
+
+
 def test_what_does_not_fit_is_refused_with_what_does(capsys):
     config = load_config(
         ROOT / "configs" / "dico_xl_imagenet256.yaml", ["train.micro_batch=256", "cluster.gpus_per_node=1"]

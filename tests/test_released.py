@@ -10,10 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dico_t2i import cli
+from dico_t2i.config import DiTConfig, load_config
 from dico_t2i.imagenet import class_names, class_number
 from dico_t2i.models import VARIANTS, DiCo, DiCoConfig
 from dico_t2i.models.official import infer_config, load_official_state_dict, official_key, official_shape
 from dico_t2i.released import variant_name
+from tests.models import test_peers
 from tests.models.test_official import released_state
 from tests.small_models import save_autoencoder
 
@@ -71,6 +73,32 @@ def test_a_released_file_becomes_a_folder_that_samples(tmp_path, kind):
         assert dico("sample", "--checkpoint", out, *sample) == 0
         images = [np.asarray(Image.open(tmp_path / "images" / f"{n:05d}.png")) for n in (0, 1)]
         assert images[0].shape == (256, 256, 3)
+
+
+def test_a_released_dit_is_told_by_its_keys_and_samples(tmp_path, capsys):
+    file, out = tmp_path / "DiT-S-2.pt", tmp_path / "folder"
+    torch.save(test_peers.released_state(DiTConfig(variant="DiT-S/2"), side=16), file)
+    vae = save_autoencoder(tmp_path / "vae")
+    assert dico("import-official", file, "--out", out, "--autoencoder", vae, "--image-size", "512") == 2
+    assert "give --image-size 256" in capsys.readouterr().err
+    assert not out.exists()
+    assert dico("import-official", file, "--out", out, "--autoencoder", vae) == 0
+    assert "DiT-S/2 in" in capsys.readouterr().out
+    config = load_config(out / "config.yaml")
+    assert (config.name, config.model) == ("dit-s-2-256", DiTConfig(variant="DiT-S/2"))
+    card = (out / "README.md").read_text()
+    assert "A peer of DiCo" in card
+    assert "| width, blocks, heads, patch | 384, 12, 6, 2 |" in card
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.yaml",
+        "export.json",
+        "model.safetensors",
+        "vae",
+    ]
+    sample = ("--steps", "2", "--out", tmp_path / "images", "--labels", "golden retriever", "--fast")
+    assert dico("sample", "--checkpoint", out, *sample) == 0
+    assert np.asarray(Image.open(tmp_path / "images" / "00000.png")).std() > 1
 
 
 def test_what_is_no_released_file_is_refused(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dico_t2i.config import ConfigError, DiCoConfig
+from dico_t2i.config import ConfigError, NetworkConfig
 from dico_t2i.encoders.text import TextEncoder
 
 Conditioning = dict[str, Tensor]
@@ -15,7 +15,7 @@ class Conditioner:
     Raises ConfigError when the text encoder's features do not have the sizes the network was configured for.
     """
 
-    def __init__(self, model: DiCoConfig, text_encoder: TextEncoder | None, device: torch.device) -> None:
+    def __init__(self, model: NetworkConfig, text_encoder: TextEncoder | None, device: torch.device) -> None:
         self.model, self.text_encoder, self.device = model, text_encoder, device
         if text_encoder is None:
             return

@@ -1,7 +1,21 @@
-"""The network and its variants."""
+"""The networks and their sizes."""
 
-from dico_t2i.config import VARIANTS, DiCoConfig
+from dico_t2i.config import DIT_VARIANTS, UVIT_VARIANTS, VARIANTS, DiCoConfig, NetworkConfig
+from dico_t2i.models.build import build_network
 from dico_t2i.models.cost import count_macs, count_parameters
 from dico_t2i.models.dico import STAGES, DiCo
+from dico_t2i.models.network import Network
 
-__all__ = ["STAGES", "VARIANTS", "DiCo", "DiCoConfig", "count_macs", "count_parameters"]
+__all__ = [
+    "DIT_VARIANTS",
+    "STAGES",
+    "UVIT_VARIANTS",
+    "VARIANTS",
+    "DiCo",
+    "DiCoConfig",
+    "Network",
+    "NetworkConfig",
+    "build_network",
+    "count_macs",
+    "count_parameters",
+]

@@ -5,22 +5,22 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dico_t2i.config import DiCoConfig
-from dico_t2i.models.dico import DiCo
+from dico_t2i.config import NetworkConfig
+from dico_t2i.models.build import build_network
 
 
-def count_parameters(config: DiCoConfig) -> int:
+def count_parameters(config: NetworkConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in DiCo(config).parameters())
+        return sum(p.numel() for p in build_network(config).parameters())
 
 
-def count_macs(config: DiCoConfig, input_shape: Sequence[int]) -> int:
+def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
     """Multiply-accumulates of convolutions, matrix products and attention of one pass.
 
     input_shape (N, C, H, W). What the field often calls FLOPs; elementwise work is not counted.
     """
     with torch.device("meta"):
-        model, x = DiCo(config), torch.empty(*input_shape)
+        model, x = build_network(config), torch.empty(*input_shape)
         batch = len(x)
         pooled = torch.empty(batch, config.pooled_dim) if config.pooled_text else None
         if config.condition == "class":

@@ -1,5 +1,6 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from typing import cast
@@ -22,6 +23,7 @@ from dico_t2i.models.blocks import (
     Upsample,
 )
 from dico_t2i.models.conditioning import TimestepEmbedding
+from dico_t2i.models.network import Network
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
@@ -29,7 +31,7 @@ STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 TextKernels = dict[str, tuple[TextKernel, ...]]
 
 
-class DiCo(nn.Module):
+class DiCo(Network):
     """DiCo with class labels or text.
 
     ``model(x, t, cond, pooled=None)``: x (N, C, H, W) with H and W divisible by 4; t (N,) in 0..999, possibly
@@ -39,9 +41,10 @@ class DiCo(nn.Module):
     ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns 0.
     """
 
+    config: DiCoConfig
+
     def __init__(self, config: DiCoConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         D = config.hidden_size
         self.widths = {
             "encoder1": D,
@@ -82,12 +85,8 @@ class DiCo(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
-        """What does not depend on the timestep: tokens (N, T, text_dim) -> every block's kernels, to pass as ``cond``.
-
-        Raises ValueError for a model of classes.
-        """
-        if self.config.condition != "text":
-            raise ValueError("text_kernels: this model is conditioned on classes")
+        """Every block's kernels: what it makes of the tokens alone."""
+        super().text_kernels(tokens)
         kernels: TextKernels = {}
         for stage in STAGES:
             text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
@@ -97,15 +96,8 @@ class DiCo(nn.Module):
             )
         return kernels
 
-    def compile_blocks(self) -> None:
-        """Have torch.compile make kernels for each kind of block; blocks that are alike share them.
-
-        Compiling by block takes seconds where the whole network takes minutes. Not for weights that come and go inside
-        a block, as ZeRO-3's do.
-        """
-        for stage in STAGES:
-            for block in self._blocks(stage):
-                block.compile(dynamic=False)
+    def blocks(self) -> Iterator[nn.Module]:
+        return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
         c1, c2, c3 = self._conditions(t, cond, pooled)

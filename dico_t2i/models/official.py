@@ -3,7 +3,7 @@
 The release stores a 1x1 convolution as (out, in, 1, 1); ours is a matrix (out, in). Nothing else differs but names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dico_t2i.config import DiCoConfig
 from dico_t2i.models.dico import STAGES, DiCo
+from dico_t2i.models.network import Network
 
 _STAGE_NAMES = dict(
     zip(
@@ -82,18 +83,28 @@ def load_official_state_dict(model: DiCo, state: Mapping[str, Tensor]) -> None:
     """
     if model.config.condition != "class":
         raise ValueError("released weights are class-conditional; build the model with condition='class'")
+    copy_released(model, state, official_key, official_shape)
+
+
+def copy_released(
+    model: Network,
+    state: Mapping[str, Tensor],
+    key_of: Callable[[str], str],
+    shape_of: Callable[[str, torch.Size], tuple[int, ...]],
+) -> None:
+    """Copy a state dict into a model by the release's names and shapes of our parameters. Errors as above."""
     parameters = dict(model.named_parameters())
-    wanted = {official_key(name): name for name in parameters}
+    wanted = {key_of(name): name for name in parameters}
     problems = [f"missing {key}" for key in wanted.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - wanted.keys()]
     for key in wanted.keys() & state.keys():
         name = wanted[key]
-        expected = official_shape(name, parameters[name].shape)
+        expected = tuple(shape_of(name, parameters[name].shape))
         if tuple(state[key].shape) != expected:
             problems.append(f"{key} is {tuple(state[key].shape)}, this model needs {expected}")
     if problems:
         shown = "; ".join(sorted(problems)[:5])
-        raise ValueError(f"not a state dict of this DiCo ({len(problems)} differences): {shown}")
+        raise ValueError(f"not a state dict of this {type(model).__name__} ({len(problems)} differences): {shown}")
     with torch.no_grad():
         for key, name in wanted.items():
             parameters[name].copy_(state[key].reshape(parameters[name].shape))
@@ -135,7 +146,9 @@ def infer_config(state: Mapping[str, Tensor]) -> DiCoConfig:
         blocks = [k for k in state if k.endswith("conv4.weight")]
         hidden, width = state[blocks[0]].shape[:2]
     except (KeyError, IndexError):
-        raise ValueError("not a released DiCo state dict: its stem, label tables, head or blocks are missing") from None
+        raise ValueError(
+            "not a released DiCo or DiT state dict: of DiCo's, its stem, label tables, head or blocks are missing"
+        ) from None
     return DiCoConfig(
         hidden_size=stem.shape[0],
         depths=depths,  # type: ignore[arg-type]

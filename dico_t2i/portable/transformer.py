@@ -16,7 +16,7 @@ class DiCoTransformer(DiCo, ModelMixin, ConfigMixin):
     def __init__(self, network: dict[str, Any]) -> None:
         super().__init__(DiCoConfig(**network))
 
-    @property
+    @property  # type: ignore[override]
     def config(self) -> DiCoConfig:
         """The network's own config; what diffusers has registered stays where it is."""
         return self._network_config

@@ -3,16 +3,16 @@
 import torch
 
 from dico_t2i.config import Config
-from dico_t2i.models import DiCo
+from dico_t2i.models import Network, build_network
 from dico_t2i.sampling import default_weights
 from dico_t2i.training.distributed import World
 from dico_t2i.training.engine import Engine
 
 
 @torch.no_grad()
-def averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dtype) -> DiCo:
+def averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dtype) -> Network:
     """A network of its own on every rank, in eval mode, with the first average of the weights; collective."""
-    model = DiCo(config.model).to(world.device)
+    model = build_network(config.model).to(world.device)
     parameters = dict(model.named_parameters())
     for name, value in engine.gather(default_weights(config)):
         parameters[name].copy_(value)

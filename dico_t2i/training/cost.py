@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dico_t2i.config import Config, DiCoConfig, DiffusionConfig
+from dico_t2i.config import Config, DiffusionConfig, NetworkConfig
 from dico_t2i.diffusion import build
-from dico_t2i.models import DiCo
+from dico_t2i.models import build_network
 from dico_t2i.models.trace import Pass, trace_training
 
 
@@ -80,10 +80,10 @@ def optimizer_traffic(parameters: int, averages: int) -> int:
 
 @cache
 def _trace(
-    model: DiCoConfig, diffusion: DiffusionConfig, size: int, micro: int, autocast: bool, dtype: torch.dtype
+    model: NetworkConfig, diffusion: DiffusionConfig, size: int, micro: int, autocast: bool, dtype: torch.dtype
 ) -> Pass:
     with torch.device("meta"):
-        network = DiCo(model).to(dtype).train()
+        network = build_network(model).to(dtype).train()
         objective = build(diffusion, model.learn_sigma)
 
     def loss() -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dico_t2i.config import OptimizerConfig, TrainConfig
-from dico_t2i.models import DiCo
+from dico_t2i.models import Network
 from dico_t2i.training.buckets import reduce_bucket
 from dico_t2i.training.checkpoint import Piece
 from dico_t2i.training.distributed import World
@@ -37,7 +37,7 @@ class Engine:
     """A model in training: forward, backward, step, and access to its fp32 state."""
 
     def __init__(
-        self, model: DiCo, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
+        self, model: Network, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
     ) -> None:
         """batching: samples per rank and pass, passes per step."""
         self.world, self.stage = world, train.zero_stage

@@ -26,7 +26,7 @@ from dico_t2i.data import (
     same_encoder,
 )
 from dico_t2i.diffusion import build
-from dico_t2i.models import DiCo
+from dico_t2i.models import build_network
 from dico_t2i.sampling import default_weights, load_encoders
 from dico_t2i.training import checkpoint as ckpt
 from dico_t2i.training.ahead import Ahead
@@ -110,7 +110,7 @@ class Trainer:
         self.validation = self._validation()
         torch.manual_seed(config.seed)
         batching = (self.micro_batch, self.accumulation)
-        self.engine = Engine(DiCo(config.model), config.train, config.optimizer, batching, world)
+        self.engine = Engine(build_network(config.model), config.train, config.optimizer, batching, world)
         self.order = make_order(config.data, index, config.seed, config.train.global_batch)
         self.sources = SourceLosses([source.name for source in config.data.mixture], world.device)
         self.report = Reporter(config, run.path, self.total_steps, world.is_main)

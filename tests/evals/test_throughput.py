@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from dico_t2i.models import DiCo, DiCoConfig, count_macs, count_parameters
+from dico_t2i.models import DiCo, DiCoConfig, Network, count_macs, count_parameters
 from dico_t2i.training.cost import product_rate
 from evals import throughput
-from evals.speed_measure import Contender, compare, pass_cost
-from evals.speed_networks import DiT, Setting, _trace, build_network, contender, samplers, text_convolutions
+from evals.speed_measure import Contender, compare
+from evals.speed_networks import Setting, contender, network_of, samplers, text_convolutions
 from evals.speed_report import Goal
 
 CPU = torch.device("cpu")
@@ -46,25 +46,34 @@ def test_a_step_trains():
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("name", "millions"), [("DiT-S/2", 33), ("DiT-XL/2", 675)])
-def test_dit_has_its_published_size(name, millions):
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in DiT(name, 32).parameters())
-    assert abs(parameters / 1e6 - millions) < 0.5
+def test_networks_by_name_beside_what_was_published(tmp_path, capsys):
+    """6.06 GMACs of a pass with DiT-S/2; DiG is published only."""
+    arguments = ["--networks", "DiCo-S", "DiT-S/2", "--batch", "1", "--rounds", "1", "--device", "cpu"]
+    assert throughput.main([*arguments, "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "throughput.json").read_text())
+    one_pass, step = written["cases"]
+    assert [result["name"] for result in one_pass["results"]] == ["DiCo-S", "DiT-S/2"]
+    dit = one_pass["results"][1]["cost"]["flops"]
+    assert abs(dit / 2 / 6.06e9 - 1) < 0.01
+    assert 2.8 < step["results"][1]["cost"]["flops"] / dit < 3.1
+    text = (tmp_path / "table.md").read_text()
+    assert "Published, not measured here" in text
+    assert "| DiG-S/2 | 256 | 4.30 | 961.24 | 62.06 |" in text
+    assert "DiG-S/2" in capsys.readouterr().out
 
 
-def test_dit_is_counted_as_published():
-    """6.06 GMACs of a pass with DiT-S/2."""
-    shared = Setting(SMALL["class"], 1, 32, CPU)
-    flops = pass_cost(_trace("DiT-S/2", shared, torch.float32, False), backward=False).flops
-    assert abs(flops / 2 / 6.06e9 - 1) < 0.02
-    assert build_network("DiT-S/2", shared)(shared.x, shared.t, shared.cond).shape == (1, 8, 32, 32)
+def test_networks_of_text_and_of_classes_do_not_compete():
+    assert isinstance(network_of("U-ViT-S/2", setting("text")), Network)
+    with pytest.raises(ValueError, match=r"DiT-S/2: is not made for condition text"):
+        throughput.by_name(["U-ViT-S/2", "DiT-S/2"], 1)
+    with pytest.raises(ValueError, match=r"DiT-S: not one of DiCo-S, .*DiT-S/2"):
+        throughput.by_name(["DiT-S"], 1)
 
 
 def test_sampling_with_kernels_once_gives_the_same_latents():
     ours, again, plain = samplers(setting("text"), steps=3, guidance=2.0)
     assert torch.equal(ours.run(), again.run())
-    assert isinstance(build_network("ours", setting("text")), DiCo)
+    assert isinstance(network_of("ours", setting("text")), DiCo)
     assert plain.run().shape == (2, 4, 8, 8)
 
 

@@ -1,0 +1,1 @@
+"""Networks to compare with, under the same interface: docs/networks.md says which is whose code."""
