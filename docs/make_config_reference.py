@@ -83,7 +83,11 @@ class _Page:
         return f"{head}{intro}| key | type | default | |\n| --- | --- | --- | --- |\n{rows}"
 
     def _fields(self, name: str) -> list[ast.AnnAssign]:
-        return [node for node in self._classes[name].body if isinstance(node, ast.AnnAssign)]
+        """Of a section and of those that it extends."""
+        node = self._classes[name]
+        bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in self._classes]
+        inherited = [field for base in bases for field in self._fields(base)]
+        return inherited + [field for field in node.body if isinstance(field, ast.AnnAssign)]
 
     def _row(self, field: ast.AnnAssign) -> str:
         assert isinstance(field.target, ast.Name)
