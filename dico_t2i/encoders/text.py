@@ -240,8 +240,9 @@ def load_text_encoder(
     find_text_encoder(config)  # of all towers, before the first is loaded
     towers = []
     for number, tower in enumerate(config.towers):
-        with _naming(number):
-            towers.append(_LOADERS[tower.kind, tower.weights](tower))
+        with naming(number):
+            load = _seeded_tower if tower.weights == "seeded" else _LOADERS[tower.kind]
+            towers.append(load(tower))
     return TextEncoder(towers, torch.device(device), dtype)
 
 
@@ -249,7 +250,7 @@ def find_text_encoder(config: TextEncoderConfig) -> list[Path]:
     """The files of all towers; none of seeded ones. Raises MissingModelError when one is not here."""
     files = []
     for number, tower in enumerate(config.towers):
-        with _naming(number):
+        with naming(number):
             files += find_tower(tower)
     return files
 
@@ -271,7 +272,7 @@ def pretrained_source(config: TextTowerConfig) -> str:
 
 
 @contextmanager
-def _naming(number: int) -> Iterator[None]:
+def naming(number: int) -> Iterator[None]:
     """Errors name keys of the first tower; those of others get their place in the list."""
     try:
         yield
@@ -421,7 +422,7 @@ _CARD = "open_clip_config.json"
 def _open_clip_tower(config: TextTowerConfig) -> _Tower:
     tag = _open_clip_tag(config.model, config.pretrained)
     weights = _open_clip_files(config, tag)[0]
-    settings = _open_clip_settings(config.model, weights)
+    settings = open_clip_settings(config.model, weights)
     quick_gelu = bool(settings.get("quick_gelu") or tag.get("quick_gelu"))
     activation = "quick GELU" if quick_gelu else "GELU"
     module = _build_open_clip(settings["embed_dim"], settings["text_cfg"], quick_gelu)
@@ -470,13 +471,16 @@ def _open_clip_place(config: TextTowerConfig, tag: dict[str, Any]) -> tuple[str,
     return name, file
 
 
-def _open_clip_settings(model: str, weights: Path) -> dict[str, Any]:
+def open_clip_settings(model: str, weights: Path | None = None) -> dict[str, Any]:
     """The architecture: what stands beside the weights, else what open_clip has under that name."""
-    beside = weights.with_name(_CARD)
+    beside = weights.with_name(_CARD) if weights else None
     packaged = _open_clip_folder() / "model_configs" / f"{model}.json"
-    if not beside.is_file() and not packaged.is_file():
+    if beside and beside.is_file():
+        settings = read_json(beside)["model_cfg"]
+    elif packaged.is_file():
+        settings = read_json(packaged)
+    else:
         raise ValueError(f"text_encoder.model: open_clip has no architecture {model!r}; ViT-L-14 is one")
-    settings = read_json(beside)["model_cfg"] if beside.is_file() else read_json(packaged)
     text = settings["text_cfg"]
     if "hf_model_name" in text or text.get("embed_cls"):
         raise ValueError(f"text_encoder.model: the text tower of {model} is not CLIP's")
@@ -643,11 +647,4 @@ def _state_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_LOADERS = {
-    ("transformers", "pretrained"): _transformers_tower,
-    ("open_clip", "pretrained"): _open_clip_tower,
-    ("t5", "pretrained"): _t5_tower,
-    ("transformers", "seeded"): _seeded_tower,
-    ("open_clip", "seeded"): _seeded_tower,
-    ("t5", "seeded"): _seeded_tower,
-}
+_LOADERS = {"transformers": _transformers_tower, "open_clip": _open_clip_tower, "t5": _t5_tower}

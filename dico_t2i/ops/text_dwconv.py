@@ -14,8 +14,8 @@ def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
 
     x (N, C, H, W) in any memory format, channels-last being the one that costs no copy; context (N, T, C),
     1 <= T <= k * k, in any dtype; kernel: k, odd. The last token repeats up to k * k, token k * i + j of channel c is
-    tap (i, j) of the kernel of channel c. Cross-correlation, stride 1, zero padding k // 2. Computed in x's dtype, or in
-    autocast's; sums are in float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable
+    tap (i, j) of the kernel of channel c. Cross-correlation, stride 1, zero padding k // 2. Computed in x's dtype, or
+    in autocast's; sums are in float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable
     once in both. Raises ValueError when the shapes do not fit.
     """
     N, C = x.shape[:2]
