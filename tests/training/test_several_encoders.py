@@ -42,8 +42,8 @@ def test_two_encoders_train_and_go_on_and_sample(runs, tmp_path):
     for step, loss in runs.losses("whole").items():
         assert runs.losses("stored")[step] == pytest.approx(loss, rel=1e-3), step
 
-    output = runs.train("parts", *overrides, "text_encoder.also.0.tokens=13", code=2)
-    assert "also" in output
+    output = runs.train("parts", *overrides, OVERRIDES[0].replace("layers: 1", "layers: 2"), code=2)
+    assert "text_encoder.also.0.seeded.layers: 1 -> 2" in output
     output = runs.train("other", f"data.path={data}", *OVERRIDES[:1], code=2)
     assert "model.text_tokens: 77, but the text encoder gives 89" in output.replace("\n", " ")
 
