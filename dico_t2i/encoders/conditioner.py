@@ -80,7 +80,7 @@ def check_text(model: DiCoConfig, sizes: Sequence[FeatureSize]) -> None:
         if size != getattr(model, key):
             wanted = getattr(model, key)
             raise ConfigError(f"model.{key}: {wanted}, but the text encoder gives {size}; set model.{key}={size}")
-    if model.text_inputs and model.text_inputs != each:
-        raise ConfigError(
-            f"model.text_inputs: {[*map(list, model.text_inputs)]}, but the text encoders give {[*map(list, each)]}"
-        )
+    inputs = model.text_inputs if isinstance(model, DiCoConfig) else ()
+    if inputs and inputs != each:
+        shown = [[*map(list, sizes)] for sizes in (inputs, each)]
+        raise ConfigError(f"model.text_inputs: {shown[0]}, but the text encoders give {shown[1]}")

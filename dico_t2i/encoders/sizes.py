@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from dico_t2i.config import TextEncoderConfig, TextTowerConfig
 from dico_t2i.encoders.local import MissingModelError, read_json, resolve
-from dico_t2i.encoders.text import TOKENS, VOCABULARY, FeatureSize, naming, open_clip_settings
+from dico_t2i.encoders.text import TOKENS, VOCABULARY, FeatureSize, find_tower, naming, open_clip_settings
 
 # What the config.json of these hub ids says, for machines that do not have them.
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -52,7 +52,7 @@ def _size(config: TextTowerConfig) -> TowerSize:
         heads, each = size.heads, size.width // size.heads
         return _t5(config.tokens, size.width, heads * each, 2 * 4 * size.width, size.layers, VOCABULARY + 1)
     if config.kind == "open_clip":
-        settings = open_clip_settings(config.model)
+        settings = _open_clip_settings(config)
         text = settings["text_cfg"]
         inner = int(text.get("mlp_ratio", 4) * text["width"])
         return _clip(text["width"], inner, text["layers"], settings["embed_dim"])
@@ -67,6 +67,13 @@ def _size(config: TextTowerConfig) -> TowerSize:
     projected = "CLIPTextModel" not in settings.get("architectures", ())
     pooled = settings.get("projection_dim", 512) if projected else width
     return _clip(width, text.get("intermediate_size", 2048), text.get("num_hidden_layers", 12), pooled)
+
+
+def _open_clip_settings(config: TextTowerConfig) -> Mapping[str, Any]:
+    try:
+        return open_clip_settings(config.model, find_tower(config)[0])
+    except MissingModelError:
+        return open_clip_settings(config.model)
 
 
 def _settings(model: str) -> Mapping[str, Any]:

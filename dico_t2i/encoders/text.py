@@ -57,12 +57,16 @@ def clip_features(output: Any) -> TextFeatures:
 class Tokenizer(Protocol):
     """Captions to token ids; picklable, for data workers."""
 
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(N,) strings -> (N, T) int64."""
+
+
+class TowerTokenizer(Tokenizer, Protocol):
+    """Of one tower: T is ``tokens``, captions are cut with the end token last, or padded with ``pad_id``."""
+
     name: str
     pad_id: int
     tokens: int
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(N,) strings -> (N, tokens) int64, cut with the end token last, or padded with ``pad_id``."""
 
 
 class _FastTokenizer:
@@ -118,7 +122,7 @@ class OpenClipTokenizer:
 class JointTokenizer:
     """Several tokenizers' ids, one after the other."""
 
-    def __init__(self, parts: Sequence[Tokenizer]) -> None:
+    def __init__(self, parts: Sequence[TowerTokenizer]) -> None:
         self.parts = parts
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -137,12 +141,12 @@ class TextEncoder:
         self.seeded = any(tower.seeded for tower in towers)
         self.description = " + ".join(tower.description for tower in towers)
         parts = [tower.tokenize for tower in towers]
-        self.tokenize = JointTokenizer(parts) if len(parts) > 1 else parts[0]
+        self.tokenize: Tokenizer = JointTokenizer(parts) if len(parts) > 1 else parts[0]
         self._towers, self._device = towers, device
         for tower in towers:
             tower.module.to(device, dtype).eval().requires_grad_(False)
         nulls = self._encode_each(self.tokenize([""]))
-        self.sizes = [FeatureSize(*null.tokens.shape[1:], null.pooled.shape[1]) for null in nulls]
+        self.sizes = [FeatureSize(n.tokens.shape[1], n.tokens.shape[2], n.pooled.shape[1]) for n in nulls]
         self._null = _joined(nulls)
         self.width, self.pooled_dim = self._null.tokens.shape[-1], self._null.pooled.shape[-1]
 
@@ -193,7 +197,7 @@ class _Tower:
     """A text tower as loaded. sources: parts of its identity; a path stands for the hash of its file."""
 
     module: nn.Module
-    tokenize: Tokenizer
+    tokenize: TowerTokenizer
     description: str
     sources: dict[str, str | Path]
     kind: str
@@ -387,7 +391,8 @@ def _t5_tower(config: TextTowerConfig) -> _Tower:
     from transformers import T5EncoderModel
 
     backend, pad = Backend.from_file(str(vocabulary)), settings.get("pad_token_id", 0)
-    if backend.get_vocab_size() > settings["vocab_size"] or backend.id_to_token(pad) is None:
+    padding = backend.id_to_token(pad)
+    if backend.get_vocab_size() > settings["vocab_size"] or padding is None:
         raise ValueError(f"{vocabulary}: {backend.get_vocab_size()} tokens are not those of {settings_file}")
     with reading(weights[0]), _quiet_transformers():
         module, report = T5EncoderModel.from_pretrained(
@@ -402,7 +407,7 @@ def _t5_tower(config: TextTowerConfig) -> _Tower:
     files = [path for path in weights if path.name != _T5_INDEX]
     return _Tower(
         module,
-        T5Tokenizer(backend, config.tokens, pad, backend.id_to_token(pad)),
+        T5Tokenizer(backend, config.tokens, pad, padding),
         f"pretrained text tower {config.model} (T5, {config.tokens} tokens)",
         {
             "model": Path(config.model).name,
@@ -581,12 +586,12 @@ def _seeded_tower(config: TextTowerConfig) -> _Tower:
     return _Tower(module, tokenize, f"seeded (random, untrained) {name}: {text}", sources, config.kind, seeded=True)
 
 
-def _seeded_open_clip(size: SeededTower) -> tuple[nn.Module, Tokenizer]:
+def _seeded_open_clip(size: SeededTower) -> tuple[nn.Module, TowerTokenizer]:
     settings = {"width": size.width, "heads": size.heads, "layers": size.layers}
     return _build_open_clip(None, settings, quick_gelu=False), OpenClipTokenizer()
 
 
-def _seeded_transformers(size: SeededTower) -> tuple[nn.Module, Tokenizer]:
+def _seeded_transformers(size: SeededTower) -> tuple[nn.Module, TowerTokenizer]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     settings = CLIPTextConfig(
@@ -604,7 +609,7 @@ def _seeded_transformers(size: SeededTower) -> tuple[nn.Module, Tokenizer]:
     return CLIPTextModel(settings), _clip_tokenizer()
 
 
-def _seeded_t5(size: SeededTower, tokens: int) -> tuple[nn.Module, Tokenizer]:
+def _seeded_t5(size: SeededTower, tokens: int) -> tuple[nn.Module, TowerTokenizer]:
     """With CLIP's vocabulary, and one more token for padding."""
     from tokenizers.processors import TemplateProcessing
     from transformers import T5Config, T5EncoderModel

@@ -95,8 +95,8 @@ class TextPooling(nn.Module):
         taps = len(self.position)
         parts = []
         for count in self.counts:
-            place = torch.linspace(0, count - 1, taps)[:, None]
-            distance = (torch.arange(count) - place) / max(1.0, (count - 1) / max(1, taps - 1))
+            place = torch.linspace(0, count - 1, taps, device="cpu")[:, None]
+            distance = (torch.arange(count, device="cpu") - place) / max(1.0, (count - 1) / max(1, taps - 1))
             parts.append(torch.log_softmax(-torch.log1p(4 * distance.square()), dim=1))
         with torch.no_grad():
             self.position.copy_(torch.cat(parts, dim=1))

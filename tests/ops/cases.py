@@ -93,7 +93,7 @@ def main(name: str) -> None:
         "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
         "wide": errors(module, (1, 2, 10, 3), torch.float32, tokens=(40,)),
         "text 5": text_errors(module, (1, 3, 2, 70), torch.float32, (25,), 5),
-        "text 11": text_errors(module, (1, 2, 2, 3), torch.float32, (77,), 11),
+        "text 11": text_errors(module, (1, 1, 2, 3), torch.float32, (77,), 11),
     }
     print("RESULT" + json.dumps(found))
 
