@@ -90,10 +90,13 @@ def _check_inputs(config: Config, after: str | None) -> None:
     """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
     from dico_t2i.data import check_data, load_data
     from dico_t2i.encoders import find_autoencoder, find_text_encoder
+    from dico_t2i.encoders.conditioner import check_text
+    from dico_t2i.encoders.sizes import text_sizes
 
     find_autoencoder(config.autoencoder)
     if config.model.condition == "text":
         find_text_encoder(config.text_encoder)
+        check_text(config.model, [size.features for size in text_sizes(config.text_encoder)])
     if after is None:
         check_data(config, load_data(config.data))
 

@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dico_t2i.config import Config, DiCoConfig, NetworkConfig, Span, TextEncoderConfig, TransformerConfig
+from dico_t2i.config import (
+    Config,
+    DiCoConfig,
+    NetworkConfig,
+    Span,
+    TextEncoderConfig,
+    TextTowerConfig,
+    TransformerConfig,
+)
 from dico_t2i.models import count_parameters
 
 
@@ -33,10 +41,17 @@ def model_card(config: Config, origin: Mapping[str, Any], metrics: Mapping[str, 
     return head + intro + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
 
 
+def one_clip(encoder: TextEncoderConfig) -> bool:
+    """Whether the exported pipeline can take the text encoder: it has one place, and CLIP's tokenizer there."""
+    return encoder.kind != "t5" and not encoder.also
+
+
 def _usage(config: Config, parts: Sequence[str]) -> str:
     if not isinstance(config.model, DiCoConfig):
         return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} There is no pipeline of diffusers for it."
     text = config.model.condition == "text"
+    if text and not one_clip(config.text_encoder):
+        return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} The pipeline of diffusers takes one CLIP alone."
     passed, lines = "", []
     if config.autoencoder.kind != "pixels" and "vae" not in parts:
         name = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}[config.autoencoder.kind]
@@ -77,7 +92,7 @@ def _network(config: Config) -> dict[str, Any]:
     if model.condition == "text":
         fusion = model.text_fusion if isinstance(model, DiCoConfig) else model.kind
         rows["text"] = f"{fusion}{', with the pooled text' if model.pooled_text else ''}"
-        rows["text encoder"] = _text_encoder(config.text_encoder)
+        rows["text encoder"] = " + ".join(map(_text_tower, config.text_encoder.towers))
     else:
         rows["classes"] = model.num_classes
     return rows
@@ -91,7 +106,7 @@ def _dimensions(model: NetworkConfig) -> dict[str, str]:
     return {"kind": model.kind, "width, blocks, heads, patch": sizes}
 
 
-def _text_encoder(encoder: TextEncoderConfig) -> str:
+def _text_tower(encoder: TextTowerConfig) -> str:
     if encoder.weights == "seeded":
         size = encoder.seeded
         return f"random (seeded), width {size.width}, {size.layers} layers, seed {size.seed}"
@@ -141,12 +156,13 @@ def _numbers(metrics: Mapping[str, Any]) -> str:
 def _limits(config: Config, metrics: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
     size = config.data.image_size
     lines = []
-    if config.model.condition == "text" and config.text_encoder.weights == "seeded":
+    if config.model.condition == "text" and any(tower.weights == "seeded" for tower in config.text_encoder.towers):
         lines.append(
             "**The text encoder is random and untrained (seeded)**: words it was not trained with mean nothing."
         )
     if config.model.condition == "text":
-        lines.append(f"Prompts are cut to {config.model.text_tokens} tokens.")
+        counts = " and ".join(str(tower.tokens) for tower in config.text_encoder.towers)
+        lines.append(f"Prompts are cut to {counts} tokens.")
         if config.text_encoder.kind == "open_clip":
             lines.append("Trained with open_clip's tokenizer, which pads with 0; transformers' pads otherwise.")
     lines += [

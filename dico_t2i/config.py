@@ -104,8 +104,8 @@ class NetworkConfig(Section):
     condition: Literal["class", "text"] = "class"
     num_classes: Positive = 1000
     dropout_prob: Probability = 0.1  # of the condition, for guidance; 0 also drops the null class's row
-    text_dim: Positive = 768
-    text_tokens: Positive = 77
+    text_dim: Positive = 768  # of several encoders, that of the widest: the others are padded with zeros
+    text_tokens: Positive = 77  # of all encoders together
     pooled_text: StrictBool = False  # add a projection of the pooled text to the timestep embedding
     pooled_dim: Positive = 768
     checkpoint_stages: tuple[str, ...] = ()  # stages that recompute activations in the backward pass
@@ -147,17 +147,43 @@ class DiCoConfig(NetworkConfig):
     mlp_ratio: PositiveFloat
     text_fusion: Literal["dwc", "cross_attention"] = "dwc"
     text_projection: Literal["block", "stage"] = "block"  # one MLP in each block, or one for each stage
+    # Tokens and width of each of several encoders: [[77, 768], [256, 1024]]. Each gets a layer to one common width.
+    text_inputs: tuple[tuple[Positive, Positive], ...] = ()
+    text_inputs_width: Positive | None = None  # that width; none: text_dim
+    text_mask: StrictBool = False  # tokens of zeros are padding (T5's): attention leaves them out
+    text_kernel: Literal[5, 7, 9, 11] = 9  # side of dwc's kernels; the last token repeats where tokens are fewer
+    text_pooling: Literal["none", "attention"] = "none"  # dwc: learned pooling of the tokens to the kernels' taps
     checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
 
     @model_validator(mode="after")
     def _widths(self) -> DiCoConfig:
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size: {self.hidden_size} must be even (down-sampling halves it)")
-        if self.condition == "text" and self.text_fusion == "dwc" and not 1 <= self.text_tokens <= 81:
-            raise ValueError(
-                f"text_tokens: {self.text_tokens} tokens do not fit a 9x9 kernel; at most 81 with text_fusion: dwc"
-            )
         return self
+
+    @model_validator(mode="after")
+    def _text(self) -> DiCoConfig:
+        side, pooled, dwc = self.text_kernel, self.text_pooling != "none", self.text_fusion == "dwc"
+        if self.condition == "text" and dwc and not pooled and self.text_tokens > side**2:
+            raise ValueError(
+                f"text_tokens: {self.text_tokens} tokens do not fit a {side}x{side} kernel; at most {side**2} with"
+                " text_fusion: dwc, or any number with text_pooling: attention"
+            )
+        if pooled and not dwc:
+            raise ValueError("text_pooling: is for text_fusion: dwc; cross_attention takes any number of tokens")
+        if self.text_inputs_width and not self.text_inputs:
+            raise ValueError("text_inputs_width: is for several encoders; give text_inputs, or leave it out")
+        sums = {"text_tokens": sum(count for count, _ in self.text_inputs)}
+        sums["text_dim"] = max((dim for _, dim in self.text_inputs), default=0)
+        for key, size in sums.items():
+            if self.text_inputs and getattr(self, key) != size:
+                raise ValueError(f"{key}: {getattr(self, key)}, but text_inputs make {size}; set {key}: {size}")
+        return self
+
+    @property
+    def text_width(self) -> int:
+        """Of the tokens that the blocks get."""
+        return self.text_inputs_width or self.text_dim
 
     @property
     def latent_divisor(self) -> int:
@@ -308,16 +334,33 @@ class SeededTower(Section):
     seed: NonNegative = 0
 
 
-class TextEncoderConfig(Section):
-    """The frozen text encoder."""
+class TextTowerConfig(Section):
+    """One of several frozen text encoders."""
 
-    kind: Literal["open_clip", "transformers"] = "transformers"
-    # transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
+    kind: Literal["open_clip", "transformers", "t5"] = "transformers"  # the first two are CLIP's, by library
+    # transformers, t5: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
     model: str = "openai/clip-vit-large-patch14"
     # pretrained, or seeded: random frozen weights, for machines without any.
     weights: Literal["pretrained", "seeded"] = "pretrained"
     pretrained: str = "openai"  # open_clip only: a tag it knows, or a file of weights
+    tokens: Positive = 77  # to which captions are cut or padded; t5 alone takes other numbers than 77
     seeded: SeededTower = SeededTower()
+
+    @model_validator(mode="after")
+    def _positions(self) -> TextTowerConfig:
+        if self.kind != "t5" and self.tokens != 77:
+            raise ValueError(f"tokens: {self.tokens}, but CLIP has 77; leave it out")
+        return self
+
+
+class TextEncoderConfig(TextTowerConfig):
+    """The frozen text encoder."""
+
+    also: tuple[TextTowerConfig, ...] = ()  # further ones, whose tokens follow the first one's in the sequence
+
+    @property
+    def towers(self) -> tuple[TextTowerConfig, ...]:
+        return (self, *self.also)
 
 
 class SourceConfig(Section):

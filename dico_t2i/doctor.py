@@ -188,7 +188,8 @@ def _weights(config: Config) -> Iterator[Finding]:
             yield Finding(topic, "fail", str(error), "correct the config")
         else:
             none = "none needed (pixels)" if topic == "autoencoder" else "none needed (seeded: random, untrained)"
-            yield Finding(topic, "ok", str(files[0].parent) if files else none)
+            folders = ", ".join(dict.fromkeys(str(file.parent) for file in files))
+            yield Finding(topic, "ok", folders or none)
 
 
 def _data(config: Config) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dico_t2i.card import model_card
+from dico_t2i.card import model_card, one_clip
 from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
 from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder, load_text_encoder
 from dico_t2i.imagenet import CLASSES, class_names
@@ -41,12 +41,17 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
 
     weights: "weight" or an average such as "ema_0.9999"; None is the config's first average. encoders: copy
     autoencoder and text encoder into it; those of open_clip stay out, diffusers could not read them.
-    Raises ValueError when ``out`` is there already, MissingModelError when an encoder is not here, CheckpointError when
-    the checkpoint is not whole.
+    Raises ValueError when ``out`` is there already, or with encoders other than one CLIP; MissingModelError when an
+    encoder is not here, CheckpointError when the checkpoint is not whole.
     """
     check_new(out)
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
+    if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
+        raise ValueError(
+            "text_encoder: an exported pipeline takes one CLIP; export with --no-encoders, and sample the folder with"
+            " dico sample, which loads the text encoders that its config.yaml names"
+        )
     kind = weights or default_weights(config)
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
@@ -101,7 +106,7 @@ def _save_encoders(config: Config, folder: Path) -> dict[str, Component]:
     if isinstance(autoencoder, DiffusersAutoencoder):
         autoencoder.save(folder / "vae")
         parts["vae"] = ("diffusers", autoencoder.class_name)
-    if config.model.condition == "text" and config.text_encoder.kind == "transformers":
+    if config.model.condition == "text" and config.text_encoder.kind != "open_clip":
         text = load_text_encoder(config.text_encoder, "cpu")
         parts["text_encoder"] = ("transformers", text.save(folder / "text_encoder", folder / "tokenizer"))
         parts["tokenizer"] = ("transformers", "CLIPTokenizer")

@@ -19,6 +19,7 @@ import numpy as np
 from dico_t2i.config import Config, HardwareConfig
 from dico_t2i.data import DatasetIndex, load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
+from dico_t2i.encoders.sizes import TowerSize, text_sizes
 from dico_t2i.models import count_macs, count_parameters
 from dico_t2i.models.trace import Pass
 from dico_t2i.training.buckets import reduce_bucket
@@ -32,7 +33,6 @@ PLAIN_SHARE = 1 / 16  # of the peak of bf16 products: what fp32 and convolutions
 GATHERED = 50_000_000
 KEPT = 500_000_000
 _KNOWN_BYTES = {"stabilityai/sd-vae-ft-ema": 335e6}  # fp32
-_VOCABULARY = 49_408  # CLIP's
 _CAPTION_BYTES = 500.0  # of a sample's captions and tar headers; for data that are not there yet
 
 
@@ -345,24 +345,23 @@ def _encoder_bytes(config: Config) -> float | None:
         if config.autoencoder.path not in _KNOWN_BYTES:
             return None
         autoencoder = _KNOWN_BYTES[config.autoencoder.path]
-    if config.model.condition != "text":
-        return share * autoencoder
-    layers, width = _text_tower(config)
-    return share * (autoencoder + 4 * (12 * layers * width**2 + _VOCABULARY * width))
+    towers = _text_towers(config)
+    if towers is None:
+        return None
+    return share * (autoencoder + 4 * sum(tower.layers + tower.table for tower in towers))
 
 
-def _text_tower(config: Config) -> tuple[int, int]:
-    """Layers and width; of pretrained ones, those of CLIP ViT-L/14."""
-    tower = config.text_encoder.seeded
-    return (tower.layers, tower.width) if config.text_encoder.weights == "seeded" else (12, 768)
+def _text_towers(config: Config) -> list[TowerSize] | None:
+    """None where a text encoder is neither here nor known by name."""
+    try:
+        return text_sizes(config.text_encoder) if config.model.condition == "text" else []
+    except MissingModelError:
+        return None
 
 
 def _text_flops(config: Config) -> float:
-    """Of the frozen tower for one caption: two for each weight of a layer and token."""
-    if config.model.condition != "text":
-        return 0.0
-    layers, width = _text_tower(config)
-    return 2.0 * config.model.text_tokens * 12 * layers * width**2
+    """Of the frozen towers for one caption: two for each weight of a layer and token."""
+    return sum(2.0 * tower.features.tokens * tower.layers for tower in _text_towers(config) or ())
 
 
 def _index(config: Config, notes: list[str]) -> DatasetIndex | None:

@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dico_t2i.config import Config
-from dico_t2i.encoders import MissingModelError, find_autoencoder, find_text_encoder
+from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.local import downloads, file_hash, is_hub_id, prefetched
-from dico_t2i.encoders.text import pretrained_source
+from dico_t2i.encoders.text import find_tower, pretrained_source
 from dico_t2i.files import flush, temporary, write_atomically
 
 MANIFEST = "manifest.json"
@@ -88,8 +88,9 @@ def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
     models: dict[str, Callable[[], list[Path]]] = {}
     if config.autoencoder.kind != "pixels":
         models[config.autoencoder.path] = partial(find_autoencoder, config.autoencoder)
-    if config.model.condition == "text" and config.text_encoder.weights == "pretrained":
-        models[pretrained_source(config.text_encoder)] = partial(find_text_encoder, config.text_encoder)
+    for tower in config.text_encoder.towers if config.model.condition == "text" else ():
+        if tower.weights == "pretrained":
+            models[pretrained_source(tower)] = partial(find_tower, tower)
     return models
 
 

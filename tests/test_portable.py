@@ -71,6 +71,14 @@ def class_model(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def pooled_model(text_model, tmp_path_factory):
+    """With kernels of 5x5 that pooling makes of the tokens."""
+    out = tmp_path_factory.mktemp("portable") / "pooled"
+    model = {**TREE["model"], "text_kernel": 5, "text_pooling": "attention"}
+    return write_export(out, TREE, model=model, autoencoder={"path": str(text_model / "vae")})
+
+
 @pytest.fixture(autouse=True)
 def exact_operators(monkeypatch):
     """Those of an exported folder; what --exact sets is undone."""
@@ -115,18 +123,19 @@ CLASS_CALLS = [{"class_labels": ["golden retriever", 3]}, {"class_labels": "tenc
 
 
 @pytest.fixture(scope="module")
-def alone(text_model, class_model, tmp_path_factory):
-    """The images of calls of both pipelines, one after the other in a process that cannot import this package."""
+def alone(text_model, class_model, pooled_model, tmp_path_factory):
+    """The images of calls of the pipelines, one after the other in a process that cannot import this package."""
     folder = tmp_path_factory.mktemp("alone")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DICO_WEIGHTS")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    work = json.dumps([(str(text_model), TEXT_CALLS), (str(class_model), CLASS_CALLS)])
+    every_call = ((text_model, TEXT_CALLS), (class_model, CLASS_CALLS), (pooled_model, [{"prompt": PROMPTS}]))
+    work = json.dumps([(str(folder), calls) for folder, calls in every_call])
     command = [sys.executable, "-I", "-c", ALONE, work, str(folder / "images.npz")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(folder / "images.npz") as images:
         every = list(images.values())
-    return every[: len(TEXT_CALLS)], every[len(TEXT_CALLS) :]
+    return every[: len(TEXT_CALLS)], every[len(TEXT_CALLS) : -1], every[-1]
 
 
 def test_a_text_folder_runs_without_this_package_and_gives_the_pictures_of_dico_sample(text_model, alone, tmp_path):
@@ -146,6 +155,12 @@ def test_the_faster_operators_differ_by_rounding_alone(text_model, alone, tmp_pa
     monkeypatch.delenv("DICO_OPERATORS")
     compiled = sampled(text_model, tmp_path / "fast", "--prompt", PROMPTS[0], "--guidance", "1", exact=False)
     assert np.abs(alone[0][-1].astype(int) - compiled).max() <= 1
+
+
+def test_pooled_text_gives_the_same_pictures(pooled_model, alone, tmp_path):
+    ours = sampled(pooled_model, tmp_path / "ours", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
+    assert alone[2].std() > 10
+    np.testing.assert_array_equal(alone[2], ours)
 
 
 def test_a_class_folder_knows_its_classes_by_name(class_model, alone, tmp_path):
@@ -289,6 +304,25 @@ def test_encoders_may_stay_out_and_be_given(text_model, pipeline, tmp_path):
     bare = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **dict.fromkeys(parts))
     with pytest.raises(ValueError, match="no text encoder"):
         bare(PROMPTS[0])
+
+
+def test_a_network_of_several_encoders_is_not_fed_by_one(text_model, pipeline, tmp_path):
+    from dico_t2i.pipeline import DiCoPipeline
+
+    also = [{"kind": "t5", "tokens": 12, **TREE["text_encoder"]}]
+    model = {**TREE["model"], "text_tokens": 89, "text_inputs": [[77, 16], [12, 16]], "text_kernel": 11}
+    config = parse_config({**TREE, "model": model, "text_encoder": {**TREE["text_encoder"], "also": also}}, "test")
+    parameters = dict(DiCo(config.model).named_parameters())
+    arrays = (p.detach().numpy() for p in parameters.values())
+    shapes = {name: p.shape for name, p in parameters.items()}
+    write_folder(tmp_path / "out", config, shapes, arrays, {"weights": "weight"}, {}, encoders=False)
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")}
+    loaded = DiCoPipeline.from_pretrained(tmp_path / "out", **parts)
+    with pytest.raises(ValueError, match="takes 89 tokens of width 16, the text encoder gives"):
+        loaded(PROMPTS[0])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "cut to 77 and 12 tokens" in card
+    assert "trust_remote_code" not in card
 
 
 def test_the_card_says_what_the_model_is(text_model):

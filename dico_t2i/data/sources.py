@@ -113,7 +113,7 @@ def same_encoder(made: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
 
 
 def _without_place(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {part: value for part, value in identity.items() if part not in _PLACES}
+    return {part: value for part, value in identity.items() if part.rpartition(".")[2] not in _PLACES}
 
 
 def _check_alike(sources: tuple[tuple[str, DatasetIndex], ...], cached_text: bool) -> None:

@@ -1,10 +1,12 @@
 """Labels or text as the network takes them, and their absence."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dico_t2i.config import ConfigError, NetworkConfig
-from dico_t2i.encoders.text import TextEncoder
+from dico_t2i.config import ConfigError, DiCoConfig, NetworkConfig
+from dico_t2i.encoders.text import FeatureSize, TextEncoder
 
 Conditioning = dict[str, Tensor]
 
@@ -17,12 +19,8 @@ class Conditioner:
 
     def __init__(self, model: NetworkConfig, text_encoder: TextEncoder | None, device: torch.device) -> None:
         self.model, self.text_encoder, self.device = model, text_encoder, device
-        if text_encoder is None:
-            return
-        for key, size in (("text_dim", text_encoder.width), ("pooled_dim", text_encoder.pooled_dim)):
-            wanted = getattr(model, key)
-            if size != wanted and (key == "text_dim" or model.pooled_text):
-                raise ConfigError(f"model.{key}: {wanted}, but the text encoder gives {size}; set model.{key}={size}")
+        if text_encoder is not None:
+            check_text(model, text_encoder.sizes)
 
     def of_labels(self, labels: Tensor) -> Conditioning:
         """labels (N,) int64; num_classes is the null class. Raises ValueError for labels out of range."""
@@ -32,13 +30,13 @@ class Conditioner:
         return {"cond": labels.to(self.device)}
 
     def of_tokens(self, ids: Tensor) -> Conditioning:
-        """Token ids (N, 77) -> cond (N, 77, text_dim), pooled (N, pooled_dim)."""
+        """Token ids (N, T) -> cond (N, T, text_dim), pooled (N, pooled_dim)."""
         assert self.text_encoder is not None
         features = self.text_encoder.encode(ids)
         return self._keep(features.tokens, features.pooled)
 
     def of_features(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
-        """Stored features (N, 77, text_dim), (N, pooled_dim), in the encoder's dtype. Raises ValueError for others."""
+        """Stored features (N, T, text_dim), (N, pooled_dim), in the encoder's dtype. Raises ValueError for others."""
         null = self.null(len(tokens))
         features = self._keep(tokens.to(null["cond"]), pooled.to(null["cond"]))
         for name, value in features.items():
@@ -68,3 +66,21 @@ class Conditioner:
 
     def _keep(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return {"cond": tokens, "pooled": pooled} if self.model.pooled_text else {"cond": tokens}
+
+
+def check_text(model: NetworkConfig, sizes: Sequence[FeatureSize]) -> None:
+    """Raise ConfigError if the network was not configured for features of these sizes, one of each text encoder."""
+    each = tuple((size.tokens, size.width) for size in sizes)
+    found = {"text_dim": max(width for _, width in each), "text_tokens": sum(tokens for tokens, _ in each)}
+    if model.pooled_text:
+        found["pooled_dim"] = sum(size.pooled_dim for size in sizes)
+        if not found["pooled_dim"]:
+            raise ConfigError("model.pooled_text: T5 gives no pooled feature; set model.pooled_text=false")
+    for key, size in found.items():
+        if size != getattr(model, key):
+            wanted = getattr(model, key)
+            raise ConfigError(f"model.{key}: {wanted}, but the text encoder gives {size}; set model.{key}={size}")
+    inputs = model.text_inputs if isinstance(model, DiCoConfig) else ()
+    if inputs and inputs != each:
+        shown = [[*map(list, sizes)] for sizes in (inputs, each)]
+        raise ConfigError(f"model.text_inputs: {shown[0]}, but the text encoders give {shown[1]}")

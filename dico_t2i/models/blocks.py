@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dico_t2i.models.conditioning import is_token, padding_bias
 from dico_t2i.ops import (
     channel_scale,
     conv3x3,
@@ -79,39 +80,46 @@ class TextKernel(NamedTuple):
 
 
 class TextConvolution(nn.Module):
-    """Dynamic depthwise convolution by the text (paper, section 3.4)."""
+    """Dynamic depthwise convolution by the text (paper, section 3.4), with kernels of size x size."""
 
-    def __init__(self, projection: TextProjection | None) -> None:
+    def __init__(self, projection: TextProjection | None, size: int = 9) -> None:
         super().__init__()
         self.projection = projection  # None: the stage has made the kernels
+        self.size = size
 
     def kernel(self, text: Tensor) -> TextKernel:
         return TextKernel(text if self.projection is None else self.projection(text))
 
     def forward(self, x: Tensor, text: Tensor | TextKernel) -> Tensor:
         context = (text if isinstance(text, TextKernel) else self.kernel(text)).value
-        return text_dwconv(x.permute(0, 3, 1, 2), context).permute(0, 2, 3, 1)
+        return text_dwconv(x.permute(0, 3, 1, 2), context, self.size).permute(0, 2, 3, 1)
 
 
 class CrossAttention(nn.Module):
-    """Attention from every pixel to the text tokens, as in PixArt-alpha; the output starts at zero."""
+    """Attention from every pixel to the text tokens, as in PixArt-alpha; the output starts at zero.
 
-    def __init__(self, text_dim: int, channels: int) -> None:
+    masked: tokens of zeros are padding, and left out. Their keys and values are zeros too, which marks them in kernels.
+    """
+
+    def __init__(self, text_dim: int, channels: int, masked: bool = False) -> None:
         super().__init__()
+        self.masked = masked
         self.head_dim = math.gcd(channels, 64)
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(text_dim, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
     def kernel(self, text: Tensor) -> TextKernel:
-        return TextKernel(self.key_value(text))
+        both = self.key_value(text)
+        return TextKernel(both * is_token(text) if self.masked else both)
 
     def forward(self, x: Tensor, text: Tensor | TextKernel) -> Tensor:
         N, H, W, C = x.shape
         query = self.query(x).reshape(N, H * W, -1, self.head_dim).transpose(1, 2)
         both = (text if isinstance(text, TextKernel) else self.kernel(text)).value
         key, value = both.reshape(N, both.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mask = padding_bias(both)[:, None, None] if self.masked else None
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).reshape(N, H, W, C))
 
 

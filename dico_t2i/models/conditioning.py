@@ -1,6 +1,7 @@
-"""What enters the network through adaLN: the timestep, and a class or a pooled text."""
+"""What enters the network beside the image: the timestep, through adaLN, and the tokens of a text."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +35,77 @@ class TimestepEmbedding(nn.Module):
         # A float64 network takes float64 features; all others take float32 ones, rounded at the end.
         features = sinusoid(t.to(torch.promote_types(torch.float32, dtype)), SINUSOID_DIM)
         return self.out(F.silu(self.hidden(features.to(dtype))))
+
+
+def is_token(tokens: Tensor) -> Tensor:
+    """(N, T, dim) -> (N, T, 1), 1 for tokens and 0 for padding, which is zeros; in the tokens' dtype."""
+    return tokens.ne(0).any(-1, keepdim=True).to(tokens.dtype)
+
+
+def padding_bias(tokens: Tensor) -> Tensor:
+    """What leaves padding out when it is added to attention's logits: (N, T, dim) -> (N, T).
+
+    Finite, so that a text of nothing but padding gives no NaN.
+    """
+    return 1e4 * (is_token(tokens)[..., 0] - 1)
+
+
+class TextInput(nn.Module):
+    """The encoders' tokens as the blocks take them: of one width, and pooled to the taps of their kernels.
+
+    sizes: tokens and width of each encoder, in the order in which they lie in the sequence; narrower ones are padded
+    with zeros to the widest. width: what a layer of each encoder's own makes of them; None leaves them as they are.
+    taps: how many tokens they are pooled to; None for all. masked: tokens of zeros are padding.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[int]], width: int | None, taps: int | None, masked: bool) -> None:
+        super().__init__()
+        self.sizes, self.masked = sizes, masked
+        widest = max(dim for _, dim in sizes)
+        self.projections = nn.ModuleList(nn.Linear(dim, width) for _, dim in sizes) if width else None
+        self.pooling = TextPooling([count for count, _ in sizes], width or widest, taps, masked) if taps else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, widest) -> (N, taps or T, width); padding stays zeros."""
+        if self.projections is not None:
+            parts = tokens.split([count for count, _ in self.sizes], dim=1)
+            sizes = zip(self.projections, parts, self.sizes, strict=True)
+            projected = torch.cat([project(part[..., :dim]) for project, part, (_, dim) in sizes], dim=1)
+            tokens = projected * is_token(tokens) if self.masked else projected
+        return tokens if self.pooling is None else self.pooling(tokens)
+
+
+class TextPooling(nn.Module):
+    """Learned pooling of any number of tokens to a kernel's taps: each tap's query attends over the sequence.
+
+    Tap i takes the mean of all tokens under weights softmax(query_i . key(token_t) / sqrt(width) + position_it). At the
+    start it looks at the place in each encoder's text that it has among the taps, with tails that reach everywhere: the
+    taps are the text in its order, as they are without pooling, and far tokens still get gradients.
+    """
+
+    def __init__(self, counts: Sequence[int], width: int, taps: int, masked: bool) -> None:
+        super().__init__()
+        self.counts, self.masked = counts, masked
+        self.query = nn.Parameter(torch.empty(taps, width))
+        self.key = nn.Linear(width, width, bias=False)
+        self.position = nn.Parameter(torch.empty(taps, sum(counts)))
+
+    def reset_position(self) -> None:
+        """Cauchy weights around each tap's place, as wide as taps are apart; every encoder has the same share."""
+        taps = len(self.position)
+        parts = []
+        for count in self.counts:
+            place = torch.linspace(0, count - 1, taps, device="cpu")[:, None]
+            distance = (torch.arange(count, device="cpu") - place) / max(1.0, (count - 1) / max(1, taps - 1))
+            parts.append(torch.log_softmax(-torch.log1p(4 * distance.square()), dim=1))
+        with torch.no_grad():
+            self.position.copy_(torch.cat(parts, dim=1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, width) -> (N, taps, width)."""
+        logits = self.query @ self.key(tokens).transpose(1, 2) / math.sqrt(tokens.shape[-1])
+        logits = logits + self.position
+        if self.masked:
+            logits = logits + padding_bias(tokens)[:, None]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return torch.softmax(logits.to(wide), dim=-1).to(tokens.dtype) @ tokens

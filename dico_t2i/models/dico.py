@@ -22,7 +22,7 @@ from dico_t2i.models.blocks import (
     TextProjection,
     Upsample,
 )
-from dico_t2i.models.conditioning import TimestepEmbedding
+from dico_t2i.models.conditioning import TextInput, TimestepEmbedding
 from dico_t2i.models.network import Network
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
@@ -36,7 +36,8 @@ class DiCo(Network):
 
     ``model(x, t, cond, pooled=None)``: x (N, C, H, W) with H and W divisible by 4; t (N,) in 0..999, possibly
     fractional; cond class ids (N,), the null class being ``num_classes``, or text tokens (N, T, text_dim); pooled
-    (N, pooled_dim) with ``pooled_text`` only. In place of tokens, cond may be what ``text_kernels`` made of them: many
+    (N, pooled_dim) with ``pooled_text`` only. Tokens of several encoders follow one another, padded with zeros to
+    the width of the widest. In place of tokens, cond may be what ``text_kernels`` made of them: many
     timesteps of one text then share that work. Returns (N, C or 2C, H, W) in the weights' dtype: the noise and, with
     ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns 0.
     """
@@ -62,9 +63,10 @@ class DiCo(Network):
                 for stage, depth in zip(STAGES, config.depths, strict=True)
             }
         )
+        self.text_input = _text_input(config)
         shared_text = config.condition == "text" and config.text_projection == "stage"
         self.stage_text = nn.ModuleDict(
-            {s: TextProjection(config.text_dim, self.widths[s]) for s in STAGES} if shared_text else {}
+            {s: TextProjection(config.text_width, self.widths[s]) for s in STAGES} if shared_text else {}
         )
         self.down1, self.down2 = Downsample(D), Downsample(2 * D)
         self.up2, self.up1 = Upsample(4 * D), Upsample(2 * D)
@@ -83,11 +85,14 @@ class DiCo(Network):
                 nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # bounds of a (D, 9C) matrix
             else:
                 nn.init.xavier_uniform_(parameter)
+        if self.text_input is not None and self.text_input.pooling is not None:
+            self.text_input.pooling.reset_position()
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
         """Every block's kernels: what it makes of the tokens alone."""
         super().text_kernels(tokens)
         kernels: TextKernels = {}
+        tokens = cast(Tensor, self._text(tokens))
         for stage in STAGES:
             text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
             branches = [cast(Block, block).text for block in self._blocks(stage)]
@@ -101,7 +106,7 @@ class DiCo(Network):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
         c1, c2, c3 = self._conditions(t, cond, pooled)
-        text = cond if self.config.condition == "text" else None
+        text = self._text(cond)
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
         skip1 = self._run("encoder1", x, c1, text)
         skip2 = self._run("encoder2", self.down1(skip1), c2, text)
@@ -109,6 +114,12 @@ class DiCo(Network):
         x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c2, text)
         x = self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c2, text)
         return self.head(x, c2).permute(0, 3, 1, 2)
+
+    def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
+        """What the stages get of the condition."""
+        if self.config.condition == "class":
+            return None
+        return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
 
     def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> list[Tensor]:
         """The adaLN inputs, after SiLU, of the three widths: (N, D), (N, 2D), (N, 4D)."""
@@ -154,8 +165,18 @@ def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
     if config.condition == "class":
         return None
     if config.text_fusion == "cross_attention":
-        return CrossAttention(config.text_dim, width)
-    return TextConvolution(TextProjection(config.text_dim, width) if config.text_projection == "block" else None)
+        return CrossAttention(config.text_width, width, config.text_mask)
+    projection = TextProjection(config.text_width, width) if config.text_projection == "block" else None
+    return TextConvolution(projection, config.text_kernel)
+
+
+def _text_input(config: DiCoConfig) -> TextInput | None:
+    """None where tokens go to the blocks as they are: of one encoder, and without pooling."""
+    taps = config.text_kernel**2 if config.text_pooling == "attention" else None
+    if config.condition == "class" or not (config.text_inputs or taps):
+        return None
+    sizes = config.text_inputs or ((config.text_tokens, config.text_dim),)
+    return TextInput(sizes, config.text_width if config.text_inputs else None, taps, config.text_mask)
 
 
 def _starts_at_zero(name: str) -> bool:

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dico_t2i.ops.plain import KERNEL_SIZE, NORM_EPS, TAPS
+from dico_t2i.ops.plain import NORM_EPS
 
 CHUNK = 32  # pixels whose sums over pixels one program takes
 CONV_PIXELS, CONV_CHANNELS = 64, 32  # tile of the 3x3 convolution
 TEXT_CHANNELS = 64  # two for each thread of a warp: a warp reads 128 bytes of bf16 at a time
 TEXT_PIXELS, TEXT_GRADIENT_PIXELS = 8, 4  # pixels of a row that a thread holds, for each of the rows it holds
+TEXT_GROUPS = {5: 5, 7: 7, 9: 3}  # columns of taps whose gradients a thread holds, by the kernel's side; else 1
 OPTIMIZER_BLOCK = 1024
 
 
@@ -393,36 +394,36 @@ def depthwise_backward(
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def text_forward(x: Tensor, context: Tensor) -> Tensor:
-    return _correlate(x, context, flipped=False)
+def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
+    return _correlate(x, context, kernel, flipped=False)
 
 
 def text_backward(
-    x: Tensor, context: Tensor, grad: Tensor, wants: tuple[bool, bool]
+    x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = _correlate(grad, context, flipped=True) if wants[0] else None
-    return grad_x, _token_gradient(x, context, grad) if wants[1] else None
+    grad_x = _correlate(grad, context, kernel, flipped=True) if wants[0] else None
+    return grad_x, _token_gradient(x, context, grad, kernel) if wants[1] else None
 
 
-def _correlate(x: Tensor, context: Tensor, *, flipped: bool) -> Tensor:
+def _correlate(x: Tensor, context: Tensor, kernel: int, *, flipped: bool) -> Tensor:
     N, H, W, C = x.shape
     out = torch.empty_like(x)
     _text_forward[triton.cdiv(W, TEXT_PIXELS), triton.cdiv(C, TEXT_CHANNELS), N](
         x, context, out, H, W, C, context.shape[1],
-        FLIPPED=flipped, K=KERNEL_SIZE, PIXELS=TEXT_PIXELS, CHANNELS=TEXT_CHANNELS, num_warps=1,
+        FLIPPED=flipped, K=kernel, PIXELS=TEXT_PIXELS, CHANNELS=TEXT_CHANNELS, num_warps=1,
     )  # fmt: skip
     return out
 
 
-def _token_gradient(x: Tensor, context: Tensor, grad: Tensor) -> Tensor:
-    """Gradients of the 81 taps; the repeated ones summed."""
-    (N, H, W, C), T, group = x.shape, context.shape[1], 3
+def _token_gradient(x: Tensor, context: Tensor, grad: Tensor, kernel: int) -> Tensor:
+    """Gradients of all taps; the repeated ones summed."""
+    (N, H, W, C), T, group = x.shape, context.shape[1], TEXT_GROUPS.get(kernel, 1)
     columns = 8 if N * C < 132 * 16 * TEXT_CHANNELS else 32  # small batches are cut further, to fill the GPU
     tiles = triton.cdiv(W, columns)
-    sums = torch.empty(tiles, N, TAPS, C, dtype=torch.float32, device=x.device)
-    _text_taps[tiles, triton.cdiv(C, TEXT_CHANNELS), N * (KERNEL_SIZE // group)](
+    sums = torch.empty(tiles, N, kernel**2, C, dtype=torch.float32, device=x.device)
+    _text_taps[tiles, triton.cdiv(C, TEXT_CHANNELS), N * (kernel // group)](
         x, grad, sums, H, W, C, columns,
-        K=KERNEL_SIZE, GROUP=group, PIXELS=TEXT_GRADIENT_PIXELS, CHANNELS=TEXT_CHANNELS, num_warps=1,
+        K=kernel, GROUP=group, PIXELS=TEXT_GRADIENT_PIXELS, CHANNELS=TEXT_CHANNELS, num_warps=1,
     )  # fmt: skip
     taps = sums.sum(0)
     tokens = torch.cat((taps[:, : T - 1], taps[:, T - 1 :].sum(1, keepdim=True)), dim=1)

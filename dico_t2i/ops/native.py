@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dico_t2i.ops import plain
+
 SOURCE = Path(__file__).with_name("operators.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 NORM_EPS = 1e-6
+TEXT_KERNELS = (5, 7, 9, 11)  # sizes that operators.c has code for
 
 logger = logging.getLogger(__name__)
 
@@ -183,18 +186,22 @@ def depthwise_backward(
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def text_forward(x: Tensor, context: Tensor) -> Tensor:
+def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
+    if kernel not in TEXT_KERNELS:
+        return plain.text_forward(x, context, kernel)
     N, H, W, C = x.shape
     out = torch.empty(x.shape)
-    call("text_forward", *map(_float, (x, context)), out, N, H, W, C, context.shape[1])
+    call("text_forward", *map(_float, (x, context)), out, N, H, W, C, context.shape[1], kernel)
     return out.to(x.dtype)
 
 
 def text_backward(
-    x: Tensor, context: Tensor, grad: Tensor, wants: tuple[bool, bool]
+    x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    if kernel not in TEXT_KERNELS:
+        return plain.text_backward(x, context, grad, kernel, wants)
     N, H, W, C = x.shape
     grad_x, grad_context = _new(wants[0], *x.shape), _new(wants[1], *context.shape)
     inputs = map(_float, (x, context, grad))
-    call("text_backward", *inputs, grad_x, grad_context, N, H, W, C, context.shape[1])
+    call("text_backward", *inputs, grad_x, grad_context, N, H, W, C, context.shape[1], kernel)
     return _as(x, grad_x), _as(context, grad_context)

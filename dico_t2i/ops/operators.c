@@ -17,7 +17,8 @@
 #endif
 #define PIXELS 8       /* outputs of a row that are computed together, in registers */
 #define CHUNK 64       /* pixels whose sums one task takes */
-#define MAX_TAPS 81
+#define MAX_KERNEL 11  /* side of the largest text kernel */
+#define MAX_TAPS (MAX_KERNEL * MAX_KERNEL)
 #define inlined static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -280,7 +281,7 @@ inlined void correlate(vec *out, const vec *tile, const vec *taps, size y, size 
         const size source = y + i - K / 2;
         if (source < 0 || source >= H) continue;
         const vec *row = tile + source * stride + w;
-#pragma GCC unroll 9
+#pragma GCC unroll 11
         for (int j = 0; j < K; j++) {
             const vec tap = taps[i * K + j];
 #pragma GCC unroll 8
@@ -294,7 +295,7 @@ inlined void correlate(vec *out, const vec *tile, const vec *taps, size y, size 
    same border. */
 inlined void correlate_taps(vec *out, const vec *tile, const vec *grad, size i, size H, size W, size stride,
                             const int K) {
-    vec sum[9] = {0};
+    vec sum[MAX_KERNEL] = {0};
     for (size y = 0; y < H; y++) {
         const size source = y + i - K / 2;
         if (source < 0 || source >= H) continue;
@@ -302,7 +303,7 @@ inlined void correlate_taps(vec *out, const vec *tile, const vec *grad, size i, 
             const vec *row = tile + source * stride + w, *g = grad + y * stride + w + K / 2;
 #pragma GCC unroll 8
             for (int p = 0; p < PIXELS; p++)
-#pragma GCC unroll 9
+#pragma GCC unroll 11
                 for (int j = 0; j < K; j++) sum[j] += row[p + j] * g[p];
         }
     }
@@ -321,18 +322,38 @@ inlined void correlate_all(float *out, const vec *tile, const vec *taps, size H,
         }
 }
 
-static void load_tokens(vec *taps, const float *context, size T, size C, size lanes, int flipped) {
-    for (size k = 0; k < MAX_TAPS; k++) {
-        vec v = {0};
-        memcpy(&v, context + smaller(k, T - 1) * C, lanes * 4);
-        taps[flipped ? MAX_TAPS - 1 - k : k] = v;
+/* With K a constant to the compiler, which keeps sums in registers for it. */
+static void correlate_text(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes, size K) {
+    switch (K) {
+    case 5: correlate_all(out, tile, taps, H, W, C, lanes, 5); break;
+    case 7: correlate_all(out, tile, taps, H, W, C, lanes, 7); break;
+    case 9: correlate_all(out, tile, taps, H, W, C, lanes, 9); break;
+    case 11: correlate_all(out, tile, taps, H, W, C, lanes, 11); break;
     }
 }
 
-/* context (N, T, C): token k is tap k of the 9x9 kernels, the last token all taps from T - 1 on. */
-int text_forward(const float *x, const float *context, float *out, size N, size H, size W, size C, size T,
+static void correlate_text_taps(vec *out, const vec *tile, const vec *grad, size H, size W, size stride, size K) {
+    for (size i = 0; i < K; i++)
+        switch (K) {
+        case 5: correlate_taps(out + 5 * i, tile, grad, i, H, W, stride, 5); break;
+        case 7: correlate_taps(out + 7 * i, tile, grad, i, H, W, stride, 7); break;
+        case 9: correlate_taps(out + 9 * i, tile, grad, i, H, W, stride, 9); break;
+        case 11: correlate_taps(out + 11 * i, tile, grad, i, H, W, stride, 11); break;
+        }
+}
+
+static void load_tokens(vec *taps, const float *context, size T, size C, size lanes, size count, int flipped) {
+    for (size k = 0; k < count; k++) {
+        vec v = {0};
+        memcpy(&v, context + smaller(k, T - 1) * C, lanes * 4);
+        taps[flipped ? count - 1 - k : k] = v;
+    }
+}
+
+/* context (N, T, C): token k is tap k of the K x K kernels, the last token all taps from T - 1 on; K is 5, 7, 9 or 11. */
+int text_forward(const float *x, const float *context, float *out, size N, size H, size W, size C, size T, size K,
                  size threads) {
-    const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, 4);
+    const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, K / 2);
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -342,9 +363,9 @@ int text_forward(const float *x, const float *context, float *out, size N, size 
         for (size task = 0; task < N * groups; task++) {
             const size n = task / groups, c = task % groups * LANES, lanes = smaller(LANES, C - c);
             if (!tile) continue;
-            load_tile(tile, x + n * H * W * C, H, W, C, c, 4);
-            load_tokens(taps, context + n * T * C + c, T, C, lanes, 0);
-            correlate_all(out + n * H * W * C + c, tile, taps, H, W, C, lanes, 9);
+            load_tile(tile, x + n * H * W * C, H, W, C, c, K / 2);
+            load_tokens(taps, context + n * T * C + c, T, C, lanes, K * K, 0);
+            correlate_text(out + n * H * W * C + c, tile, taps, H, W, C, lanes, K);
         }
         free(tile);
     }
@@ -353,8 +374,8 @@ int text_forward(const float *x, const float *context, float *out, size N, size 
 
 /* Either gradient may be NULL. */
 int text_backward(const float *x, const float *context, const float *grad, float *grad_x, float *grad_context, size N,
-                  size H, size W, size C, size T, size threads) {
-    const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, 4);
+                  size H, size W, size C, size T, size K, size threads) {
+    const size groups = (C + LANES - 1) / LANES, stride = tile_stride(W, K / 2), area = H * stride;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -365,16 +386,15 @@ int text_backward(const float *x, const float *context, const float *grad, float
             const size n = task / groups, c = task % groups * LANES, lanes = smaller(LANES, C - c);
             const size sample = n * H * W * C, tokens = n * T * C + c;
             if (!tile) continue;
-            load_tile(grad_tile, grad + sample, H, W, C, c, 4);
+            load_tile(grad_tile, grad + sample, H, W, C, c, K / 2);
             if (grad_x) {
-                load_tokens(taps, context + tokens, T, C, lanes, 1);
-                correlate_all(grad_x + sample + c, grad_tile, taps, H, W, C, lanes, 9);
+                load_tokens(taps, context + tokens, T, C, lanes, K * K, 1);
+                correlate_text(grad_x + sample + c, grad_tile, taps, H, W, C, lanes, K);
             }
             if (grad_context) {
-                load_tile(tile, x + sample, H, W, C, c, 4);
-                for (size i = 0; i < 9; i++)
-                    correlate_taps(taps + 9 * i, tile, grad_tile, i, H, W, tile_stride(W, 4), 9);
-                for (size k = T; k < MAX_TAPS; k++) taps[T - 1] += taps[k];
+                load_tile(tile, x + sample, H, W, C, c, K / 2);
+                correlate_text_taps(taps, tile, grad_tile, H, W, stride, K);
+                for (size k = T; k < K * K; k++) taps[T - 1] += taps[k];
                 for (size k = 0; k < T; k++) store(grad_context + tokens + k * C, taps + k, lanes);
             }
         }

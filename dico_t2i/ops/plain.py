@@ -6,8 +6,6 @@ from torch import Tensor
 from dico_t2i.ops.convolution import conv3x3
 
 NORM_EPS = 1e-6
-KERNEL_SIZE = 9
-TAPS = KERNEL_SIZE**2
 
 aten = torch.ops.aten
 
@@ -91,39 +89,39 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return conv3x3(x, weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1]).contiguous()
 
 
-def text_forward(x: Tensor, context: Tensor) -> Tensor:
-    return _pixels(_correlate(_planes(x), _kernels(context)))
+def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
+    return _pixels(_correlate(_planes(x), _kernels(context, kernel), kernel))
 
 
 def text_backward(
-    x: Tensor, context: Tensor, grad: Tensor, wants: tuple[bool, bool]
+    x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The kernel gradient correlates the input with the output gradient: a convolution with a kernel as large as the
     image. torch's own backward computes it some 20 times slower."""
     planes = _planes(grad)
-    grad_x = _pixels(_correlate(planes, _kernels(context).flip(2, 3))) if wants[0] else None
-    grad_context = _tokens(_correlate(_planes(x), planes), context.shape[1]) if wants[1] else None
+    grad_x = _pixels(_correlate(planes, _kernels(context, kernel).flip(2, 3), kernel)) if wants[0] else None
+    grad_context = _tokens(_correlate(_planes(x), planes, kernel), context.shape[1]) if wants[1] else None
     return grad_x, grad_context
 
 
-def _correlate(planes: Tensor, kernels: Tensor) -> Tensor:
-    """planes (N, C, H, W) with kernels (N, C, h, w), one for each sample and channel, padding 4."""
+def _correlate(planes: Tensor, kernels: Tensor, size: int) -> Tensor:
+    """planes (N, C, H, W) with kernels (N, C, h, w), one for each sample and channel, padding size // 2."""
     N, C, H, W = planes.shape
     flat, weights = planes.reshape(1, N * C, H, W), kernels.reshape(N * C, 1, *kernels.shape[2:])
     with torch.autocast(planes.device.type, enabled=False):
-        out = torch.nn.functional.conv2d(flat, weights, padding=KERNEL_SIZE // 2, groups=N * C)
+        out = torch.nn.functional.conv2d(flat, weights, padding=size // 2, groups=N * C)
     return out.reshape(N, C, *out.shape[2:])
 
 
-def _kernels(context: Tensor) -> Tensor:
-    """Tokens (N, T, C) -> kernels (N, C, 9, 9); taps T to 80 repeat the last token."""
+def _kernels(context: Tensor, size: int) -> Tensor:
+    """Tokens (N, T, C) -> kernels (N, C, size, size); taps from T on repeat the last token."""
     N, T, C = context.shape
-    taps = torch.cat((context, context[:, -1:].expand(-1, TAPS - T, -1)), dim=1)
-    return _transposed(taps).reshape(N, C, KERNEL_SIZE, KERNEL_SIZE)
+    taps = torch.cat((context, context[:, -1:].expand(-1, size**2 - T, -1)), dim=1)
+    return _transposed(taps).reshape(N, C, size, size)
 
 
 def _tokens(kernels: Tensor, count: int) -> Tensor:
-    """The adjoint of ``_kernels``: (N, C, 9, 9) -> (N, T, C), the repeated taps summed."""
+    """The adjoint of ``_kernels``: (N, C, size, size) -> (N, T, C), the repeated taps summed."""
     taps = _transposed(kernels.flatten(2))
     return torch.cat((taps[:, : count - 1], taps[:, count - 1 :].sum(1, keepdim=True)), dim=1)
 

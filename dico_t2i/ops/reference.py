@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 
-def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
-    """Each sample's 9x9 depthwise convolution with the kernels its text makes (paper, section 3.4).
+def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
+    """Each sample's k x k depthwise convolution with the kernels its text makes (paper, section 3.4, with k = 9).
 
-    x (N, C, H, W), context (N, T, C) with T <= 81 -> (N, C, H, W). The last token repeats up to 81; token 9i + j
-    is tap (i, j). Cross-correlation, stride 1, zero padding 4.
+    x (N, C, H, W), context (N, T, C) with T <= k * k, k odd -> (N, C, H, W). The last token repeats up to k * k; token
+    k * i + j is tap (i, j). Cross-correlation, stride 1, zero padding k // 2.
     """
     N, C, H, W = x.shape
-    taps = torch.cat((context, context[:, -1:].expand(-1, 81 - context.shape[1], -1)), dim=1)
-    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    taps = torch.cat((context, context[:, -1:].expand(-1, kernel**2 - context.shape[1], -1)), dim=1)
+    padded = torch.nn.functional.pad(x, (kernel // 2,) * 4)
     out = torch.zeros_like(x)
-    for i in range(9):
-        for j in range(9):
-            out = out + padded[:, :, i : i + H, j : j + W] * taps[:, 9 * i + j].reshape(N, C, 1, 1)
+    for i in range(kernel):
+        for j in range(kernel):
+            out = out + padded[:, :, i : i + H, j : j + W] * taps[:, kernel * i + j].reshape(N, C, 1, 1)
     return out
 
 

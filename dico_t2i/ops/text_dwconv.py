@@ -1,4 +1,4 @@
-"""The text convolution: every sample has its own 9x9 depthwise kernels, made from its text (paper, section 3.4)."""
+"""The text convolution: every sample has its own depthwise kernels, made from its text (paper, section 3.4)."""
 
 from typing import Any
 
@@ -7,26 +7,28 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, present
-from dico_t2i.ops.plain import TAPS
 
 
-def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
-    """Convolve each channel of each sample with the kernel that its text tokens spell.
+def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
+    """Convolve each channel of each sample with the k x k kernel that its text tokens spell; the paper's k is 9.
 
     x (N, C, H, W) in any memory format, channels-last being the one that costs no copy; context (N, T, C),
-    1 <= T <= 81, in any dtype. The last token repeats up to 81, token 9i + j of channel c is tap (i, j) of the kernel
-    of channel c. Cross-correlation, stride 1, zero padding 4. Computed in x's dtype, or in autocast's; sums are in
-    float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable once in both.
-    Raises ValueError when the shapes do not fit.
+    1 <= T <= k * k, in any dtype; kernel: k, odd. The last token repeats up to k * k, token k * i + j of channel c is
+    tap (i, j) of the kernel of channel c. Cross-correlation, stride 1, zero padding k // 2. Computed in x's dtype, or
+    in autocast's; sums are in float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable
+    once in both. Raises ValueError when the shapes do not fit.
     """
     N, C = x.shape[:2]
-    if x.ndim != 4 or context.ndim != 3 or context.shape[::2] != (N, C) or not 1 <= context.shape[1] <= TAPS:
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"text_dwconv: kernel must be odd, got {kernel}")
+    if x.ndim != 4 or context.ndim != 3 or context.shape[::2] != (N, C) or not 1 <= context.shape[1] <= kernel**2:
         raise ValueError(
-            f"text_dwconv: x (N, C, H, W) and context (N, 1 to {TAPS} tokens, C) expected,"
+            f"text_dwconv: x (N, C, H, W) and context (N, 1 to {kernel**2} tokens, C) expected,"
             f" got {tuple(x.shape)} and {tuple(context.shape)}"
         )
     dtype = _working_dtype(x)
-    out = torch.ops.dico_t2i.text_dwconv(x.to(dtype).permute(0, 2, 3, 1), context.to(dtype)).permute(0, 3, 1, 2)
+    out = torch.ops.dico_t2i.text_dwconv(x.to(dtype).permute(0, 2, 3, 1), context.to(dtype), kernel)
+    out = out.permute(0, 3, 1, 2)
     return out.contiguous() if x.is_contiguous() else out
 
 
@@ -38,49 +40,50 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("dico_t2i::text_dwconv", mutates_args=())
-def _text(x: Tensor, context: Tensor) -> Tensor:
-    return backend(x).text_forward(x.contiguous(), context.contiguous())
+def _text(x: Tensor, context: Tensor, kernel: int) -> Tensor:
+    return backend(x).text_forward(x.contiguous(), context.contiguous(), kernel)
 
 
 @torch.library.custom_op("dico_t2i::text_dwconv_backward", mutates_args=())
 def _text_backward(
-    x: Tensor, context: Tensor, grad: Tensor, wants_x: bool, wants_context: bool
+    x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool
 ) -> tuple[Tensor, Tensor]:
     inputs = (tensor.contiguous() for tensor in (x, context, grad))
-    return present(*backend(x).text_backward(*inputs, (wants_x, wants_context)))  # type: ignore[return-value]
+    return present(*backend(x).text_backward(*inputs, kernel, (wants_x, wants_context)))  # type: ignore[return-value]
 
 
 @_text.register_fake
-def _(x: Tensor, context: Tensor) -> Tensor:
+def _(x: Tensor, context: Tensor, kernel: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @_text_backward.register_fake
-def _(x: Tensor, context: Tensor, grad: Tensor, wants_x: bool, wants_context: bool) -> tuple[Tensor, ...]:
+def _(x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool) -> tuple[Tensor, ...]:
     wants = ((wants_x, x), (wants_context, context))
     return present(*(like.new_empty(like.shape) if wanted else None for wanted, like in wants))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    *tensors, ctx.kernel = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wants = ctx.needs_input_grad
-    grads = torch.ops.dico_t2i.text_dwconv_backward(*ctx.saved_tensors, grad, *wants)
-    return tuple(gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True))
+    wants = ctx.needs_input_grad[:2]
+    grads = torch.ops.dico_t2i.text_dwconv_backward(*ctx.saved_tensors, grad, ctx.kernel, *wants)
+    return (*(gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True)), None)
 
 
 _text.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.dico_t2i.text_dwconv)
-def _flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * TAPS * torch.Size(x_shape).numel()
+def _flops(x_shape: tuple[int, ...], context_shape: Any, kernel: int, *, out_shape: Any = None, **_: Any) -> int:
+    return 2 * kernel**2 * torch.Size(x_shape).numel()
 
 
 @register_flop_formula(torch.ops.dico_t2i.text_dwconv_backward)
 def _backward_flops(
-    x_shape: Any, context_shape: Any, grad_shape: Any, wants_x: bool, wants_context: bool, **_: Any
+    x_shape: Any, context_shape: Any, grad_shape: Any, kernel: int, wants_x: bool, wants_context: bool, **_: Any
 ) -> int:
-    return (wants_x + wants_context) * _flops(x_shape)
+    return (wants_x + wants_context) * _flops(x_shape, context_shape, kernel)

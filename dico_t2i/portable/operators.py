@@ -30,5 +30,6 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return scale_forward(branch.to(x.dtype).contiguous(), gate, x.contiguous())
 
 
-def text_dwconv(x: Tensor, context: Tensor) -> Tensor:
-    return text_forward(x.permute(0, 2, 3, 1).contiguous(), context.to(x.dtype).contiguous()).permute(0, 3, 1, 2)
+def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
+    pixels, tokens = x.permute(0, 2, 3, 1).contiguous(), context.to(x.dtype).contiguous()
+    return text_forward(pixels, tokens, kernel).permute(0, 3, 1, 2)

@@ -239,7 +239,14 @@ class DiCoPipeline(DiffusionPipeline):
         ids = self.tokenizer(
             texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
-        return clip_features(self.text_encoder(input_ids=ids.to(device)))
+        features = clip_features(self.text_encoder(input_ids=ids.to(device)))
+        network = self.transformer.config
+        if features.tokens.shape[1:] != (network.text_tokens, network.text_dim):
+            raise ValueError(
+                f"this network takes {network.text_tokens} tokens of width {network.text_dim}, the text encoder gives"
+                f" {tuple(features.tokens.shape[1:])}; models of several text encoders are sampled by dico sample"
+            )
+        return features
 
     def _images(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is None and self.config.downscale != 1:

@@ -6,6 +6,7 @@ set before Triton is imported.
 
 import json
 import sys
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -33,6 +34,26 @@ def difference(got: Tensors, expected: Tensors) -> float:
     return worst
 
 
+def compared(module: ModuleType, name: str, *arguments, found: dict[str, float]):
+    """What the module's function gives; its error against float64 through torch goes into ``found``."""
+    got, expected = getattr(module, name)(*arguments), getattr(plain, name)(*double(arguments))
+    got, expected = ((r,) if isinstance(r, Tensor) else r for r in (got, expected))
+    found[f"{name}:{len(found)}"] = difference(got, expected)
+    return got
+
+
+def text_errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,), kernel=9) -> dict[str, float]:
+    """Of the text convolution, for some numbers of tokens."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    found: dict[str, float] = {}
+    x, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    for count in tokens:
+        context = torch.randn(shape[0], count, shape[-1], generator=generator).to(dtype)
+        compared(module, "text_forward", x, context, kernel, found=found)
+        compared(module, "text_backward", x, context, g, kernel, (True, True), found=found)
+    return found
+
+
 def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[str, float]:
     """Of each function; x (N, H, W, C) and all else but the convolution's weights are of the dtype."""
     N, _, _, C = shape
@@ -41,13 +62,7 @@ def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[
     def draw(*size):
         return torch.randn(size, generator=generator).to(dtype)
 
-    def run(name, *arguments):
-        got, expected = getattr(module, name)(*arguments), getattr(plain, name)(*double(arguments))
-        got, expected = ((r,) if isinstance(r, Tensor) else r for r in (got, expected))
-        found[f"{name}:{len(found)}"] = difference(got, expected)
-        return got
-
-    found: dict[str, float] = {}
+    run = partial(compared, module, found=(found := {}))
     x, y, g, gate, shift, scale = draw(*shape), draw(*shape), draw(*shape), draw(N, C), draw(N, C), draw(N, C)
     for branch, gated, modulated in (
         (False, False, True),
@@ -67,11 +82,7 @@ def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[
     weight, bias = torch.randn(C, 1, 3, 3, generator=generator), torch.randn(C, generator=generator)
     run("depthwise_forward", x, weight, bias)
     run("depthwise_backward", x, weight, bias, g, gate)
-    for count in tokens:
-        context = draw(N, count, C)
-        run("text_forward", x, context)
-        run("text_backward", x, context, g, (True, True))
-    return found
+    return {**found, **{f"{name} of text": error for name, error in text_errors(module, shape, dtype, tokens).items()}}
 
 
 def main(name: str) -> None:
@@ -81,6 +92,8 @@ def main(name: str) -> None:
         "bfloat16": errors(module, (1, 5, 7, 70), torch.bfloat16, tokens=()),
         "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
         "wide": errors(module, (1, 2, 10, 3), torch.float32, tokens=(40,)),
+        "text 5": text_errors(module, (1, 3, 2, 70), torch.float32, (25,), 5),
+        "text 11": text_errors(module, (1, 1, 2, 3), torch.float32, (77,), 11),
     }
     print("RESULT" + json.dumps(found))
 

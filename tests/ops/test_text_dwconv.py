@@ -33,6 +33,20 @@ def test_finite_differences():
     assert torch.autograd.gradcheck(text_dwconv, (x.requires_grad_(), context.requires_grad_()))
 
 
+@pytest.mark.parametrize(("kernel", "tokens"), [(3, 9), (5, 25), (7, 30), (9, 77), (11, 121)])
+def test_other_sides_agree_with_the_reference_and_with_finite_differences(kernel, tokens):
+    x, context = inputs(2, 2, 4, 5, tokens)
+    x.requires_grad_()
+    context.requires_grad_()
+    got, expected = text_dwconv(x, context, kernel), reference.text_dwconv(x, context, kernel)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(got)
+    both = [torch.autograd.grad((out * weight).sum(), (x, context)) for out in (got, expected)]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda a, b: text_dwconv(a, b, kernel), (x, context), fast_mode=True)
+
+
 def test_memory_format_is_kept():
     x, context = inputs(2, 8, 6, 6, 77, torch.float32)
     assert text_dwconv(x, context).is_contiguous()
@@ -68,3 +82,10 @@ def test_autocast_computes_in_its_dtype_and_trains():
 def test_shapes_that_do_not_fit_are_named(context):
     with pytest.raises(ValueError, match="text_dwconv: x"):
         text_dwconv(torch.zeros(2, 4, 8, 8), torch.zeros(context))
+
+
+def test_kernels_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="1 to 25 tokens"):
+        text_dwconv(torch.zeros(2, 4, 8, 8), torch.zeros(2, 26, 4), 5)
+    with pytest.raises(ValueError, match="must be odd, got 4"):
+        text_dwconv(torch.zeros(2, 4, 8, 8), torch.zeros(2, 16, 4), 4)
