@@ -210,6 +210,14 @@ def test_a_fresh_peer_says_zero(kind):
     assert not build_network(PEERS[kind])(x, t, cond, **extra).any()
 
 
+def test_text_has_no_effect_on_a_fresh_pixart():
+    network = build_network(PEERS["pixart"])
+    torch.nn.init.normal_(network.transformer.proj_out.weight)
+    x, t, text, _ = inputs(PEERS["pixart"])
+    assert network(x, t, text).any()
+    assert torch.equal(network(x, t, text), network(x, t, 5 * text + 1))
+
+
 @pytest.mark.parametrize("kind", PEERS)
 def test_conditions_are_obeyed_and_everything_is_trained(kind):
     network = randomized(PEERS[kind])
