@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dico_t2i.config import Config, Span, TextEncoderConfig
+from dico_t2i.config import Config, Span, TextEncoderConfig, ablated
 from dico_t2i.models import count_parameters
 
 
@@ -67,6 +67,7 @@ def _network(config: Config) -> dict[str, Any]:
     rows: dict[str, Any] = {
         "parameters": f"{count_parameters(model):,}",
         "width, depths, FFN ratio": f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}",
+        **{key.replace("_", " "): value for key, value in ablated(model).items()},
         "latents": f"{model.in_channels} channels, {config.latent_size} x {config.latent_size}",
         "autoencoder": f"{config.autoencoder.kind}, {Path(config.autoencoder.path).name}"
         if config.autoencoder.kind != "pixels"

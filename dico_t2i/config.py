@@ -95,6 +95,12 @@ class DiCoConfig(Section):
     pooled_text: StrictBool = False  # add a projection of the pooled text to the timestep embedding
     pooled_dim: Positive = 768
     checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
+    # The switches of the paper's ablations (section 6; docs/networks.md). isotropic: patches of 2x2, one width for all.
+    layout: Literal["u", "isotropic", "isotropic_skips"] = "u"
+    mixer: Literal["conv", "attention", "window", "focused_linear", "agent"] = "conv"  # in the ConvModule's place
+    channel_attention: Literal["compact", "se", "self", "none"] = "compact"  # in the ConvModule; compact is CCA
+    depthwise_kernel: Literal[3, 5, 7] = 3  # in the ConvModule
+    activation: Literal["gelu", "relu"] = "gelu"  # in the ConvModule and the feed-forward
 
     @model_validator(mode="before")
     @classmethod
@@ -120,9 +126,23 @@ class DiCoConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _switches_of_the_conv_module(self) -> DiCoConfig:
+        lost = sorted({"channel_attention", "depthwise_kernel"} & ablated(self).keys())
+        if self.mixer != "conv" and lost:
+            raise ValueError(f"{lost[0]}: is a part of mixer: conv; leave it out with mixer: {self.mixer}")
+        return self
+
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+def ablated(network: DiCoConfig) -> dict[str, Any]:
+    """The switches of the paper's ablations that are not as in DiCo; none for the network of the paper."""
+    switches = ("layout", "mixer", "channel_attention", "depthwise_kernel", "activation")
+    values = {key: getattr(network, key) for key in switches}
+    return {key: value for key, value in values.items() if value != DiCoConfig.model_fields[key].default}
 
 
 class DiffusionConfig(Section):

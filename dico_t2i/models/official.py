@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dico_t2i.config import DiCoConfig
+from dico_t2i.config import DiCoConfig, ablated
 from dico_t2i.models.dico import STAGES, DiCo
 
 _STAGE_NAMES = dict(
@@ -78,10 +78,14 @@ def official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
 def load_official_state_dict(model: DiCo, state: Mapping[str, Tensor]) -> None:
     """Copy a released state dict into a class-conditional model.
 
-    Raises ValueError naming the keys that are missing, left over or of another shape.
+    Raises ValueError naming the keys that are missing, left over or of another shape, or the switches by which the
+    model is not the one that was released.
     """
     if model.config.condition != "class":
         raise ValueError("released weights are class-conditional; build the model with condition='class'")
+    switches = ", ".join(f"{key}: {value}" for key, value in ablated(model.config).items())
+    if switches:
+        raise ValueError(f"released weights are of DiCo as published; build the model without {switches}")
     parameters = dict(model.named_parameters())
     wanted = {official_key(name): name for name in parameters}
     problems = [f"missing {key}" for key in wanted.keys() - state.keys()]
