@@ -146,8 +146,8 @@ class SelfAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """All (N, H, W, C), but for the mask (N, 1, pixels, pixels): true for those that see each other."""
-        heads = (to_heads(part, self.heads) for part in (query, key, value))
-        return from_heads(F.scaled_dot_product_attention(*heads, attn_mask=mask), query)
+        q, k, v = (to_heads(part, self.heads) for part in (query, key, value))
+        return from_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), query)
 
 
 class WindowAttention(SelfAttention):

@@ -14,7 +14,7 @@ from dico_t2i.models.trace import trace_training
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 DICO_S = count_parameters(DiCoConfig(variant="DiCo-S"))
-SMALL = {"hidden_size": 16, "depths": (2, 1, 1, 1, 2), "mlp_ratio": 1.5, "num_classes": 5}
+SMALL = {"hidden_size": 32, "depths": (2, 1, 1, 1, 2), "mlp_ratio": 1.5, "num_classes": 5}
 TEXT = {**SMALL, "condition": "text", "text_dim": 12}
 SWITCHES = [
     {"layout": "isotropic"},
@@ -108,7 +108,7 @@ def test_the_plan_counts_what_the_network_counts(switches, autocast):
 
 def test_patches_go_in_and_out_at_their_places():
     """Without blocks, and with a stem and a head that pass on what they get, the network is a norm of each patch."""
-    config = DiCoConfig(**{**SMALL, "depths": (0,) * 5}, layout="isotropic", learn_sigma=False)
+    config = DiCoConfig(**{**SMALL, "hidden_size": 16, "depths": (0,) * 5}, layout="isotropic", learn_sigma=False)
     model = DiCo(config).double()
     with torch.no_grad():
         for conv in (model.stem, model.head.out):
