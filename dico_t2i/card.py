@@ -12,6 +12,7 @@ from dico_t2i.config import (
     TextEncoderConfig,
     TextTowerConfig,
     TransformerConfig,
+    ablated,
 )
 from dico_t2i.models import count_parameters
 
@@ -100,7 +101,9 @@ def _network(config: Config) -> dict[str, Any]:
 
 def _dimensions(model: NetworkConfig) -> dict[str, str]:
     if isinstance(model, DiCoConfig):
-        return {"width, depths, FFN ratio": f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}"}
+        switches = {key.replace("_", " "): str(value) for key, value in ablated(model).items()}
+        sizes = f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}"
+        return {"width, depths, FFN ratio": sizes, **switches}
     assert isinstance(model, TransformerConfig)
     sizes = f"{model.hidden_size}, {model.depth}, {model.num_heads}, {model.patch_size}"
     return {"kind": model.kind, "width, blocks, heads, patch": sizes}

@@ -153,6 +153,12 @@ class DiCoConfig(NetworkConfig):
     text_mask: StrictBool = False  # tokens of zeros are padding (T5's): attention leaves them out
     text_kernel: Literal[5, 7, 9, 11] = 9  # side of dwc's kernels; the last token repeats where tokens are fewer
     text_pooling: Literal["none", "attention"] = "none"  # dwc: learned pooling of the tokens to the kernels' taps
+    # The switches of the paper's ablations (section 6; docs/networks.md). isotropic: patches of 2x2, one width for all.
+    layout: Literal["u", "isotropic", "isotropic_skips"] = "u"
+    mixer: Literal["conv", "attention", "window", "focused_linear", "agent"] = "conv"  # in the ConvModule's place
+    channel_attention: Literal["compact", "se", "self", "none"] = "compact"  # in the ConvModule; compact is CCA
+    depthwise_kernel: Literal[3, 5, 7] = 3  # in the ConvModule
+    activation: Literal["gelu", "relu"] = "gelu"  # in the ConvModule and the feed-forward
     checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
 
     @model_validator(mode="after")
@@ -180,6 +186,13 @@ class DiCoConfig(NetworkConfig):
                 raise ValueError(f"{key}: {getattr(self, key)}, but text_inputs make {size}; set {key}: {size}")
         return self
 
+    @model_validator(mode="after")
+    def _switches_of_the_conv_module(self) -> DiCoConfig:
+        lost = sorted({"channel_attention", "depthwise_kernel"} & ablated(self).keys())
+        if self.mixer != "conv" and lost:
+            raise ValueError(f"{lost[0]}: is a part of mixer: conv; leave it out with mixer: {self.mixer}")
+        return self
+
     @property
     def text_width(self) -> int:
         """Of the tokens that the blocks get."""
@@ -189,6 +202,13 @@ class DiCoConfig(NetworkConfig):
     def latent_divisor(self) -> int:
         """Down-sampled twice."""
         return 4
+
+
+def ablated(network: DiCoConfig) -> dict[str, Any]:
+    """The switches of the paper's ablations that are not as in DiCo; none for the network of the paper."""
+    switches = ("layout", "mixer", "channel_attention", "depthwise_kernel", "activation")
+    values = {key: getattr(network, key) for key in switches}
+    return {key: value for key, value in values.items() if value != DiCoConfig.model_fields[key].default}
 
 
 class TransformerConfig(NetworkConfig):

@@ -1,5 +1,6 @@
 """An exported folder in diffusers: alone, and against `dico sample`."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from dico_t2i.export import write_folder
 from dico_t2i.inline import InlineError, standalone
 from dico_t2i.models import DiCo
 from tests.encoders.test_text import PROJECTED, save_clip
+from tests.models.test_ablations import SWITCHES
 from tests.small_models import save_autoencoder
 
 TREE = {
@@ -329,6 +331,24 @@ def test_the_card_says_what_the_model_is(text_model):
     card = (text_model / "README.md").read_text()
     for line in ("| steps | 5 of 5 steps |", "| weights | ema_0.9999 |", "| loss | 0.25 |", "random and untrained"):
         assert line in card
+
+
+def test_ablated_networks_are_copied_with_their_parts(tmp_path):
+    (tmp_path / "copied.py").write_text(standalone(["dico_t2i.portable.transformer.DiCoTransformer"], "doc"))
+    spec = importlib.util.spec_from_file_location("copied", tmp_path / "copied.py")
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    arguments = (torch.randn(1, 4, 12, 20), torch.tensor([3.0]), torch.randn(1, 77, 16), torch.randn(1, 16))
+    for switches in SWITCHES:
+        config = parse_config({**TREE, "model": {**TREE["model"], **switches}}, "test").model
+        torch.manual_seed(0)
+        ours, theirs = DiCo(config), copied.DiCoTransformer(network=config.model_dump())
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        theirs.load_state_dict(ours.state_dict())
+        assert ours(*arguments).any()
+        assert torch.equal(theirs(*arguments), ours(*arguments)), switches
 
 
 def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):

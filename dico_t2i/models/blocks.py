@@ -1,6 +1,7 @@
 """The blocks of DiCo. Tensors are (N, H, W, C) throughout: a pointwise convolution is a matrix product."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,13 +52,14 @@ class ConvModule(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, ratio: float, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
         self.expand = nn.Linear(channels, int(ratio * channels))
         self.project = nn.Linear(int(ratio * channels), channels)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(F.gelu(self.expand(x)))
+        return self.project(self.activation(self.expand(x)))
 
 
 class TextProjection(nn.Module):
@@ -124,14 +126,24 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolution, text, feed-forward: three residual branches, the first and last under adaLN-Zero."""
+    """Convolution, text, feed-forward: three residual branches, the first and last under adaLN-Zero.
 
-    def __init__(self, channels: int, ratio: float, text: nn.Module | None = None) -> None:
+    mixer: what stands in for the ConvModule in an ablation (``mixers``).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        ratio: float,
+        text: nn.Module | None = None,
+        mixer: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
         self.modulation = nn.Linear(channels, 6 * channels)
-        self.conv = ConvModule(channels)
+        self.conv = ConvModule(channels) if mixer is None else mixer
         self.text = text
-        self.ffn = FeedForward(channels, ratio)
+        self.ffn = FeedForward(channels, ratio, activation)
 
     def forward(self, x: Tensor, condition: Tensor, text: Tensor | TextKernel | None = None) -> Tensor:
         """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or its kernel -> (N, H, W, C)."""

@@ -1,6 +1,6 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from typing import cast
@@ -23,12 +23,17 @@ from dico_t2i.models.blocks import (
     Upsample,
 )
 from dico_t2i.models.conditioning import TextInput, TimestepEmbedding
+from dico_t2i.models.isotropic import PatchHead, PatchStem, Step, in_a_row
+from dico_t2i.models.mixers import ACTIVATIONS, ablated_mixer
 from dico_t2i.models.network import Network
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
 # What the blocks of each stage make of the text: one for each block, or one that all share.
 TextKernels = dict[str, tuple[TextKernel, ...]]
+
+# The adaLN inputs, after SiLU, of each width: (N, width).
+Conditions = dict[int, Tensor]
 
 
 class DiCo(Network):
@@ -40,23 +45,21 @@ class DiCo(Network):
     the width of the widest. In place of tokens, cond may be what ``text_kernels`` made of them: many
     timesteps of one text then share that work. Returns (N, C or 2C, H, W) in the weights' dtype: the noise and, with
     ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns 0.
+
+    The isotropic layouts have the same stages of blocks, at one width and half the resolution, one after the other.
     """
 
     config: DiCoConfig
 
     def __init__(self, config: DiCoConfig) -> None:
         super().__init__(config)
-        D = config.hidden_size
-        self.widths = {
-            "encoder1": D,
-            "encoder2": 2 * D,
-            "middle": 4 * D,
-            "decoder2": 2 * D,
-            "decoder1": 2 * D,
-        }
-        self.stem = Conv3x3(config.in_channels, D)
-        self.time_embeddings = nn.ModuleList(TimestepEmbedding(width) for width in (D, 2 * D, 4 * D))
-        self.condition_embeddings = nn.ModuleList(_condition_embedding(config, w) for w in (D, 2 * D, 4 * D))
+        D, isotropic = config.hidden_size, config.layout != "u"
+        factors = (1, 1, 1, 1, 1) if isotropic else (1, 2, 4, 2, 2)
+        self.widths = {stage: factor * D for stage, factor in zip(STAGES, factors, strict=True)}
+        self.stem = (PatchStem if isotropic else Conv3x3)(config.in_channels, D)
+        levels = sorted(set(self.widths.values()))  # each has embeddings of its own
+        self.time_embeddings = nn.ModuleList(TimestepEmbedding(width) for width in levels)
+        self.condition_embeddings = nn.ModuleList(_condition_embedding(config, width) for width in levels)
         self.stages = nn.ModuleDict(
             {
                 stage: _stage(config, self.widths[stage], depth)
@@ -68,16 +71,20 @@ class DiCo(Network):
         self.stage_text = nn.ModuleDict(
             {s: TextProjection(config.text_width, self.widths[s]) for s in STAGES} if shared_text else {}
         )
-        self.down1, self.down2 = Downsample(D), Downsample(2 * D)
-        self.up2, self.up1 = Upsample(4 * D), Upsample(2 * D)
-        self.merge2, self.merge1 = nn.Linear(4 * D, 2 * D), nn.Linear(2 * D, 2 * D)
-        self.head = Head(2 * D, config.out_channels)
+        if isotropic:
+            skips = sum(config.depths) // 2 if config.layout == "isotropic_skips" else 0
+            self.merges = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(skips))
+        else:
+            self.down1, self.down2 = Downsample(D), Downsample(2 * D)
+            self.up2, self.up1 = Upsample(4 * D), Upsample(2 * D)
+            self.merge2, self.merge1 = nn.Linear(4 * D, 2 * D), nn.Linear(2 * D, 2 * D)
+        self.head = (PatchHead if isotropic else Head)(self.widths["decoder1"], config.out_channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The initial state of the release (paper, appendix): see the comments for what differs from Xavier."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or _starts_at_zero(name):
+            if name.endswith(("bias", "log_temperature")) or _starts_at_zero(name):
                 nn.init.zeros_(parameter)
             elif name.startswith(("time_embeddings", "condition_embeddings")):
                 nn.init.normal_(parameter, std=0.02)
@@ -105,15 +112,21 @@ class DiCo(Network):
         return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
-        c1, c2, c3 = self._conditions(t, cond, pooled)
+        c = self._conditions(t, cond, pooled)
         text = self._text(cond)
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
-        skip1 = self._run("encoder1", x, c1, text)
-        skip2 = self._run("encoder2", self.down1(skip1), c2, text)
-        x = self._run("middle", self.down2(skip2), c3, text)
-        x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c2, text)
-        x = self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c2, text)
-        return self.head(x, c2).permute(0, 3, 1, 2)
+        x = (self._u_shape if self.config.layout == "u" else self._isotropic)(x, c, text)
+        return self.head(x, c[self.widths["decoder1"]]).permute(0, 3, 1, 2)
+
+    def _u_shape(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+        skip1 = self._run("encoder1", x, c, text)
+        skip2 = self._run("encoder2", self.down1(skip1), c, text)
+        x = self._run("middle", self.down2(skip2), c, text)
+        x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c, text)
+        return self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c, text)
+
+    def _isotropic(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+        return in_a_row(x, [step for stage in STAGES for step in self._steps(stage, c, text)], self.merges)
 
     def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
         """What the stages get of the condition."""
@@ -121,20 +134,26 @@ class DiCo(Network):
             return None
         return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
 
-    def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> list[Tensor]:
-        """The adaLN inputs, after SiLU, of the three widths: (N, D), (N, 2D), (N, 4D)."""
+    def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> Conditions:
+        """The adaLN inputs, after SiLU, by width."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
             raise ValueError("this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)")
-        conditions = []
+        conditions = {}
         for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
             embedded = time(t)
             if not isinstance(embedding, nn.Identity):
                 embedded = embedded + embedding(source)
-            conditions.append(F.silu(embedded))
+            conditions[embedded.shape[1]] = F.silu(embedded)
         return conditions
 
-    def _run(self, stage: str, x: Tensor, condition: Tensor, text: Tensor | TextKernels | None) -> Tensor:
+    def _run(self, stage: str, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+        for step in self._steps(stage, c, text):
+            x = step(x)
+        return x
+
+    def _steps(self, stage: str, c: Conditions, text: Tensor | TextKernels | None) -> Iterator[Step]:
+        """The blocks of a stage with all that they take besides x."""
         if isinstance(text, dict):
             texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
         else:
@@ -142,8 +161,7 @@ class DiCo(Network):
         recompute = self.training and stage in self.config.checkpoint_stages
         for block, each in zip(self._blocks(stage), cycle(texts), strict=False):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x = run(x, condition, each)
-        return x
+            yield partial(_apply, run, c[self.widths[stage]], each)
 
     def _blocks(self, stage: str) -> nn.ModuleList:
         return cast(nn.ModuleList, self.stages[stage])
@@ -158,7 +176,20 @@ def _condition_embedding(config: DiCoConfig, width: int) -> nn.Module:
 
 
 def _stage(config: DiCoConfig, width: int, depth: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(width, config.mlp_ratio, _text_branch(config, width)) for _ in range(depth))
+    return nn.ModuleList(
+        Block(
+            width,
+            config.mlp_ratio,
+            _text_branch(config, width),
+            ablated_mixer(config, width, number),
+            ACTIVATIONS[config.activation],
+        )
+        for number in range(depth)
+    )
+
+
+def _apply(block: Callable[..., Tensor], condition: Tensor, text: Tensor | TextKernel | None, x: Tensor) -> Tensor:
+    return block(x, condition, text)
 
 
 def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dico_t2i.config import DiCoConfig
+from dico_t2i.config import DiCoConfig, ablated
 from dico_t2i.models.dico import STAGES, DiCo
 from dico_t2i.models.network import Network
 
@@ -79,10 +79,14 @@ def official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
 def load_official_state_dict(model: DiCo, state: Mapping[str, Tensor]) -> None:
     """Copy a released state dict into a class-conditional model.
 
-    Raises ValueError naming the keys that are missing, left over or of another shape.
+    Raises ValueError naming the keys that are missing, left over or of another shape, or the switches by which the
+    model is not the one that was released.
     """
     if model.config.condition != "class":
         raise ValueError("released weights are class-conditional; build the model with condition='class'")
+    switches = ", ".join(f"{key}: {value}" for key, value in ablated(model.config).items())
+    if switches:
+        raise ValueError(f"released weights are of DiCo as published; build the model without {switches}")
     copy_released(model, state, official_key, official_shape)
 
 

@@ -145,11 +145,11 @@ def _fused_attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _cast(function: Callable[..., Any], dtype: torch.dtype | None) -> Callable[..., Any]:
-    """The function with its tensors in a dtype; None: in the widest among them."""
+    """The function with its tensors in a dtype, but for masks; None: in the widest among them."""
 
     def cast(*args: Any, **kwargs: Any) -> Any:
         wanted = dtype or reduce(torch.promote_types, (t.dtype for t in _tensors((args, kwargs))))
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to(wanted), (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda t: t if t.dtype == torch.bool else t.to(wanted), (args, kwargs))
         return function(*args, **kwargs)
 
     return cast

@@ -9,9 +9,19 @@ from torch import Tensor
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
     """x (N, H, W, C), weight (O, C / groups, 3, 3) -> (N, H, W, O); stride 1, zero padding 1."""
+    return F.conv2d(_channels_last(x), weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (N, H, W, C), weight (C, 1, k, k) with k odd, bias (C,) -> (N, H, W, C); zero padding k // 2."""
+    C, _, k, _ = weight.shape
+    return F.conv2d(_channels_last(x), weight, bias, padding=k // 2, groups=C).permute(0, 2, 3, 1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, C, H, W) as it lies in memory."""
     # A single image may have any stride from one to the next, and torch would take some for (N, C, H, W) in memory.
-    planes = x.reshape(-1).view(x.shape).permute(0, 3, 1, 2)
-    return F.conv2d(planes, weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)
+    return x.reshape(-1).view(x.shape).permute(0, 3, 1, 2)
 
 
 def pixel_unshuffle(x: Tensor) -> Tensor:
