@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dico_t2i.config import Config
-from dico_t2i.encoders import MissingModelError, find_autoencoder, find_text_encoder
+from dico_t2i.encoders import MissingModelError, find_autoencoder, find_text_encoder, find_vision_encoder
 from dico_t2i.encoders.local import downloads, file_hash, is_hub_id, prefetched
 from dico_t2i.encoders.text import pretrained_source
 from dico_t2i.files import flush, temporary, write_atomically
@@ -90,6 +90,9 @@ def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
         models[config.autoencoder.path] = partial(find_autoencoder, config.autoencoder)
     if config.model.condition == "text" and config.text_encoder.weights == "pretrained":
         models[pretrained_source(config.text_encoder)] = partial(find_text_encoder, config.text_encoder)
+    if config.alignment and config.alignment.encoder.weights == "pretrained":
+        encoder = config.alignment.encoder
+        models[encoder.model] = partial(find_vision_encoder, encoder)
     return models
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import ConfigError, DiCoConfig
+from dico_t2i.data import Batch
 from dico_t2i.encoders.text import TextEncoder
 
 Conditioning = dict[str, Tensor]
@@ -23,6 +24,16 @@ class Conditioner:
             wanted = getattr(model, key)
             if size != wanted and (key == "text_dim" or model.pooled_text):
                 raise ConfigError(f"model.{key}: {wanted}, but the text encoder gives {size}; set model.{key}={size}")
+
+    @torch.no_grad()
+    def of_batch(self, batch: Batch) -> Conditioning:
+        """Of a micro-batch's labels, stored text features, or captions' tokens."""
+        if batch.labels is not None:
+            return self.of_labels(batch.labels)
+        if batch.text is not None and batch.pooled is not None:
+            return self.of_features(batch.text, batch.pooled)
+        assert batch.tokens is not None
+        return self.of_tokens(batch.tokens)
 
     def of_labels(self, labels: Tensor) -> Conditioning:
         """labels (N,) int64; num_classes is the null class. Raises ValueError for labels out of range."""

@@ -11,8 +11,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import SeededTower, TextEncoderConfig
-from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, resolve
+from dico_t2i.encoders.local import config_hash, file_hash, quiet_transformers, read_json, reading, resolve
 from dico_t2i.randomness import uniform
 
 TOKENS = 77
@@ -134,7 +133,7 @@ class TextEncoder:
         if not isinstance(self.tokenize, TransformersTokenizer):
             raise ValueError("text_encoder.kind: a tower of open_clip cannot be written in the format of transformers")
         module: Any = self._module
-        with _quiet_transformers():
+        with quiet_transformers():
             module.save_pretrained(tower)
         self.tokenize.save(tower)  # for us, who want a model in one place
         self.tokenize.save(tokenizer)
@@ -215,7 +214,7 @@ def _transformers_tower(config: TextEncoderConfig) -> _Tower:
         raise ValueError(f"{vocabulary}: CLIP has {VOCABULARY} tokens, found {len(tokenizer)}; fetch it again")
     plain = "CLIPTextModel" in settings.get("architectures", ())
     model = transformers.CLIPTextModel if plain else transformers.CLIPTextModelWithProjection
-    with reading(weights), _quiet_transformers():
+    with reading(weights), quiet_transformers():
         module, report = model.from_pretrained(
             settings_file.parent,
             dtype=torch.float32,
@@ -232,22 +231,6 @@ def _transformers_tower(config: TextEncoderConfig) -> _Tower:
         f"pretrained text tower {config.model} (transformers)",
         {"model": Path(config.model).name, "weights": weights, "config": config_hash(settings)},
     )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """A checkpoint of a whole CLIP holds the image tower too: no progress bar and no report of unused weights."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _clip_tokenizer() -> TransformersTokenizer:
