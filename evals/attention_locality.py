@@ -85,16 +85,16 @@ def plot(maps: Maps, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.6))[:, 0]
     _plot_numbers(numbers(maps), locality(uniform_shares(next(iter(maps.values())).grid)), above.subplots(1, 2))
     count = min(_PANELS, len(maps))
     chosen = [list(maps)[round(i * (len(maps) - 1) / max(1, count - 1))] for i in range(count)]
     for panel, name in zip(below.subplots(2, 6).flat, [*chosen, *[None] * (12 - count)], strict=True):
         panel.set_axis_off()
         if name is not None:
-            picture = maps[name].picture()
+            picture = maps[name].picture().numpy()
             h, w = maps[name].grid
-            panel.imshow(picture, norm=LogNorm(float(picture.max()) / 1e3, float(picture.max())), extent=(-w, w, h, -h))
+            panel.imshow(picture, norm=LogNorm(picture.max() / 1e3, picture.max()), extent=(-w, w, h, -h))
             panel.set_title(name.replace("transformer_blocks", "block"), fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)

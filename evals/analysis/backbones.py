@@ -133,14 +133,14 @@ class Flux(Backbone):
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         config = self.network.config
         tokens = self._text("tokens", len(x), _FLUX_TOKENS, config.joint_attention_dim)
-        places = torch.stack(torch.meshgrid(torch.zeros(1), *map(torch.arange, self.grid), indexing="ij"), dim=-1)
+        places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in self.grid))
         guidance = torch.full((len(x),), _GUIDANCE, device=self.device) if config.guidance_embeds else None
         output = self.network(
             x.flatten(2).transpose(1, 2).to(self.dtype),
             encoder_hidden_states=tokens,
             pooled_projections=self._text("pooled", len(x), config.pooled_projection_dim),
             timestep=(t / self.diffusion.steps).to(self.dtype),
-            img_ids=places.reshape(-1, 3).to(self.device, self.dtype),
+            img_ids=places.to(self.device, self.dtype),
             txt_ids=torch.zeros(tokens.shape[1], 3, device=self.device, dtype=self.dtype),
             guidance=guidance,
         ).sample

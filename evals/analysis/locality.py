@@ -31,7 +31,7 @@ class RelativeMap:
         for rows in heads:
             image = rows[:, -tokens:].double()
             mass = image.sum(-1, keepdim=True)
-            self.outside_sum += float((1 - mass).sum())
+            self.outside_sum += float(rows[:, :-tokens].sum())
             self.queries += tokens
             total = total + image / mass.clamp(min=1e-30)
         assert isinstance(total, Tensor), "no heads"

@@ -56,7 +56,7 @@ def timm_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "architecture": "vit_tiny_patch16_224",
         "num_classes": 1000,
         "model_args": {**sizes, "img_size": 56},
-        "pretrained_cfg": {"mean": MEAN, "std": STD, "input_size": [3, 56, 56], "fixed_input_size": True},
+        "pretrained_cfg": {"mean": MEAN, "std": STD, "input_size": [3, 56, 56], "classifier": "head"},
     }
     (folder / "config.json").write_text(json.dumps(settings))
     return folder

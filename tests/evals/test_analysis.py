@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data_prep import shapes
@@ -88,7 +89,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
             project.bias.data[:8] = -1
         state = {key: value.detach() for key, value in network.named_parameters()}
         shapes_of = {key: value.shape for key, value in state.items()}
-        write_folder(folder / name, config, shapes_of, (v.numpy() for v in state.values()), {}, {}, encoders=False)
+        write_folder(
+            folder / name, config, shapes_of, (v.numpy() for v in state.values()), {"weights": "random"}, {}, False
+        )
     return folder / "shapes", folder / "whole", folder / "half"
 
 
@@ -214,16 +217,23 @@ def test_attention_to_one_neighbour_and_to_text():
 # --- recording
 
 
+class SelfAttention(torch.nn.Module):
+    def forward(self, x):
+        """x (N, heads, T, d)."""
+        return F.scaled_dot_product_attention(x, x.flip(-1), x, scale=0.7)
+
+
 def test_recorded_rows_are_the_softmax_and_leave_the_output_alone():
-    layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
-    x = torch.randn(2, 6, 8)
+    layer, other, x = SelfAttention(), SelfAttention(), torch.randn(2, 3, 6, 8)
     heads = []
-    layer.train()  # in eval mode torch takes a fused path of its own
-    with recording({"layer": layer}, 6, lambda name, found: heads.extend(found)):
-        inside = layer(x, x, x, need_weights=False)[0]
-    outside, weights = layer(x, x, x, average_attn_weights=False)
-    assert torch.allclose(inside, outside, atol=1e-6)
-    torch.testing.assert_close(torch.stack(heads), weights.flatten(0, 1), atol=1e-6, rtol=0)
+    with recording({"layer": layer}, 4, lambda name, found: heads.extend(found)):
+        inside = layer(x)
+        other(x)
+    assert torch.equal(inside, layer(x))
+    scores = 0.7 * x.double() @ x.double().flip(-1).transpose(-1, -2)
+    expected = scores.softmax(-1)[:, :, -4:]
+    torch.testing.assert_close(torch.stack(heads).double(), expected.flatten(0, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(inside[:, :, -4:].double(), expected @ x.double(), atol=1e-5, rtol=0)
     q, k = torch.randn(4, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     exact = np.exp((q @ k.T).numpy() * 0.3)
     np.testing.assert_allclose(attention_probabilities(q, k, 0.3), exact / exact.sum(1, keepdims=True), rtol=1e-12)

@@ -74,7 +74,7 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_one(runs, compiled, recomp
     alignment.attach(network)
     assert alignment.width == network.widths["middle"]
     if compiled:
-        network.compile_blocks()
+        network.stages["middle"][0].compile(backend="aot_eager", dynamic=False)  # as compile_blocks, but in seconds
     inputs = torch.randn(2, 3, 16, 16), torch.tensor([3, 700]), torch.randn(2, 77, 32), torch.randn(2, 32)
     target = torch.randn(2, 4, 4, 16)
     for _ in range(2):  # the second time nothing of the first is left
@@ -113,49 +113,44 @@ def test_a_block_that_is_not_there(runs, block, message):
         feature_width(config, block)
 
 
-def test_stopping_and_going_on_changes_no_bit_and_stages_agree(runs):
-    long, short = "train.duration.steps=6", "train.duration.steps=3"
-    runs.train("whole", ALIGNED, long, "train.zero_stage=2", ranks=2)
-    for steps in (short, long):
-        runs.train("parts", ALIGNED, steps, "train.zero_stage=2", ranks=2)
-    assert runs.losses("parts") == runs.losses("whole")
-    whole, parts = (newest_checkpoint(runs.folder / name / "checkpoints") for name in ("whole", "parts"))
-    assert any(name.startswith("alignment.") for name in whole.shapes)
-    assert all(_equal(whole, parts, file) for file in whole.files)
-    for stage in (1, 3):
-        runs.train(f"zero{stage}", ALIGNED, short, f"train.zero_stage={stage}", ranks=2)
-        for step, loss in runs.losses(f"zero{stage}").items():
-            assert runs.losses("whole")[step] == pytest.approx(loss, rel=1e-5)
-
-
-def _equal(whole, parts, file):
-    ours, theirs = load_file(whole.path / file), load_file(parts.path / file)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_a_run_is_logged_resumed_and_sampled_without_its_projector(runs):
-    output = runs.train("aligned", ALIGNED, "train.precision=bf16", ranks=2)
+def test_stopping_and_going_on_changes_no_bit_and_stages_agree(runs, tmp_path):
+    steps = ("train.duration.steps=6", "checkpoint.every.steps=3")
+    output = runs.train("whole", ALIGNED, *steps, "train.zero_stage=2", ranks=2)
     assert "aligned with: seeded (random, untrained) image encoder" in output
-    reports = [m for m in runs.metrics("aligned") if "loss" in m]
+    losses = runs.losses("whole")
+    whole = newest_checkpoint(runs.folder / "whole" / "checkpoints")
+    whole.path.rename(tmp_path / "kept")
+    assert "step-00000003" in runs.train("whole", ALIGNED, *steps, "train.zero_stage=2", ranks=2).replace("\n", "")
+    assert runs.losses("whole") == losses
+    for file in whole.files:
+        before, after = load_file(tmp_path / "kept" / file), load_file(whole.path / file)
+        assert any(":alignment." in name for name in before)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    runs.train("zero3", ALIGNED, *steps, "train.zero_stage=3", ranks=2)
+    runs.train("bf16", ALIGNED, *steps, "train.precision=bf16", ranks=2)
+    for step, loss in losses.items():
+        assert runs.losses("zero3")[step] == pytest.approx(loss, rel=1e-5)
+        assert runs.losses("bf16")[step] == pytest.approx(loss, rel=0.02)
+    reports = [m for m in runs.metrics("whole") if "loss" in m]
     for report in reports:
-        expected = report["mse"] + report["vb"] + 0.5 * report["alignment"]
-        assert report["loss"] == pytest.approx(expected, rel=1e-4)
-        assert -1 <= report["alignment"] <= 1
-    assert reports[-1]["alignment"] < reports[0]["alignment"]
-    checkpoint = newest_checkpoint(runs.folder / "aligned" / "checkpoints")
-    names = {name for name, _ in read_weights(checkpoint, "ema_0.9")}
-    pipeline = load_pipeline(runs.folder / "aligned", None, torch.device("cpu"), torch.float32)
-    assert names == set(pipeline.model.state_dict())
-    folder = RunFolder(runs.folder, "aligned")
+        assert report["loss"] == pytest.approx(report["mse"] + report["vb"] + 0.5 * report["alignment"], rel=1e-5)
+    assert -1 < reports[-1]["alignment"] < reports[0]["alignment"] < 1
+
+
+def test_what_may_change_within_a_run(runs):
+    config = load_config(runs.config, [ALIGNED])
+    folder = RunFolder(runs.folder, config.name)
+    folder.write_config(config)
+    assert folder.changes(load_config(runs.config, [ALIGNED, "alignment.weight=0.1"]))
     for override, line in (
         ([ALIGNED, "alignment.hidden=32"], "alignment.hidden: 24 -> 32"),
         ([], "alignment.block: 'stages.middle.0' -> None"),
     ):
         with pytest.raises(ConfigError, match=line):
-            folder.changes(load_config(runs.config, ["name=aligned", "train.precision=bf16", *override]))
+            folder.changes(load_config(runs.config, override))
 
 
-def test_previews_validation_and_export_leave_the_projector_out(runs, tmp_path, shapes_data):
+def test_previews_validation_samples_and_export_leave_the_projector_out(runs, tmp_path):
     held_out = tmp_path / "held_out"
     shapes.main(["--out", str(held_out), "--samples", "24", "--size", "16", "--seed", "7"])
     previews = ("preview.every.steps=2", "preview.prompts=[a red circle]")
@@ -163,13 +158,16 @@ def test_previews_validation_and_export_leave_the_projector_out(runs, tmp_path, 
     runs.train("all", ALIGNED, "train.duration.steps=2", *previews, *validation)
     assert (runs.folder / "all" / "samples" / "step-00000002.png").exists()
     assert any("val_loss" in m for m in runs.metrics("all"))
+    checkpoint = newest_checkpoint(runs.folder / "all" / "checkpoints")
+    names = {name for name, _ in read_weights(checkpoint, "ema_0.9")}
+    pipeline = load_pipeline(runs.folder / "all", None, torch.device("cpu"), torch.float32)
+    assert names == set(pipeline.model.state_dict())
     export(runs.folder / "all", None, tmp_path / "export")
     state = load_file(tmp_path / "export" / "model.safetensors")
-    assert state
-    assert not [name for name in state if name.startswith("alignment")]
+    assert state.keys() == names
 
 
-def test_latents_are_refused(runs, shapes_data):
+def test_latents_and_buckets_are_refused(runs):
     config = load_config(runs.config, [ALIGNED])
     index = load_data(config.data)
     check_data(config, index)
