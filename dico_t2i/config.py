@@ -346,7 +346,7 @@ class AutoencoderConfig(Section):
 
 
 class SeededTower(Section):
-    """Size of a randomly initialised text tower."""
+    """Size of a randomly initialised encoder."""
 
     width: Positive = 128
     layers: Positive = 2
@@ -381,6 +381,26 @@ class TextEncoderConfig(TextTowerConfig):
     @property
     def towers(self) -> tuple[TextTowerConfig, ...]:
         return (self, *self.also)
+
+
+class VisionEncoderConfig(Section):
+    """A frozen image encoder, of which the features of patches are used."""
+
+    kind: Literal["transformers", "timm"] = "transformers"
+    model: str = "facebook/dinov2-base"  # a local folder or a hub id
+    # pretrained, or seeded: random frozen weights, for machines without any.
+    weights: Literal["pretrained", "seeded"] = "pretrained"
+    image_size: Positive = 224  # pixels, square, that images are resized to; REPA: 224 for 256, 448 for 512
+    seeded: SeededTower = SeededTower()  # of patches of 14x14 pixels
+
+
+class AlignmentConfig(Section):
+    """REPA (Yu et al. 2024): features of a block of the network are drawn to those of an image encoder."""
+
+    block: StrictStr  # its path in the network: stages.middle.4 is the fifth of DiCo's middle stage
+    encoder: VisionEncoderConfig = VisionEncoderConfig()
+    weight: PositiveFloat = 0.5  # of the mean negative cosine similarity, in the loss
+    hidden: Positive = 2048  # width of the projector, an MLP of three layers that trains with the network
 
 
 class SourceConfig(Section):
@@ -634,6 +654,7 @@ class Config(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
+    alignment: AlignmentConfig | None = None  # none: the diffusion loss alone
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
@@ -671,6 +692,12 @@ class Config(Section):
             )
         if self.validation and self.validation.bands > min(self.diffusion.steps, self.validation.samples):
             raise ValueError(f"validation.bands: {self.validation.bands} bands need as many samples and timesteps")
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_sees_squares(self) -> Config:
+        if self.alignment and self.data.buckets:
+            raise ValueError("alignment: its encoder takes squares; leave data.buckets out, or alignment")
         return self
 
     @model_validator(mode="after")

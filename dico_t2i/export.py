@@ -58,7 +58,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
     metrics = _last_metrics(run / "metrics.jsonl", checkpoint.step)
     arrays = (parameter.numpy() for _, parameter in parameters)
-    write_folder(out, config, checkpoint.shapes, arrays, origin, metrics, encoders)
+    write_folder(out, config, checkpoint.network_shapes, arrays, origin, metrics, encoders)
 
 
 def check_new(out: Path) -> None:

@@ -126,6 +126,8 @@ def make_plan(config: Config) -> Plan:
     estimate = _estimate(config)
     if _encoder_bytes(config) is None:
         notes.append("the size of the frozen encoders is not known here: left out")
+    if config.alignment:
+        notes.append("alignment: its encoder and its projector are left out")
     checkpoint_bytes = 4.0 * parameters * (3 + len(config.optimizer.ema))
     every = (("no stage", ()), ("all stages", config.model.stages))
     stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}

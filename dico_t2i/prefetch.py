@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dico_t2i.config import Config
-from dico_t2i.encoders import MissingModelError, find_autoencoder
+from dico_t2i.encoders import MissingModelError, find_autoencoder, find_vision_encoder
 from dico_t2i.encoders.local import downloads, file_hash, is_hub_id, prefetched
 from dico_t2i.encoders.text import find_tower, pretrained_source
 from dico_t2i.files import flush, temporary, write_atomically
@@ -91,6 +91,9 @@ def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
     for tower in config.text_encoder.towers if config.model.condition == "text" else ():
         if tower.weights == "pretrained":
             models[pretrained_source(tower)] = partial(find_tower, tower)
+    if config.alignment and config.alignment.encoder.weights == "pretrained":
+        encoder = config.alignment.encoder
+        models[encoder.model] = partial(find_vision_encoder, encoder)
     return models
 
 

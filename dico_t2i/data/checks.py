@@ -13,6 +13,11 @@ def check_data(config: Config, index: DatasetIndex) -> None:
             f"data.streams: {config.data.streams} streams need at least as many samples; {index.location} has"
             f" {len(index)}"
         )
+    if config.alignment and index.kind == "latents":
+        raise ConfigError(
+            f"alignment: its encoder sees the images, but {index.location} holds latents; set data.path to the shards"
+            " of images that they were made from, or leave alignment out"
+        )
     needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
     for shard in index.starts:
         extensions = set(index.shard(shard).extensions)

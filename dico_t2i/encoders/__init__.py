@@ -9,6 +9,7 @@ from dico_t2i.encoders.autoencoders import (
 )
 from dico_t2i.encoders.local import MissingModelError
 from dico_t2i.encoders.text import TextEncoder, TextFeatures, find_text_encoder, load_text_encoder
+from dico_t2i.encoders.vision import VisionEncoder, find_vision_encoder, load_vision_encoder
 
 __all__ = [
     "Autoencoder",
@@ -16,9 +17,12 @@ __all__ = [
     "MissingModelError",
     "TextEncoder",
     "TextFeatures",
+    "VisionEncoder",
     "find_autoencoder",
     "find_text_encoder",
+    "find_vision_encoder",
     "load_autoencoder",
     "load_text_encoder",
+    "load_vision_encoder",
     "sample_latents",
 ]

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import AutoencoderConfig
+from dico_t2i.data import Batch
 from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, resolve
+from dico_t2i.randomness import normal
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
 _NO_NOISE = -30.0  # log-variance
@@ -74,6 +76,19 @@ class Autoencoder(ABC):
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """``sample_latents`` with this autoencoder's scale."""
         return sample_latents(moments, noise, self.scale)
+
+    def of_batch(self, batch: Batch, position: Tensor, seed: int) -> Tensor:
+        """Scaled latents of a micro-batch's images or cached moments, (N, C, h, w) float32 on the autoencoder's device.
+
+        position: (N,) int64, of the samples; the draw from the posterior is a function of it and the seed.
+        """
+        if batch.moments is not None:
+            moments = batch.moments.to(self.device, non_blocking=True)
+        else:
+            assert batch.images is not None
+            moments = self.moments(batch.images.to(self.device, non_blocking=True))
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        return self.latents(moments, normal(seed, "latent", position, shape))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = DECODE_CHUNK) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import ConfigError, DiCoConfig, NetworkConfig
+from dico_t2i.data import Batch
 from dico_t2i.encoders.text import FeatureSize, TextEncoder
 
 Conditioning = dict[str, Tensor]
@@ -21,6 +22,16 @@ class Conditioner:
         self.model, self.text_encoder, self.device = model, text_encoder, device
         if text_encoder is not None:
             check_text(model, text_encoder.sizes)
+
+    @torch.no_grad()
+    def of_batch(self, batch: Batch) -> Conditioning:
+        """Of a micro-batch's labels, stored text features, or captions' tokens."""
+        if batch.labels is not None:
+            return self.of_labels(batch.labels)
+        if batch.text is not None and batch.pooled is not None:
+            return self.of_features(batch.text, batch.pooled)
+        assert batch.tokens is not None
+        return self.of_tokens(batch.tokens)
 
     def of_labels(self, labels: Tensor) -> Conditioning:
         """labels (N,) int64; num_classes is the null class. Raises ValueError for labels out of range."""

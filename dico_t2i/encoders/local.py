@@ -97,6 +97,22 @@ def reading(weights: Path) -> Iterator[None]:
         raise ValueError(f"{weights}: cannot be loaded, fetch it again if it is cut off: {error}") from error
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """A checkpoint of a whole CLIP holds the image tower too: no progress bar and no report of unused weights."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:

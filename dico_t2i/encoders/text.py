@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dico_t2i.config import SeededTower, TextEncoderConfig, TextTowerConfig
-from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, resolve
+from dico_t2i.encoders.local import config_hash, file_hash, quiet_transformers, read_json, reading, resolve
 from dico_t2i.randomness import uniform
 
 TOKENS = 77
@@ -171,7 +171,7 @@ class TextEncoder:
         if not isinstance(self.tokenize, TransformersTokenizer):
             raise ValueError("text_encoder: only one CLIP of transformers can be written in its format")
         module: Any = self._towers[0].module
-        with _quiet_transformers():
+        with quiet_transformers():
             module.save_pretrained(tower)
         self.tokenize.save(tower)  # for us, who want a model in one place
         self.tokenize.save(tokenizer)
@@ -309,7 +309,7 @@ def _transformers_tower(config: TextTowerConfig) -> _Tower:
         raise ValueError(f"{vocabulary}: CLIP has {VOCABULARY} tokens, found {len(tokenizer)}; fetch it again")
     plain = "CLIPTextModel" in settings.get("architectures", ())
     model = transformers.CLIPTextModel if plain else transformers.CLIPTextModelWithProjection
-    with reading(weights), _quiet_transformers():
+    with reading(weights), quiet_transformers():
         module, report = model.from_pretrained(
             settings_file.parent,
             dtype=torch.float32,
@@ -327,22 +327,6 @@ def _transformers_tower(config: TextTowerConfig) -> _Tower:
         {"model": Path(config.model).name, "weights": weights, "config": config_hash(settings)},
         config.kind,
     )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """A checkpoint of a whole CLIP holds the image tower too: no progress bar and no report of unused weights."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _clip_tokenizer() -> TransformersTokenizer:
@@ -394,7 +378,7 @@ def _t5_tower(config: TextTowerConfig) -> _Tower:
     padding = backend.id_to_token(pad)
     if backend.get_vocab_size() > settings["vocab_size"] or padding is None:
         raise ValueError(f"{vocabulary}: {backend.get_vocab_size()} tokens are not those of {settings_file}")
-    with reading(weights[0]), _quiet_transformers():
+    with reading(weights[0]), quiet_transformers():
         module, report = T5EncoderModel.from_pretrained(
             settings_file.parent,
             dtype=torch.float32,

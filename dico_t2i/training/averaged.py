@@ -15,5 +15,6 @@ def averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dt
     model = build_network(config.model).to(world.device)
     parameters = dict(model.named_parameters())
     for name, value in engine.gather(default_weights(config)):
-        parameters[name].copy_(value)
+        if name in parameters:  # not the projector of an alignment
+            parameters[name].copy_(value)
     return model.to(dtype).eval()

@@ -32,6 +32,7 @@ from dico_t2i.safetensors_writer import write_safetensors
 from dico_t2i.training.optimizer import WEIGHT
 
 VERSION = 1
+PROJECTOR = "alignment"  # parameters below this name train with the network and are no part of it
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _MANIFEST_KEYS = {"version", "step", "position", "optimizer_steps", "world", "shapes", "kinds", "files"}
@@ -72,6 +73,11 @@ class Checkpoint:
     kinds: tuple[str, ...]
     files: dict[str, dict[str, Any]]
     pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
+
+    @property
+    def network_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the network alone."""
+        return {name: shape for name, shape in self.shapes.items() if not name.startswith(f"{PROJECTOR}.")}
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ def check_shapes(checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> None:
 
 
 def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Whole fp32 parameters of one kind ("weight", "ema_0.9999"), one at a time.
+    """The network's whole fp32 parameters of one kind ("weight", "ema_0.9999"), one at a time.
 
     Raises CheckpointError when the kind is not there, naming those that are.
     """
@@ -273,7 +279,7 @@ def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tenso
 
 def _whole_parameters(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
     with _Shards(checkpoint) as shards:
-        for name, shape in checkpoint.shapes.items():
+        for name, shape in checkpoint.network_shapes.items():
             whole = torch.empty(shape)
             shards.read(kind, name, 0, whole.view(-1))
             yield name, whole

@@ -29,6 +29,7 @@ FIXED = (
     "diffusion",
     "autoencoder",
     "text_encoder",
+    "alignment",
     "data.image_size",
     "data.crop",
     "data.flip",
@@ -38,7 +39,7 @@ FIXED = (
     "data.buckets",
     "train.global_batch",
 )
-FREE_WITHIN_FIXED = ("model.checkpoint_stages", "data.mixture.*.path")
+FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")
 
 
 class RunFolder:

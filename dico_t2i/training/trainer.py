@@ -30,6 +30,7 @@ from dico_t2i.models import build_network
 from dico_t2i.sampling import default_weights, load_encoders
 from dico_t2i.training import checkpoint as ckpt
 from dico_t2i.training.ahead import Ahead
+from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.averaged import averaged_model
 from dico_t2i.training.cost import StepCost, step_cost
 from dico_t2i.training.distributed import World, any_rank, join_world, mean_over_ranks
@@ -103,6 +104,8 @@ class Trainer:
         self.dtype = WORKING_DTYPE[config.train.precision]
         self.autoencoder, self.conditioner = load_encoders(config, world.device, self.dtype)
         self._check_encoders(index)
+        self.alignment = Alignment(config, world.device, self.dtype) if config.alignment else None
+        self.loss_names = ("loss", "mse", "vb", *(["alignment"] if config.alignment else []))
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
         self.micro_batch, self.accumulation = config.batching(world.size)
         self.total_steps = self._steps(config.train.duration)
@@ -110,7 +113,10 @@ class Trainer:
         self.validation = self._validation()
         torch.manual_seed(config.seed)
         batching = (self.micro_batch, self.accumulation)
-        self.engine = Engine(build_network(config.model), config.train, config.optimizer, batching, world)
+        network = build_network(config.model)
+        if self.alignment:
+            self.alignment.attach(network)
+        self.engine = Engine(network, config.train, config.optimizer, batching, world)
         self.order = make_order(config.data, index, config.seed, config.train.global_batch)
         self.sources = SourceLosses([source.name for source in config.data.mixture], world.device)
         self.report = Reporter(config, run.path, self.total_steps, world.is_main)
@@ -177,7 +183,7 @@ class Trainer:
         """One update, or a step skipped by the guard."""
         batch_size = self.config.train.global_batch
         self.engine.limit = self.guard.limit
-        total = torch.zeros(3, device=self.world.device)
+        total = torch.zeros(len(self.loss_names), device=self.world.device)
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
         for number in range(self.accumulation):
             batch, inputs = ahead.take()
@@ -187,9 +193,7 @@ class Trainer:
             if self.step + 1 < self.total_steps or number + 1 < self.accumulation:
                 ahead.start()
             norm = self.engine.step(rate)
-            parts = [
-                losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in ("loss", "mse", "vb")
-            ]
+            parts = [losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in self.loss_names]
             total += torch.stack(parts).detach() / self.accumulation
             self._note_bad(batch)
         self.guard.hear(self.step, self.position, batch_size, norm, self.engine.skipped)
@@ -204,7 +208,8 @@ class Trainer:
         latents = self._latents(batch, position)
         conditioning = self._conditioning(batch, position)
         t = self.diffusion.draw_timesteps(seed, position)
-        return Inputs(latents, conditioning, t, randomness.normal(seed, "noise", position, latents.shape[1:]))
+        noise = randomness.normal(seed, "noise", position, latents.shape[1:])
+        return Inputs(latents, conditioning, t, noise, self._features(batch))
 
     def _losses(self, inputs: "Inputs") -> dict[str, Tensor]:
         """Per-sample losses."""
@@ -212,29 +217,24 @@ class Trainer:
         def network(x: Tensor, t: Tensor) -> Tensor:
             return self.engine.model(x, t, **inputs.conditioning)
 
-        return self.diffusion.training_losses(network, inputs.latents, inputs.t, inputs.noise)
+        losses = self.diffusion.training_losses(network, inputs.latents, inputs.t, inputs.noise)
+        if self.alignment is None:
+            return losses
+        assert inputs.features is not None
+        return self.alignment.added(losses, inputs.features)
+
+    def _features(self, batch: Batch) -> Tensor | None:
+        if self.alignment is None:
+            return None
+        assert batch.images is not None
+        return self.alignment.encoder.encode(batch.images)
 
     def _latents(self, batch: Batch, position: Tensor) -> Tensor:
-        if batch.moments is not None:
-            moments = batch.moments.to(self.world.device, non_blocking=True)
-        else:
-            assert batch.images is not None
-            moments = self.autoencoder.moments(batch.images.to(self.world.device, non_blocking=True))
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        return self.autoencoder.latents(moments, randomness.normal(self.config.seed, "latent", position, shape))
-
-    @torch.no_grad()
-    def _condition(self, batch: Batch) -> dict[str, Tensor]:
-        if batch.labels is not None:
-            return self.conditioner.of_labels(batch.labels)
-        if batch.text is not None and batch.pooled is not None:
-            return self.conditioner.of_features(batch.text, batch.pooled)
-        assert batch.tokens is not None
-        return self.conditioner.of_tokens(batch.tokens)
+        return self.autoencoder.of_batch(batch, position, self.config.seed)
 
     def _conditioning(self, batch: Batch, position: Tensor) -> dict[str, Tensor]:
         dropped = randomness.uniform(self.config.seed, "drop", position) < self.config.model.dropout_prob
-        return self.conditioner.drop(self._condition(batch), dropped)
+        return self.conditioner.drop(self.conditioner.of_batch(batch), dropped)
 
     def _loader(self) -> Iterator[Batch]:
         encoder = self.conditioner.text_encoder
@@ -268,6 +268,8 @@ class Trainer:
         config, encoder = self.config, self.conditioner.text_encoder
         parameters = sum(shape.numel() for shape in self.engine.shapes.values())
         text = f"; text: {encoder.description}" if encoder else ""
+        if self.alignment:
+            text += f"; aligned with: {self.alignment.encoder.description}"
         self.report.event(
             self.step,
             "start",
@@ -387,7 +389,7 @@ class Trainer:
             return None
         encoder = self.conditioner.text_encoder
         tokenize = encoder.tokenize if encoder else None
-        made = Validation(self.config, self.world, self.micro_batch, tokenize, self._latents, self._condition)
+        made = Validation(self.config, self.world, self.micro_batch, tokenize, self._latents, self.conditioner.of_batch)
         self._check_encoders(made.index)
         return made
 
@@ -424,12 +426,16 @@ class Trainer:
 
 
 class Inputs(NamedTuple):
-    """A micro-batch as the network takes it, on the device. t (N,) int64; latents and noise (N, C, H, W)."""
+    """A micro-batch as the network takes it, on the device. t (N,) int64; latents and noise (N, C, H, W).
+
+    features: of the clean images, to be aligned with, (N, rows, columns, D).
+    """
 
     latents: Tensor
     conditioning: dict[str, Tensor]
     t: Tensor
     noise: Tensor
+    features: Tensor | None = None
 
 
 class Meter:
@@ -478,11 +484,10 @@ class Meter:
         counts = [trainer.quarantined, trainer.bad_samples]
         shares = torch.tensor([self.wait, spent, self.other, *counts], device=trainer.world.device)
         means = mean_over_ranks(torch.cat((self.losses / self.steps, shares))).tolist()
-        loss, mse, vb, wait, seconds, other, quarantined, bad = means
+        names = trainer.loss_names
+        wait, seconds, other, quarantined, bad = means[len(names) :]
         values = {
-            "loss": loss,
-            "mse": mse,
-            "vb": vb,
+            **dict(zip(names, means, strict=False)),
             "grad_norm": float(self.norm),
             "lr": trainer.engine.adam.param_groups[0]["lr"],
             "images": trainer.position,
@@ -501,7 +506,7 @@ class Meter:
         }
         if isinstance(trainer.order, MixtureOrder):
             values |= trainer.sources.report(trainer.order.counts(trainer.position))
-        self._since_save.append(loss)
+        self._since_save.append(values["loss"])
         trainer.report.log(trainer.step, values)
         self._reset()
 
@@ -515,4 +520,4 @@ class Meter:
         self.steps, self.skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
         self.wait, self.other, self._began = 0.0, 0.0, time.monotonic()
         self.norm = torch.tensor(math.nan, device=device)
-        self.losses = torch.zeros(3, device=device)
+        self.losses = torch.zeros(len(self.trainer.loss_names), device=device)

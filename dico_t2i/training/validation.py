@@ -42,7 +42,7 @@ class Validation:
         held_out = {"path": self.settings.path, "mixture": (), "flip": False, "workers": 0}
         self.data, batch = config.data.model_copy(update=held_out), config.train.global_batch
         self.index = load_data(self.data)
-        check_data(config.model_copy(update={"data": self.data}), self.index)
+        check_data(config.model_copy(update={"data": self.data, "alignment": None}), self.index)
         self.order = make_order(self.data, self.index, config.seed, batch)
         self.batches = -(-self.settings.samples // batch)
         if self.batches * batch > self.order.epoch_length:

@@ -1,0 +1,129 @@
+"""REPA: features of the network on noisy images are drawn to those of a frozen encoder on the clean ones.
+
+Yu et al. 2024: the loss is the mean over patches of -cos(projector(features), the encoder's features). Features of a
+U-shape differ from the encoder's grid in size; they are projected first and resampled after it, as U-REPA (Tian et
+al. 2025) does, which found the middle stage of U-Nets the one to align.
+
+The projector is a child of the network, under the name PROJECTOR: the engine trains, shards, averages and saves it with
+the rest, and what reads the network from a checkpoint leaves it out.
+"""
+
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dico_t2i.config import Config, ConfigError
+from dico_t2i.diffusion.process import full_precision
+from dico_t2i.encoders import load_vision_encoder
+from dico_t2i.models import build_network
+from dico_t2i.training.checkpoint import PROJECTOR
+from dico_t2i.training.cost import example_inputs
+
+
+class Alignment:
+    """The encoder, and what the network's forward pass leaves for the loss.
+
+    Raises ConfigError when the network has no such block, MissingModelError when the encoder is not here.
+    """
+
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+        assert config.alignment is not None
+        self.settings = config.alignment
+        self.width = feature_width(config, self.settings.block)
+        self.encoder = load_vision_encoder(self.settings.encoder, device, dtype)
+        self._listening = False  # a block runs again in the backward pass if its activations are recomputed
+        self._features: Any = None
+        self._projected: Tensor | None = None
+
+    def attach(self, network: nn.Module) -> None:
+        """Give the network its projector; each forward pass then leaves projected features behind."""
+        projector = _projector(self.width, self.settings.hidden, self.encoder.width)
+        network.add_module(PROJECTOR, projector)
+
+        def listen(*_: Any) -> None:
+            self._listening = True
+
+        @torch.compiler.disable
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if self._listening:
+                self._features = output
+
+        def project(*_: Any) -> None:
+            self._projected, self._features = projector(as_map(self._features)), None
+            self._listening = False
+
+        network.register_forward_pre_hook(listen)
+        network.get_submodule(self.settings.block).register_forward_hook(keep)
+        network.register_forward_hook(project)
+
+    def added(self, losses: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """The losses of the forward pass just made, (N,), with "alignment", which "loss" then includes.
+
+        target: the encoder's features of the same images, (N, rows, columns, D).
+        """
+        assert self._projected is not None
+        alignment, self._projected = alignment_loss(self._projected, target), None
+        return {**losses, "loss": losses["loss"] + self.settings.weight * alignment, "alignment": alignment}
+
+
+def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
+    """Mean over patches of -cos, (N,) float32, or float64 for float64 inputs.
+
+    projected: (N, h, w, D), resampled to the target's grid. target: (N, rows, columns, D).
+    """
+    projected = resample(full_precision(projected), target.shape[1], target.shape[2])
+    return -F.cosine_similarity(projected, full_precision(target), dim=-1).mean(dim=(1, 2))
+
+
+def resample(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, h, w, D) -> (N, rows, columns, D), bilinear, with antialiasing where it shrinks.
+
+    As products with small matrices, whose gradients are summed in the same order each time, also on a GPU.
+    """
+    if x.shape[1:3] == (rows, columns):
+        return x
+    down, across = _weights(x.shape[1], rows).to(x), _weights(x.shape[2], columns).to(x)
+    return torch.einsum("ph,qw,nhwd->npqd", down, across, x)
+
+
+def _weights(source: int, target: int) -> Tensor:
+    """(target, source): what each target takes from each source."""
+    units = torch.eye(source, dtype=torch.float64)[None, None]
+    return F.interpolate(units, size=(source, target), mode="bilinear", antialias=True)[0, 0].T
+
+
+def as_map(features: Any) -> Tensor:
+    """A block's output as (N, h, w, C): it may be that, or tokens (N, h h, C), or a tuple whose last entry is."""
+    x: Tensor = features[-1] if isinstance(features, tuple) else features
+    return x if x.ndim == 4 else x.unflatten(1, (isqrt(x.shape[1]),) * 2)
+
+
+def feature_width(config: Config, block: str) -> int:
+    """Channels of the block's features. Raises ConfigError if it is not there, or gives no map of features."""
+    seen: list[Tensor] = []
+    with torch.device("meta"), torch.no_grad():
+        network = build_network(config.model)
+        try:
+            module = network.get_submodule(block)
+        except AttributeError as error:
+            raise ConfigError(
+                f"alignment.block: the network has no {block} ({error}); a block is, for example, stages.middle.0"
+            ) from None
+        module.register_forward_hook(lambda _module, _inputs, output: seen.append(as_map(output)))
+        try:
+            network(*example_inputs(config.model, config.latent_size, 1, torch.float32))
+            return seen[0].shape[3]
+        except (AttributeError, IndexError, RuntimeError) as error:
+            raise ConfigError(
+                f"alignment.block: {block} gives no map of features; take a whole block, such as stages.middle.0"
+            ) from error
+
+
+def _projector(features: int, hidden: int, out: int) -> nn.Sequential:
+    """As in REPA: three layers with SiLU between them."""
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+    )

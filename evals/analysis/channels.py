@@ -1,0 +1,111 @@
+"""How alive a network's channels are: activation scores and the diversity of features (paper, section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALIVE = 0.1  # of the mean score: channels below are counted as dead
+
+
+class ChannelStatistics:
+    """Sums over features, from which all numbers of ``report`` follow; float64 on the features' device."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.activation: Tensor | float = 0.0  # of each channel after ReLU
+        self.total: Tensor | float = 0.0
+        self.products: Tensor | float = 0.0  # (C, C)
+
+    def add(self, features: Tensor) -> None:
+        """Features with channels last: (N, H, W, C) or (N, T, C)."""
+        rows = features.detach().flatten(0, -2).double()
+        self.count += len(rows)
+        self.activation = self.activation + rows.relu().sum(0)
+        self.total = self.total + rows.sum(0)
+        self.products = self.products + rows.T @ rows
+
+    def scores(self) -> Tensor:
+        """Channel activation scores, (C,): the mean over positions and samples of ReLU(feature)."""
+        assert isinstance(self.activation, Tensor), "nothing was added"
+        return self.activation / self.count
+
+    def covariance(self) -> Tensor:
+        """Of the channels over positions and samples, (C, C)."""
+        assert isinstance(self.total, Tensor)
+        assert isinstance(self.products, Tensor)
+        mean = self.total / self.count
+        return self.products / self.count - torch.outer(mean, mean)
+
+    def report(self) -> Diversity:
+        return diversity(self.scores(), self.covariance())
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """What a layer's channels do.
+
+    scores: sorted, the highest first. alive: share of channels whose score is above ALIVE of the mean score.
+    participation: (sum s)^2 / (C sum s^2) of the scores: 1 if all are equal, 1/C if one channel is all.
+    effective_rank: exp of the entropy of the features' singular values, scaled to sum 1 (Roy, Vetterli 2007), over C.
+    correlation: mean absolute correlation of two different channels; those that never vary are left out.
+    """
+
+    scores: tuple[float, ...]
+    alive: float
+    participation: float
+    effective_rank: float
+    correlation: float
+
+
+def diversity(scores: Tensor, covariance: Tensor) -> Diversity:
+    """scores (C,), covariance (C, C), of any float dtype."""
+    scores, covariance = scores.double().cpu(), covariance.double().cpu()
+    channels = len(scores)
+    return Diversity(
+        scores=tuple(scores.sort(descending=True).values.tolist()),
+        alive=float((scores > ALIVE * scores.mean()).double().mean()),
+        participation=float(scores.sum() ** 2 / (channels * scores.square().sum()).clamp(min=1e-300)),
+        effective_rank=_effective_rank(covariance) / channels,
+        correlation=_mean_correlation(covariance),
+    )
+
+
+def _effective_rank(covariance: Tensor) -> float:
+    singular = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
+    shares = singular / singular.sum().clamp(min=1e-300)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _mean_correlation(covariance: Tensor) -> float:
+    variance = covariance.diagonal()
+    varies = variance > 1e-12 * variance.max()
+    deviation = variance[varies].sqrt()
+    correlation = (covariance[varies][:, varies] / torch.outer(deviation, deviation)).abs()
+    channels = len(correlation)
+    if channels < 2:
+        return 0.0
+    return float((correlation.sum() - channels) / (channels * (channels - 1)))
+
+
+def last_mixer(network: nn.Module) -> str:
+    """The path of a DiCo's last mixer. Raises ValueError for a network of another kind."""
+    names = [name for name, _ in network.named_modules() if name.endswith(".conv") and name.startswith("stages.")]
+    if not names:
+        raise ValueError("--module: this network has no blocks of DiCo; name the module to look at")
+    return names[-1]
+
+
+def watch(network: nn.Module, path: str, statistics: ChannelStatistics) -> Any:
+    """Add every output of the module at ``path`` to the statistics, until the returned handle is removed.
+
+    Raises ValueError if there is no such module.
+    """
+    try:
+        module = network.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"--module {path}: {error}; stages.decoder1.0.conv is one of DiCo") from None
+    return module.register_forward_hook(lambda _module, _inputs, output: statistics.add(output))

@@ -1,0 +1,70 @@
+"""Data that a checkpoint was made for, as its network takes them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dico_t2i import randomness
+from dico_t2i.config import Config
+from dico_t2i.data import check_data, load_data, make_loader, make_order
+from dico_t2i.diffusion import build
+from dico_t2i.sampling import Pipeline
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Clean latents and noise (N, C, h, w), and the network's conditioning, on the device."""
+
+    latents: Tensor
+    noise: Tensor
+    conditioning: dict[str, Tensor]
+
+
+def chunks(pipeline: Pipeline, data: Path | None, samples: int, batch: int) -> Iterator[Chunk]:
+    """``samples`` of the shards in ``data``, by default those it was trained on; the same ones each time.
+
+    Raises DataError or ConfigError if they cannot be used.
+    """
+    batch = min(batch, samples)
+    config = _config(pipeline.config, data)
+    index = load_data(config.data)
+    check_data(config, index)
+    encoder = pipeline.conditioner.text_encoder
+    loader = make_loader(
+        config.data,
+        index,
+        make_order(config.data, index, config.seed, batch),
+        seed=config.seed,
+        condition=config.model.condition,
+        global_batch=batch,
+        micro_batch=batch,
+        rank=0,
+        world=1,
+        start_step=0,
+        tokenize=encoder.tokenize if encoder else None,
+    )
+    for found in islice(iter(loader), -(-samples // batch)):
+        position = found.positions.to(pipeline.device)
+        latents = pipeline.autoencoder.of_batch(found, position, config.seed)
+        noise = randomness.normal(config.seed, "analysis noise", position, latents.shape[1:])
+        yield Chunk(latents, noise, pipeline.conditioner.of_batch(found))
+
+
+def _config(config: Config, data: Path | None) -> Config:
+    changes = {"flip": False, "workers": 0, "streams": 1}
+    where = {"path": str(data), "mixture": (), "buckets": False} if data else {}
+    return config.model_copy(update={"data": config.data.model_copy(update={**changes, **where}), "alignment": None})
+
+
+@torch.no_grad()
+def run_network(pipeline: Pipeline, chunk: Chunk, timestep: int) -> None:
+    """One pass of the network on the chunk, noised as in training at this timestep; hooks see what is inside."""
+    config = pipeline.config
+    t = torch.full((len(chunk.latents),), timestep, device=pipeline.device)
+    build(config.diffusion, config.model.learn_sigma).training_losses(
+        lambda x, t: pipeline.model(x, t, **chunk.conditioning), chunk.latents, t, chunk.noise
+    )
