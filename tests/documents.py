@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-OURS = ("dico", "python", "torchrun", "make", "sbatch", "pip")  # what starts something of this project
+PROGRAMS = ("dico", "python", "torchrun", "make", "sbatch", "pip", "wandb")  # what starts a command in running text
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
@@ -53,16 +53,16 @@ def spans(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def page_commands(page: Path) -> Iterator[Command]:
-    """Of bash blocks every command; of others, of running text and of tables those that are this project's."""
+    """Of bash blocks every command; of others, of running text and of tables those that begin as one."""
     for block in blocks(page):
         lines = _logical_lines(block.text)
         yield from (
             command
-            for line in (lines if block.language == "bash" else filter(_is_ours, lines))
+            for line in (lines if block.language == "bash" else filter(_is_command, lines))
             for command in parse(line, block.place)
         )
     for place, span in spans(page):
-        if _is_ours(span):
+        if _is_command(span):
             yield from parse(span, place, whole=False)
 
 
@@ -72,7 +72,7 @@ def header_commands(file: Path) -> Iterator[Command]:
     header = ast.get_docstring(ast.parse(text)) or "" if file.suffix == ".py" else re.sub(r"^#", "", text, flags=re.M)
     for line in _logical_lines(header):
         command = re.split(r"\s{2,}", line.strip())[0]
-        if _is_ours(command):
+        if _is_command(command):
             yield from parse(command, str(file.relative_to(ROOT)), whole="..." not in command)
 
 
@@ -98,13 +98,13 @@ def parse(line: str, place: str, whole: bool = True) -> Iterator[Command]:
 
 def _logical_lines(text: str) -> list[str]:
     """Without empty lines and comments, continued lines as one."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _is_ours(text: str) -> bool:
+def _is_command(text: str) -> bool:
     words = re.sub(r"^(\w+=\S* )+", "", text.strip()).split()
-    return len(words) > 1 and words[0] in OURS and not words[1].endswith(":")
+    return len(words) > 1 and words[0] in PROGRAMS and not words[1].endswith(":")
 
 
 def _place(page: Path, text: str, position: int) -> str:
