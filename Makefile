@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env quickstart test soak slurm-sandbox slurm-sandbox-stop lint lock clean
+.PHONY: env quickstart test soak slurm-sandbox slurm-sandbox-stop docs lint lock clean
 
 env: .venv/ready
 
@@ -37,6 +37,11 @@ slurm-sandbox: env
 slurm-sandbox-stop: env
 	$(BIN)/python cluster/sandbox.py stop
 
+# The config reference, and pages of all public classes and functions: site/index.html.
+docs: env
+	$(BIN)/python docs/make_config_reference.py
+	$(BIN)/python docs/make_api.py
+
 lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +53,4 @@ lock: env
 		--quiet --output-file requirements.lock
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

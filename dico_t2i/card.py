@@ -7,6 +7,7 @@ from typing import Any
 from dico_t2i.config import (
     Config,
     DiCoConfig,
+    DiffusionConfig,
     NetworkConfig,
     Span,
     TextEncoderConfig,
@@ -14,14 +15,21 @@ from dico_t2i.config import (
     TransformerConfig,
     ablated,
 )
+from dico_t2i.evaluations import doubts, measured, protocol_name, shown_numbers
 from dico_t2i.models import count_parameters
 
 
-def model_card(config: Config, origin: Mapping[str, Any], metrics: Mapping[str, Any], parts: Sequence[str]) -> str:
-    """README.md as Markdown: use, network, data, training, last numbers, limits.
+def model_card(
+    config: Config,
+    origin: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    parts: Sequence[str],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """README.md as Markdown: use, network, data, training, last numbers, evaluations, limits.
 
     origin: what export.json holds. metrics: a line of metrics.jsonl, or nothing. parts: which encoders lie in the
-    folder.
+    folder. evaluations: results of these weights.
     """
     task = "text-to-image" if config.model.condition == "text" else "unconditional-image-generation"
     sections = {
@@ -30,7 +38,8 @@ def model_card(config: Config, origin: Mapping[str, Any], metrics: Mapping[str, 
         "Data": _table(_data(config)),
         "Training": _table(_training(config, origin)),
         "Numbers at export": _numbers(metrics),
-        "Limits": "\n".join(f"- {line}" for line in _limits(config, metrics, parts)),
+        **({"Evaluations": "\n\n".join(map(_evaluation, evaluations))} if evaluations else {}),
+        "Limits": "\n".join(f"- {line}" for line in _limits(config, parts, evaluations)),
     }
     ours = isinstance(config.model, DiCoConfig)
     library = "diffusers" if ours else "dico_t2i"
@@ -134,13 +143,19 @@ def _training(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
         "batch": train.global_batch,
         **({"images seen": f"{origin['images']:,}"} if "images" in origin else {}),
         "weights": origin["weights"],
-        "diffusion": f"{config.diffusion.steps} steps, {config.diffusion.schedule}, predicts"
-        f" {config.diffusion.prediction}{', learned variance' if config.model.learn_sigma else ''}",
+        "diffusion": _diffusion(config.diffusion, config.model.learn_sigma),
         "AdamW": f"lr {optimizer.lr:g} {optimizer.schedule}, betas {list(optimizer.betas)},"
         f" weight decay {optimizer.weight_decay:g}, clip {optimizer.clip:g}",
         "precision": train.precision,
         "condition dropped": config.model.dropout_prob,
     }
+
+
+def _diffusion(diffusion: DiffusionConfig, learn_sigma: bool) -> str:
+    if diffusion.kind == "flow":
+        return f"rectified flow, {diffusion.timesteps} times, predicts velocity"
+    variance = ", learned variance" if learn_sigma else ""
+    return f"{diffusion.steps} steps, {diffusion.schedule}, predicts {diffusion.prediction}{variance}"
 
 
 def _span(span: Span) -> str:
@@ -156,7 +171,15 @@ def _numbers(metrics: Mapping[str, Any]) -> str:
     return f"The run's last report, of step {metrics['step']:,} (means since the one before):\n\n{_table(shown)}"
 
 
-def _limits(config: Config, metrics: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
+def _evaluation(result: Mapping[str, Any]) -> str:
+    """Numbers under one protocol; what makes them not comparable stands first."""
+    why = "; ".join(doubts(result))
+    said = f"`{protocol_name(result)}`, {result.get('images', '?')} images"
+    note = f". **Not comparable**: {why}" if why else ""
+    return f"{said}{note}\n\n{_table({name: measured(result, name) for name in shown_numbers(result)})}"
+
+
+def _limits(config: Config, parts: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     size = config.data.image_size
     lines = []
     if config.model.condition == "text" and any(tower.weights == "seeded" for tower in config.text_encoder.towers):
@@ -170,7 +193,11 @@ def _limits(config: Config, metrics: Mapping[str, Any], parts: Sequence[str]) ->
             lines.append("Trained with open_clip's tokenizer, which pads with 0; transformers' pads otherwise.")
     lines += [
         f"Trained at {size} x {size} pixels; other sizes run, and were not looked at.",
-        "No quality measure (FID or other) is part of this export; the numbers above are training losses.",
+        *(
+            []
+            if evaluations
+            else ["No quality measure (FID or other) is part of this export; the numbers above are training losses."]
+        ),
         "No filter of contents. What the data shows, with its biases, is what the model makes.",
     ]
     if config.autoencoder.kind != "pixels" and "vae" not in parts:

@@ -1,6 +1,7 @@
 """Results of evaluations in a run folder, as the scripts of evals/ write them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,29 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
         if result is not None:
             found[result["protocol_hash"], result["step"]] = result
     return sorted(found.values(), key=lambda r: (r["protocol"]["name"], r["protocol_hash"], r["step"]))
+
+
+def protocol_name(result: Mapping[str, Any]) -> str:
+    """With the hash, which numbers that compare share."""
+    return f"{result['protocol']['name']} {result['protocol_hash']}"
+
+
+def shown_numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Without the spreads of parts, which stand beside some metrics."""
+    return {k: v for k, v in result["numbers"].items() if isinstance(v, int | float) and not k.endswith("_std")}
+
+
+def measured(result: Mapping[str, Any], name: str) -> str:
+    """A metric with its standard error; empty if it is not there."""
+    value, error = result["numbers"].get(name), result.get("standard_errors", {}).get(name)
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:.4f}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+
+
+def doubts(result: Mapping[str, Any]) -> list[str]:
+    """What makes it not comparable with others of the protocol."""
+    return [str(why) for why in (*result.get("changes", ()), *result.get("doubts", ()))]
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ import numpy as np
 from dico_t2i.card import model_card, one_clip
 from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
 from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder, load_text_encoder
+from dico_t2i.evaluations import read_evaluations
 from dico_t2i.imagenet import CLASSES, class_names
 from dico_t2i.inline import standalone
 from dico_t2i.safetensors_writer import write_safetensors
@@ -58,7 +59,12 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
     metrics = _last_metrics(run / "metrics.jsonl", checkpoint.step)
     arrays = (parameter.numpy() for _, parameter in parameters)
-    write_folder(out, config, checkpoint.network_shapes, arrays, origin, metrics, encoders)
+    results = [
+        result
+        for result in read_evaluations(run)
+        if result["step"] == checkpoint.step and result.get("weights", kind) == kind
+    ]
+    write_folder(out, config, checkpoint.network_shapes, arrays, origin, metrics, encoders, results)
 
 
 def check_new(out: Path) -> None:
@@ -75,11 +81,12 @@ def write_folder(
     origin: Mapping[str, Any],
     metrics: Mapping[str, Any],
     encoders: bool = True,
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """The folder of a model whose fp32 parameters are ``arrays``, in the order of ``shapes``.
 
-    It gets its name when everything is in it. origin goes to export.json; metrics, the last reported numbers, to the
-    model card.
+    It gets its name when everything is in it. origin goes to export.json; metrics, the last reported numbers, and
+    evaluations, results of evals/, to the model card.
     """
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -96,7 +103,8 @@ def write_folder(
         _write_pipeline(temporary, config, parts)
     else:
         write_safetensors(temporary / WEIGHTS_FILE, shapes, arrays)
-    (temporary / "README.md").write_text(model_card(config, origin, metrics, [n for n, p in parts.items() if p[0]]))
+    inside = [name for name, part in parts.items() if part[0]]
+    (temporary / "README.md").write_text(model_card(config, origin, metrics, inside, evaluations))
     temporary.rename(out)
 
 

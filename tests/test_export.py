@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,7 +42,15 @@ def test_weights_and_averages_are_whole_from_any_stage_and_ranks(tmp_path, data)
 def test_an_export_carries_its_config_and_what_is_not_there_is_named(tmp_path, data):
     run = Run(tmp_path, data, "run", "train.duration.steps=2")
     run.train(ranks=1)
+    result = {"protocol": {"name": "coco"}, "protocol_hash": "ab", "comparable": True}
+    for step, fid in ((1, 8.5), (2, 7.25)):
+        file = run.path / "evals" / "coco" / f"{step:08d}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**result, "step": step, "numbers": {"fid": fid}}))
     export(run.path, None, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| fid | 7.2500 |" in card
+    assert "8.5" not in card
     assert load_config(tmp_path / "out" / "config.yaml") == load_config(run.path / "config.yaml")
     with pytest.raises(ValueError, match="nothing is overwritten"):
         export(run.path, None, tmp_path / "out")

@@ -130,7 +130,15 @@ def test_the_report_draws_everything_in_light_and_dark_and_on_a_telephone(run, t
         assert width[0] <= width[1]
         charts = driver.find_elements(By.CSS_SELECTOR, "section .chart")
         titles = [title.text for title in driver.find_elements(By.CSS_SELECTOR, "section .panel h3")]
-        assert {"Training loss", "Validation loss", "Gradient norm", "t = 250", "t = 750", "Images/s"} <= set(titles)
+        assert {
+            "Training loss",
+            "Validation loss",
+            "Gradient norm",
+            "t = 250",
+            "t = 750",
+            "Images/s",
+            "Model FLOPs utilisation",
+        } <= set(titles)
         assert all(chart.find_elements(By.CSS_SELECTOR, "path.line") for chart in charts)
         driver.find_element(By.ID, "log").click()
         assert all("NaN" not in line.get_attribute("d") for line in driver.find_elements(By.CSS_SELECTOR, "path.line"))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dico_t2i import cli
+from dico_t2i.card import model_card
 from dico_t2i.config import load_config, parse_config
 from dico_t2i.export import write_folder
 from dico_t2i.inline import InlineError, standalone
@@ -22,6 +24,7 @@ from tests.encoders.test_text import PROJECTED, save_clip
 from tests.models.test_ablations import SWITCHES
 from tests.small_models import save_autoencoder
 
+ROOT = Path(__file__).resolve().parents[1]
 TREE = {
     "name": "small",
     "model": {
@@ -81,6 +84,15 @@ def pooled_model(text_model, tmp_path_factory):
     return write_export(out, TREE, model=model, autoencoder={"path": str(text_model / "vae")})
 
 
+@pytest.fixture(scope="module")
+def flow_model(tmp_path_factory):
+    model = {"hidden_size": 8, "depths": [1, 1, 1, 1, 1], "mlp_ratio": 2, "in_channels": 3, "learn_sigma": False}
+    out = tmp_path_factory.mktemp("portable") / "flow"
+    sampler = {"kind": "euler", "steps": 4, "guidance": 2.0}
+    flow = {"autoencoder": {"kind": "pixels"}, "diffusion": {"kind": "flow"}, "sampler": sampler}
+    return write_export(out, TREE, model=model, **flow)
+
+
 @pytest.fixture(autouse=True)
 def exact_operators(monkeypatch):
     """Those of an exported folder; what --exact sets is undone."""
@@ -95,7 +107,7 @@ def sampled(model, out, *arguments, exact=True):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))])
 
 
-ALONE = """
+FORBID = """
 import sys
 
 class Forbid:
@@ -104,7 +116,10 @@ class Forbid:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Forbid())
+"""
+ALONE = """
 import json
+import sys
 import numpy as np
 from diffusers import DiffusionPipeline
 
@@ -122,22 +137,44 @@ TEXT_CALLS = [
     {"prompt": PROMPTS[0], "guidance_scale": 1.0},
 ]
 CLASS_CALLS = [{"class_labels": ["golden retriever", 3]}, {"class_labels": "tench", "height": 48, "width": 64}]
+FLOW_SAMPLERS = ("euler", "heun", "dpm++", "euler_sde")
+FLOW_CALLS = [{"class_labels": [3, 5], "sampler": sampler, "num_inference_steps": 5} for sampler in FLOW_SAMPLERS]
 
 
-@pytest.fixture(scope="module")
-def alone(text_model, class_model, pooled_model, tmp_path_factory):
-    """The images of calls of the pipelines, one after the other in a process that cannot import this package."""
-    folder = tmp_path_factory.mktemp("alone")
+def images_of(code, work, folder, python=sys.executable):
+    """The images of calls of pipelines, one after the other, by a Python of its own in an empty folder."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DICO_WEIGHTS")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    every_call = ((text_model, TEXT_CALLS), (class_model, CLASS_CALLS), (pooled_model, [{"prompt": PROMPTS}]))
-    work = json.dumps([(str(folder), calls) for folder, calls in every_call])
-    command = [sys.executable, "-I", "-c", ALONE, work, str(folder / "images.npz")]
+    command = [python, "-I", "-c", code, json.dumps(work), str(folder / "images.npz")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(folder / "images.npz") as images:
-        every = list(images.values())
-    return every[: len(TEXT_CALLS)], every[len(TEXT_CALLS) : -1], every[-1]
+        return list(images.values())
+
+
+@pytest.fixture(scope="module")
+def alone(text_model, class_model, flow_model, pooled_model, tmp_path_factory):
+    """The images of calls of the pipelines, in a process that cannot import this package."""
+    work = [(str(text_model), TEXT_CALLS), (str(class_model), CLASS_CALLS), (str(flow_model), FLOW_CALLS)]
+    work.append((str(pooled_model), [{"prompt": PROMPTS}]))
+    images = iter(images_of(FORBID + ALONE, work, tmp_path_factory.mktemp("alone")))
+    return [[next(images) for _ in calls] for _, calls in work]
+
+
+def test_a_new_environment_of_diffusers_transformers_and_torch_is_enough(text_model, alone, tmp_path):
+    """Of the locked versions, out of uv's cache; skipped where that is empty, rather than download torch again."""
+    uv = [sys.executable, "-m", "uv", "--quiet", "--no-config"]
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([*uv, "venv", "--python", sys.executable, str(python.parents[1])], check=True)
+    install = ["pip", "install", "--offline", "--python", str(python), "--constraint", str(ROOT / "requirements.lock")]
+    packages = ["diffusers", "transformers", "torch"]
+    done = subprocess.run([*uv, *install, *packages], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"uv's cache has not all of it: {done.stderr.strip().splitlines()[-1]}")
+    listed = subprocess.run([*uv, "pip", "list", "--python", str(python)], capture_output=True, text=True, check=True)
+    assert not {"dico_t2i", "dico-t2i", "deepspeed", "open-clip-torch", "pydantic"} & set(listed.stdout.split())
+    (images,) = images_of(ALONE, [(str(text_model), TEXT_CALLS[:1])], tmp_path, str(python))
+    np.testing.assert_array_equal(images, alone[0][0])
 
 
 def test_a_text_folder_runs_without_this_package_and_gives_the_pictures_of_dico_sample(text_model, alone, tmp_path):
@@ -161,14 +198,22 @@ def test_the_faster_operators_differ_by_rounding_alone(text_model, alone, tmp_pa
 
 def test_pooled_text_gives_the_same_pictures(pooled_model, alone, tmp_path):
     ours = sampled(pooled_model, tmp_path / "ours", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
-    assert alone[2].std() > 10
-    np.testing.assert_array_equal(alone[2], ours)
+    (images,) = alone[3]
+    assert images.std() > 10
+    np.testing.assert_array_equal(images, ours)
 
 
 def test_a_class_folder_knows_its_classes_by_name(class_model, alone, tmp_path):
     images, other_size = alone[1]
     np.testing.assert_array_equal(images, sampled(class_model, tmp_path / "ours", "--labels", "golden retriever", "3"))
     assert other_size.shape == (1, 48, 64, 3)
+
+
+def test_a_flow_runs_with_its_own_samplers(flow_model, alone, tmp_path):
+    for sampler, got in zip(FLOW_SAMPLERS, alone[2], strict=True):
+        options = ["--labels", "3", "5", "--sampler", sampler, "--steps", "5"]
+        np.testing.assert_array_equal(got, sampled(flow_model, tmp_path / sampler, *options))
+    assert "rectified flow, uniform times, predicts velocity" in (flow_model / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +297,12 @@ def test_a_callback_sees_each_step_and_may_change_the_latents(pipeline, sampler)
     assert [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
     assert not result.any()
 
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors)
+
+    latents(pipeline, num_inference_steps=1, callback_on_step_end=look, callback_on_step_end_tensor_inputs=())
+    assert seen[4:] == [{}]
+
 
 def test_a_scheduler_of_diffusers_takes_over_when_it_is_put_in(text_model):
     """DDIM of diffusers on all steps of a short process is our DDIM, up to its float32 schedule."""
@@ -331,6 +382,18 @@ def test_the_card_says_what_the_model_is(text_model):
     card = (text_model / "README.md").read_text()
     for line in ("| steps | 5 of 5 steps |", "| weights | ema_0.9999 |", "| loss | 0.25 |", "random and untrained"):
         assert line in card
+    assert "No quality measure" in card
+    assert "## Evaluations" not in card
+
+
+def test_the_card_has_the_evaluations_and_says_what_they_are_worth(text_model):
+    result = {"protocol": {"name": "coco"}, "protocol_hash": "ab12", "images": 30, "numbers": {"fid": 9, "is_std": 1}}
+    result |= {"standard_errors": {"fid": 0.5}, "changes": ["fewer images"], "doubts": []}
+    card = model_card(load_config(text_model / "config.yaml"), {"weights": "weight"}, {}, [], [result])
+    assert "`coco ab12`, 30 images. **Not comparable**: fewer images" in card
+    assert "| fid | 9.0000 ± 0.5 |" in card
+    assert "is_std" not in card
+    assert "No quality measure" not in card
 
 
 def test_ablated_networks_are_copied_with_their_parts(tmp_path):

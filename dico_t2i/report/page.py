@@ -12,6 +12,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from dico_t2i.evaluations import doubts, measured, protocol_name, shown_numbers
 from dico_t2i.report.history import Curve, Event
 from dico_t2i.report.record import Record
 
@@ -46,7 +47,7 @@ _PANELS = (
     Panel("lr", "Learning rate", _TRAINING),
     Panel("images_per_s", "Images/s", _SPEED, noisy=True),
     Panel("data_wait", "Time spent waiting for data", _SPEED, noisy=True, percent=True),
-    Panel("mfu", "Model FLOPs utilisation", _SPEED, noisy=True, percent=True),
+    Panel("flops_utilization", "Model FLOPs utilisation", _SPEED, noisy=True, percent=True),
     Panel("step_s", "Seconds a step", _SPEED, noisy=True),
     Panel("other_s", "Seconds of saves, previews and validation", _SPEED),
     Panel("peak_memory_gb", "Peak memory, GB", _SPEED),
@@ -85,8 +86,8 @@ def _curves(record: Record) -> dict[str, Curve]:
     found = {k: c for k, c in record.history.curves.items() if k not in _HIDDEN and not c.is_zero}
     evaluated: dict[str, Curve] = {}
     for result in record.evaluations:
-        for name, value in _shown_numbers(result).items():
-            evaluated.setdefault(f"evaluation/{_protocol(result)}/{name}", Curve()).add(result["step"], value)
+        for name, value in shown_numbers(result).items():
+            evaluated.setdefault(f"evaluation/{protocol_name(result)}/{name}", Curve()).add(result["step"], value)
     return found | {key: curve for key, curve in evaluated.items() if len(curve.rows()) > 1}
 
 
@@ -164,42 +165,24 @@ def _evaluations(records: Sequence[Record]) -> str:
     groups: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
     for record in records:
         for result in record.evaluations:
-            groups.setdefault(_protocol(result), []).append((record, result))
+            groups.setdefault(protocol_name(result), []).append((record, result))
     return "".join(_evaluation_table(name, rows) for name, rows in groups.items())
 
 
 def _evaluation_table(protocol: str, rows: Sequence[tuple[Record, dict[str, Any]]]) -> str:
-    names = list(dict.fromkeys(name for _, result in rows for name in _shown_numbers(result)))
-    doubts = list(dict.fromkeys(str(why) for _, r in rows for why in (*r.get("changes", ()), *r.get("doubts", ()))))
+    names = list(dict.fromkeys(name for _, result in rows for name in shown_numbers(result)))
+    why = list(dict.fromkeys(line for _, result in rows for line in doubts(result)))
     body = [
         [
             record.name,
             f"{result['step']:,}",
             str(result.get("images", "")),
-            *(_measured(result, name) for name in names),
+            *(measured(result, name) for name in names),
         ]
         for record, result in rows
     ]
-    note = (
-        f'<p class="warning">Not comparable with published numbers: {escape("; ".join(doubts))}</p>' if doubts else ""
-    )
+    note = f'<p class="warning">Not comparable with published numbers: {escape("; ".join(why))}</p>' if why else ""
     return f"<h3>{escape(protocol)}</h3>{note}" + _table(["run", "step", "images", *names], body, numeric=1)
-
-
-def _measured(result: dict[str, Any], name: str) -> str:
-    value, error = result["numbers"].get(name), result.get("standard_errors", {}).get(name)
-    if not isinstance(value, int | float):
-        return ""
-    return f"{value:.4f}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
-
-
-def _shown_numbers(result: dict[str, Any]) -> dict[str, float]:
-    """Without the spreads of parts, which stand beside some metrics."""
-    return {k: v for k, v in result["numbers"].items() if isinstance(v, int | float) and not k.endswith("_std")}
-
-
-def _protocol(result: dict[str, Any]) -> str:
-    return f"{result['protocol']['name']} {result['protocol_hash']}"
 
 
 def _configs(records: Sequence[Record]) -> str:
