@@ -6,7 +6,8 @@ import yaml
 from dico_t2i.config import ConfigError, dump_config, load_config, parse_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if not path.name.startswith("base"))
+FILES = (path for pattern in ("*.yaml", "ablations/*.yaml") for path in CONFIGS.glob(pattern))
+RUNS = sorted(str(path.relative_to(CONFIGS)) for path in FILES if not path.name.startswith("base"))
 MINIMAL = {
     "name": "test",
     "model": {"variant": "DiCo-S"},
