@@ -6,7 +6,7 @@ import yaml
 from dico_t2i.config import ConfigError, dump_config, load_config, parse_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("peers/*.yaml")]
+FILES = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster"]
 RUNS = sorted(str(path.relative_to(CONFIGS)) for path in FILES if not path.name.startswith("base"))
 MINIMAL = {
     "name": "test",

@@ -1,6 +1,6 @@
 """An exported folder in diffusers: alone, and against `dico sample`."""
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -396,11 +396,10 @@ def test_the_card_has_the_evaluations_and_says_what_they_are_worth(text_model):
     assert "No quality measure" not in card
 
 
-def test_ablated_networks_are_copied_with_their_parts(tmp_path):
+def test_ablated_networks_are_copied_with_their_parts(tmp_path, monkeypatch):
     (tmp_path / "copied.py").write_text(standalone(["dico_t2i.portable.transformer.DiCoTransformer"], "doc"))
-    spec = importlib.util.spec_from_file_location("copied", tmp_path / "copied.py")
-    copied = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copied)
+    monkeypatch.syspath_prepend(tmp_path)
+    copied = importlib.import_module("copied")
     arguments = (torch.randn(1, 4, 12, 20), torch.tensor([3.0]), torch.randn(1, 77, 16), torch.randn(1, 16))
     for switches in SWITCHES:
         config = parse_config({**TREE, "model": {**TREE["model"], **switches}}, "test").model
