@@ -6,7 +6,8 @@ from typing import NamedTuple
 from rich.table import Table
 
 CAPTION = (
-    "published, not measured here: A100, fp32, batch 64, one pass; FID at 256 px after 400K steps without guidance"
+    "Published, not measured here: A100, fp32, batch 64, one pass; FID at 256 px after 400K steps without guidance,"
+    " at 512 px of the whole training with guidance"
 )
 
 
@@ -55,7 +56,7 @@ def published_table(rows: Sequence[Published]) -> Table:
 
 
 def published_markdown(rows: Sequence[Published]) -> str:
-    lines = ["", f"{CAPTION[0].upper()}{CAPTION[1:]}; at 512 px with guidance, the whole training:", ""]
+    lines = ["", f"{CAPTION}:", ""]
     for cells in (_COLUMNS, ["---"] * len(_COLUMNS), *map(_cells, rows)):
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
