@@ -358,7 +358,7 @@ class TextTowerConfig(Section):
     """One of several frozen text encoders."""
 
     kind: Literal["open_clip", "transformers", "t5"] = "transformers"  # the first two are CLIP's, by library
-    # transformers, t5: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
+    # t5 and transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
     model: str = "openai/clip-vit-large-patch14"
     # pretrained, or seeded: random frozen weights, for machines without any.
     weights: Literal["pretrained", "seeded"] = "pretrained"

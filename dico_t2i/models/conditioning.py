@@ -38,8 +38,8 @@ class TimestepEmbedding(nn.Module):
 
 
 def is_token(tokens: Tensor) -> Tensor:
-    """(N, T, dim) -> (N, T, 1), 1 for tokens and 0 for padding, which is zeros; in the tokens' dtype."""
-    return tokens.ne(0).any(-1, keepdim=True).to(tokens.dtype)
+    """(N, T, dim) -> bool (N, T, 1), false for padding, which is zeros."""
+    return tokens.ne(0).any(-1, keepdim=True)
 
 
 def padding_bias(tokens: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def padding_bias(tokens: Tensor) -> Tensor:
 
     Finite, so that a text of nothing but padding gives no NaN.
     """
-    return 1e4 * (is_token(tokens)[..., 0] - 1)
+    return 1e4 * (is_token(tokens)[..., 0].to(tokens.dtype) - 1)
 
 
 class TextInput(nn.Module):
@@ -104,8 +104,7 @@ class TextPooling(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, width) -> (N, taps, width)."""
         logits = self.query @ self.key(tokens).transpose(1, 2) / math.sqrt(tokens.shape[-1])
-        logits = logits + self.position
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.position
         if self.masked:
             logits = logits + padding_bias(tokens)[:, None]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return torch.softmax(logits.to(wide), dim=-1).to(tokens.dtype) @ tokens
+        return torch.softmax(logits, dim=-1).to(tokens.dtype) @ tokens

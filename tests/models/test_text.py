@@ -54,6 +54,21 @@ def test_a_fresh_network_says_zero_and_then_everything_is_trained(name):
     torch.testing.assert_close(model(x, t, model.text_kernels(tokens)), out)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision_is_near_and_trains(name):
+    config = made(name)
+    x, t, tokens = inputs(config)
+    model = randomized(config)
+    expected = model(x, t, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(x, t, tokens)
+    autocast.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    half = model.bfloat16()(x.bfloat16(), t, tokens.bfloat16())
+    for out in (autocast, half):
+        assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 def test_one_encoder_and_no_pooling_are_the_network_of_the_paper():
     """The same parameters, and from a seed the same numbers, whatever is said of what is not there."""
     torch.manual_seed(0)
