@@ -34,7 +34,7 @@ from evals.analysis.locality import WINDOWS, Locality, RelativeMap, locality, un
 from evals.analysis.recording import recording
 
 Maps = dict[str, RelativeMap]  # by layer
-_PANELS = 12  # layers whose maps are drawn
+_PANELS, _COLUMNS = 12, 6  # layers whose maps are drawn
 
 
 def record(backbone: Backbone, timesteps: Sequence[int], steps: int, samples: int, seed: int) -> dict[int, Maps]:
@@ -80,31 +80,37 @@ def numbers(maps: Maps) -> dict[str, Locality]:
 
 
 def plot(maps: Maps, title: str, path: Path) -> None:
-    """Numbers by layer above, below the average maps of some layers, logarithmic."""
+    """Numbers by layer above, below the average maps of some layers, logarithmic, with the query in the middle."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.6))[:, 0]
-    _plot_numbers(numbers(maps), locality(uniform_shares(next(iter(maps.values())).grid)), above.subplots(1, 2))
     count = min(_PANELS, len(maps))
+    rows = -(-count // _COLUMNS)
+    heights = (3.2, 2.2 * rows)
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    _plot_numbers(numbers(maps), locality(uniform_shares(next(iter(maps.values())).grid)), above.subplots(1, 2))
     chosen = [list(maps)[round(i * (len(maps) - 1) / max(1, count - 1))] for i in range(count)]
-    for panel, name in zip(below.subplots(2, 6).flat, [*chosen, *[None] * (12 - count)], strict=True):
+    panels = below.subplots(rows, _COLUMNS, squeeze=False).flatten()
+    for panel, name in zip(panels, chosen, strict=False):
+        picture, (h, w) = maps[name].picture().numpy(), maps[name].grid
+        norm = LogNorm(picture.max() / 1e3, picture.max())
+        panel.imshow(picture, norm=norm, extent=(0.5 - w, w - 0.5, h - 0.5, 0.5 - h))
+        panel.set_title(name.replace("transformer_blocks", "block"), fontsize=8)
+        panel.tick_params(labelsize=7)
+    for panel in panels[count:]:
         panel.set_axis_off()
-        if name is not None:
-            picture = maps[name].picture().numpy()
-            h, w = maps[name].grid
-            panel.imshow(picture, norm=LogNorm(picture.max() / 1e3, picture.max()), extent=(-w, w, h, -h))
-            panel.set_title(name.replace("transformer_blocks", "block"), fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def _plot_numbers(layers: dict[str, Locality], uniform: Locality, panels: Any) -> None:
     left, right = panels
+    for panel in panels:
+        panel.xaxis.get_major_locator().set_params(integer=True)
     left.plot([layer.distance for layer in layers.values()], "o-", markersize=3)
     left.axhline(uniform.distance, linestyle=":", color="tab:grey", label="uniform attention")
-    left.set(xlabel="layer", ylabel="mean distance, tokens", ylim=(0, None))
+    left.set(xlabel="layer", ylabel="mean distance, tokens", ylim=(0, 1.2 * uniform.distance))
     left.legend(fontsize=8)
     for colour, side in zip(("tab:blue", "tab:orange"), WINDOWS, strict=True):
         right.plot(

@@ -77,6 +77,18 @@ def test_damage_is_found_and_mended(vae, tmp_path):
         prefetch(config_of("/none/vae"), out)
 
 
+def test_the_encoder_of_an_alignment_is_among_them(vae, tmp_path):
+    folder = tmp_path / "dinov2"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (folder / name).write_text(name)
+    alignment = {"block": "stages.middle.0", "encoder": {"model": str(folder)}}
+    config = parse_config({**TREE, "autoencoder": {"path": str(vae)}, "alignment": alignment}, "test")
+    prefetch(config, tmp_path / "weights", report=lambda line: None)
+    assert check(tmp_path / "weights", config) == 5
+    assert (tmp_path / "weights" / "dinov2" / "preprocessor_config.json").read_text() == "preprocessor_config.json"
+
+
 @pytest.fixture
 def hub(vae) -> Iterator[str]:
     """The autoencoder as a repository of a hub; any other address of it gives the text `extra`."""
