@@ -172,8 +172,9 @@ def test_a_new_environment_of_diffusers_transformers_and_torch_is_enough(text_mo
     if done.returncode:
         pytest.skip(f"uv's cache has not all of it: {done.stderr.strip().splitlines()[-1]}")
     listed = subprocess.run([*uv, "pip", "list", "--python", str(python)], capture_output=True, text=True, check=True)
-    assert not {"dico_t2i", "dico-t2i", "deepspeed", "open-clip-torch", "pydantic"} & set(listed.stdout.split())
+    assert not {"dico-t2i", "deepspeed", "open-clip-torch", "webdataset"} & set(listed.stdout.split())
     (images,) = images_of(ALONE, [(str(text_model), TEXT_CALLS[:1])], tmp_path, str(python))
+    shutil.rmtree(python.parents[1])  # where links are not possible, gigabytes
     np.testing.assert_array_equal(images, alone[0][0])
 
 
@@ -300,8 +301,8 @@ def test_a_callback_sees_each_step_and_may_change_the_latents(pipeline, sampler)
     def look(pipe, step, timestep, tensors):
         seen.append(tensors)
 
-    latents(pipeline, num_inference_steps=1, callback_on_step_end=look, callback_on_step_end_tensor_inputs=())
-    assert seen[4:] == [{}]
+    latents(pipeline, num_inference_steps=2, callback_on_step_end=look, callback_on_step_end_tensor_inputs=())
+    assert seen[4:] == [{}, {}]
 
 
 def test_a_scheduler_of_diffusers_takes_over_when_it_is_put_in(text_model):
