@@ -34,7 +34,6 @@ class Alignment:
         self.settings = config.alignment
         self.width = feature_width(config, self.settings.block)
         self.encoder = load_vision_encoder(self.settings.encoder, device, dtype)
-        self._listening = False  # a block runs again in the backward pass if its activations are recomputed
         self._features: Any = None
         self._projected: Tensor | None = None
 
@@ -43,19 +42,13 @@ class Alignment:
         projector = _projector(self.width, self.settings.hidden, self.encoder.width)
         network.add_module(PROJECTOR, projector)
 
-        def listen(*_: Any) -> None:
-            self._listening = True
-
         @torch.compiler.disable
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._listening:
-                self._features = output
+            self._features = output
 
         def project(*_: Any) -> None:
             self._projected, self._features = projector(as_map(self._features)), None
-            self._listening = False
 
-        network.register_forward_pre_hook(listen)
         network.get_submodule(self.settings.block).register_forward_hook(keep)
         network.register_forward_hook(project)
 

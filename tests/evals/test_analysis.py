@@ -301,6 +301,8 @@ def test_networks_of_diffusers(backbones, tmp_path, kind):
         for rows in heads:
             assert rows.shape == (16, 16 + (5 if kind == "flux" else 0))
             torch.testing.assert_close(rows.sum(1), torch.ones(16), atol=1e-6, rtol=0)
+    backbone.text = {name: value + 1 for name, value in backbone.text.items()}
+    assert torch.equal(backbone(x, t), plain) == (kind == "dit")
 
 
 def test_probabilities_of_dit_are_those_of_diffusers(backbones):
