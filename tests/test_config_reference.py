@@ -28,4 +28,4 @@ def test_every_key_and_its_comment_is_there():
 
     assert not [key for key in keys(Config) if f"| `{key}` |" not in page]
     assert "| `clip` | number >= 0 | `0.0` | largest gradient norm; 0: no clipping |" in page
-    assert "transformers, t5: a local folder or a hub id; open_clip: an architecture such as ViT-L-14." in page
+    assert "transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14." in page
