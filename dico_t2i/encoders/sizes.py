@@ -36,11 +36,16 @@ class TowerSize(NamedTuple):
 
 
 def text_sizes(config: TextEncoderConfig) -> list[TowerSize]:
-    """Of all towers. Raises MissingModelError where a config is neither here nor known."""
+    """Of all towers. Raises MissingModelError where a config is neither here nor known, ValueError if it is foreign."""
     sizes = []
     for number, tower in enumerate(config.towers):
         with naming(number):
-            sizes.append(_size(tower))
+            try:
+                sizes.append(_size(tower))
+            except KeyError as error:
+                raise ValueError(
+                    f"text_encoder.model: the config of {tower.model} has no {error}; is it {tower.kind}'s?"
+                ) from None
     return sizes
 
 

@@ -153,11 +153,14 @@ def test_the_size_of_t5_is_that_of_its_weights(saved: tuple[Path, Any]) -> None:
     assert (size.layers, size.table) == (matrices, stack.embed_tokens.weight.numel())
 
 
-def test_a_missing_one_is_named_by_its_place(saved: tuple[Path, Any]) -> None:
+def test_a_missing_one_is_named_by_its_place(tmp_path: Path) -> None:
     config = several(SEEDED, SEEDED, {"kind": "t5", "model": "/no/such/t5"})
     for find in (find_text_encoder, text_sizes, lambda c: load_text_encoder(c, "cpu")):
         with pytest.raises(MissingModelError, match=r"text_encoder\.also\.1\.model: no usable copy of '/no/such/t5'"):
             find(config)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"text_encoder\.also\.0\.model: the config of .* has no 'd_ff'"):
+        text_sizes(several(SEEDED, {"kind": "t5", "model": str(tmp_path)}))
     with pytest.raises(ValueError, match=r"text_encoder\.also\.0\.seeded: width 16 is not divisible by heads 3"):
         load_text_encoder(several(SEEDED, {**SEEDED, "seeded": {"width": 16, "heads": 3}}), "cpu")
     with pytest.raises(ValueError, match="tokens: 80, but CLIP has 77"):
