@@ -26,7 +26,7 @@ from tests.documents import PAGES, ROOT, Command, blocks, header_commands, page_
 EXECUTED = ROOT / "docs" / "tutorial.md"  # as a whole, by test_tutorial.py
 FOLDERS = ("cluster", "configs", "data_prep", "docs", "evals", "tests")
 STAND_INS = {"FILE": "configs/dico_s_t2i.yaml", "N": "2", "G": "8", "key.path=value": "seed=1", "...": ""}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "snippet",
     "model": {"variant": "DiCo-S", "condition": "text"},
     "data": {"path": "data/snippet"},
@@ -41,7 +41,7 @@ def _has_parser(file: Path) -> bool:
 
 FILES = [
     file
-    for pattern in ("configs/*.yaml", "data_prep/*.py", "evals/*.py", "cluster/*.py", "cluster/*.sh", "docs/*.py")
+    for pattern in ("configs/**/*.yaml", "data_prep/*.py", "evals/*.py", "cluster/*.py", "cluster/*.sh", "docs/*.py")
     for file in ROOT.glob(pattern)
 ]
 COMMANDS = [
@@ -116,7 +116,7 @@ def check(command: Command, parser: Parser) -> None:
     """Raises ValueError for what is wrong with a command."""
     words = [stand_in for word in command.words if (stand_in := STAND_INS.get(word, word))]
     for word in words:
-        if word.split("/")[0] in FOLDERS and "/" in word and not (ROOT / word).exists():
+        if word.split("/")[0] in FOLDERS and "/" in word and not list(ROOT.glob(word)):
             raise ValueError(f"{word}: not there")
     program, *arguments = words
     whole = command.whole and "..." not in command.words
@@ -233,7 +233,8 @@ def test_snippets_of_python_import_what_there_is(block) -> None:
 def test_snippets_of_yaml_are_configs_profiles_or_sweeps(block, tmp_path: Path) -> None:
     tree = yaml.safe_load(block.text)
     if set(tree) <= set(Config.model_fields):
-        parse_config({**CONFIG, **tree}, block.place)
+        model = {**CONFIG["model"], **tree.get("model", {})}
+        parse_config({**CONFIG, **tree, "model": model}, block.place)
     elif set(tree) <= set(ClusterConfig.model_fields):
         (tmp_path / "cluster.yaml").write_text(block.text)
         read_cluster(tmp_path / "cluster.yaml", {})
