@@ -1,7 +1,7 @@
 """Networks on captioned shapes, same data and steps, several seeds: held-out loss, prompt accuracy, speed.
 
-    python evals/shapes_comparison.py configs/shapes/dico.yaml configs/shapes/cross_attention.yaml
-    python evals/shapes_comparison.py configs/shapes/*.yaml --seeds 0 1 2 --out shapes_comparison.json
+    python evals/shapes_comparison.py
+    python evals/shapes_comparison.py configs/shapes/dico.yaml configs/shapes/mmdit.yaml --seeds 0 1 --out compared.json
 
 Each network and seed is a run of its own, runs/NAME-SEED; started again, all go on where they stopped. Prompt accuracy
 is that of evals/prompt_accuracy.py, on held-out combinations. Shown are means over the seeds and, after the sign,
@@ -25,6 +25,7 @@ from data_prep.common import run
 from dico_t2i.config import load_config
 from dico_t2i.models import count_macs, count_parameters
 
+SHAPES = Path("configs/shapes")
 SHOWN = {"val_loss": "held-out loss", "colour": "colour", "background": "background", "shape": "shape"}
 SHOWN |= {"place": "place", "all": "all of it", "images_per_s": "images/s"}
 
@@ -85,20 +86,21 @@ def _shown(key: str, values: Sequence[float], mean: float, deviation: float) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="as those of configs/shapes")
+    parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="default: those of configs/shapes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--prompts", type=int, default=240, help="held-out prompts to sample (default: 240)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to all configs")
     parser.add_argument("--out", type=Path, help="write the numbers there, as JSON")
     args = parser.parse_args(argv)
-    for config in args.configs:
+    configs = args.configs or [path for path in sorted(SHAPES.glob("*.yaml")) if path.stem != "base"]
+    for config in configs:
         load_config(config, args.set)
     prompts = args.runs / f"held_out_prompts_{args.prompts}.txt"
     args.runs.mkdir(parents=True, exist_ok=True)
     _python("evals/prompt_accuracy.py", "--write-prompts", str(prompts), "--count", str(args.prompts))
     rows = []
-    for config in args.configs:
+    for config in configs:
         seeds = [measure(config, seed, args.runs, prompts, args.set) for seed in args.seeds]
         rows.append(summary(config, args.set, seeds))
     print_table(rows, len(args.seeds))
