@@ -20,6 +20,7 @@ from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder, find_text_encoder, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner, check_text
 from dico_t2i.encoders.sizes import text_sizes
+from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, read_weights
 from dico_t2i.training.optimizer import WEIGHT, ema_name
@@ -164,6 +165,8 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
     weights: "weight" or an average such as "ema_0.9999"; None is the first average of the config, or else the
     weights. Raises ValueError (CheckpointError, ConfigError, MissingModelError) saying what is missing.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     config, fill = _find_weights(path, weights)
     autoencoder, conditioner = load_encoders(config, device, dtype)
     model = build_network(config.model)

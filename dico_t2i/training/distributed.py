@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dico_t2i.memory import keep_freed_memory
+
 _flags_group: dist.ProcessGroup | None = None  # of host memory, so that to agree needs no wait for a GPU
 
 
@@ -54,6 +56,8 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     if device.type == "cuda":
