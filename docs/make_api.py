@@ -19,21 +19,15 @@ def make_pages(folder: Path) -> None:
         warnings.filterwarnings("error", module=r"pdoc\.")
         # pdoc looks for the types of a dataclass in the package that exports it as well; it then shows their names.
         warnings.filterwarnings("ignore", "Error parsing type annotation", module=r"pdoc\.")
-        pdoc.pdoc(*_specifications(), output_directory=folder)
+        warnings.filterwarnings("ignore", "The module specification", module=r"pdoc\.")  # is part of one before
+        pdoc.pdoc(*_modules(), output_directory=folder)
 
 
-def _specifications() -> list[str]:
-    """From which pdoc reaches every module: one below a folder without __init__.py, or below a package that lists its
-    public names, it does not find by itself.
-    """
-    specifications, reached = [PACKAGE], set(pdoc.extract.walk_specs([PACKAGE]))
+def _modules() -> list[str]:
+    """All of them by name: pdoc by itself leaves out those below a package that lists its public names."""
     root = Path(importlib.import_module(PACKAGE).__path__[0])
-    for file in sorted(root.rglob("[!_]*.py")):
-        name = ".".join(file.relative_to(root.parent).with_suffix("").parts)
-        if name not in reached:
-            specifications.append(name)
-            reached.add(name)
-    return specifications
+    files = (file for file in sorted(root.rglob("*.py")) if file.stem != "__main__")
+    return [".".join(f.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__") for f in files]
 
 
 def main() -> None:
