@@ -9,8 +9,8 @@ _INT_MAX = 2**31 - 1
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for what comes next. For processes whose tensors are in host memory.
 
-    By default it gives large pieces back to the system, and a training step, which allocates the same again, waits while
-    every page is filled with zeros. Does nothing with another C library.
+    By default it gives large pieces back to the system, and a training step, which allocates the same again, waits
+    while every page is filled with zeros. Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
