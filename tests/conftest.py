@@ -14,18 +14,10 @@ PLACE_AMONG_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_
 LONGEST_FIRST = ("cluster", "faults", "training", "evals")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (pytest -n), a file's tests stay together, and those on the one SLURM; the longest are first."""
-
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(TESTS).parts[0]
-
+    """The longest first, so that side by side (pytest -n, file by file) all end at about the same time."""
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(folder(item), len(rank)))
-    for item in items:
-        group = "slurm" if folder(item) == "cluster" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).parts[0], len(rank)))
 
 
 @pytest.fixture(autouse=True)

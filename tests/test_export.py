@@ -50,7 +50,7 @@ def test_an_export_carries_its_config_and_what_is_not_there_is_named(tmp_path, d
     export(run.path, None, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| fid | 7.2500 |" in card
-    assert "8.5" not in card
+    assert "| fid | 8.5000 |" not in card
     assert load_config(tmp_path / "out" / "config.yaml") == load_config(run.path / "config.yaml")
     with pytest.raises(ValueError, match="nothing is overwritten"):
         export(run.path, None, tmp_path / "out")

@@ -13,7 +13,7 @@ if sys.argv[1] == "keep":
 def allocate():
     a, b = torch.ones(1 << 22), torch.ones(1 << 24)
 
-for _ in range(3):
+for _ in range(20):
     allocate()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
