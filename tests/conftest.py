@@ -11,7 +11,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
 PLACE_AMONG_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LONGEST_FIRST = ("cluster", "faults", "training", "evals")
+LONGEST_FIRST = ("cluster", "faults", "training", "test_plan.py", "test_tutorial.py", "evals")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
