@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
+
+import torch
 
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
 WEIGHTS_FOLDER = "DICO_WEIGHTS"
@@ -111,6 +114,21 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def load_transformers(model: Any, folder: Path, weights: Path) -> Any:
+    """A model of transformers, in float32, from its folder. Raises ValueError if the weights in it are not whole."""
+    with reading(weights), quiet_transformers():
+        module, report = model.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=weights.suffix != ".bin",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:  # transformers would leave these at random values
+        raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    return module
 
 
 def file_hash(path: Path) -> str:

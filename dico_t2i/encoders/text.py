@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dico_t2i.config import SeededTower, TextEncoderConfig, TextTowerConfig
-from dico_t2i.encoders.local import config_hash, file_hash, quiet_transformers, read_json, reading, resolve
+from dico_t2i.encoders.local import (
+    config_hash,
+    file_hash,
+    load_transformers,
+    quiet_transformers,
+    read_json,
+    reading,
+    resolve,
+)
 from dico_t2i.randomness import uniform
 
 TOKENS = 77
@@ -309,16 +317,7 @@ def _transformers_tower(config: TextTowerConfig) -> _Tower:
         raise ValueError(f"{vocabulary}: CLIP has {VOCABULARY} tokens, found {len(tokenizer)}; fetch it again")
     plain = "CLIPTextModel" in settings.get("architectures", ())
     model = transformers.CLIPTextModel if plain else transformers.CLIPTextModelWithProjection
-    with reading(weights), quiet_transformers():
-        module, report = model.from_pretrained(
-            settings_file.parent,
-            dtype=torch.float32,
-            use_safetensors=weights.suffix == ".safetensors",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    if report["missing_keys"]:  # transformers would leave these at random values
-        raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    module = load_transformers(model, settings_file.parent, weights)
     _check_size(module.config.max_position_embeddings, module.config.vocab_size, "text_encoder.model", config.model)
     return _Tower(
         module,
@@ -378,16 +377,7 @@ def _t5_tower(config: TextTowerConfig) -> _Tower:
     padding = backend.id_to_token(pad)
     if backend.get_vocab_size() > settings["vocab_size"] or padding is None:
         raise ValueError(f"{vocabulary}: {backend.get_vocab_size()} tokens are not those of {settings_file}")
-    with reading(weights[0]), quiet_transformers():
-        module, report = T5EncoderModel.from_pretrained(
-            settings_file.parent,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    if report["missing_keys"]:
-        raise ValueError(f"{weights[0]}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    module = load_transformers(T5EncoderModel, settings_file.parent, weights[0])
     files = [path for path in weights if path.name != _T5_INDEX]
     return _Tower(
         module,

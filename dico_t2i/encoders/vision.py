@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dico_t2i.config import VisionEncoderConfig
-from dico_t2i.encoders.local import quiet_transformers, read_json, reading, resolve
+from dico_t2i.encoders.local import load_transformers, read_json, reading, resolve
 
 _FILES = {
     "transformers": (("config.json",), ("model.safetensors", "pytorch_model.bin"), ("preprocessor_config.json",)),
@@ -101,16 +101,7 @@ def _of_transformers(config: VisionEncoderConfig) -> _Net:
     pixels = read_json(preprocessing)
     import transformers
 
-    with reading(weights), quiet_transformers():
-        module, report = transformers.AutoModel.from_pretrained(
-            weights.parent,
-            dtype=torch.float32,
-            use_safetensors=weights.suffix == ".safetensors",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    if report["missing_keys"]:  # transformers would leave these at random values
-        raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    module = load_transformers(transformers.AutoModel, weights.parent, weights)
     module = getattr(module, "vision_model", module)  # of CLIP and SigLIP
     mean, std = (tuple(pixels.get(key, default)) for key, default in (("image_mean", _MEAN), ("image_std", _STD)))
     return _transformers_net(module, config, mean, std, f"pretrained {config.model} (transformers)")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dico_t2i.config import NetworkConfig
@@ -20,13 +21,23 @@ def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
     input_shape (N, C, H, W). What the field often calls FLOPs; elementwise work is not counted.
     """
     with torch.device("meta"):
-        model, x = build_network(config), torch.empty(*input_shape)
-        batch = len(x)
-        pooled = torch.empty(batch, config.pooled_dim) if config.pooled_text else None
-        if config.condition == "class":
-            cond = torch.empty(batch, dtype=torch.int64)
-        else:
-            cond = torch.empty(batch, config.text_tokens, config.text_dim)
+        model, inputs = build_network(config), example_inputs(config, input_shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x, torch.empty(batch), cond, pooled)
+            model(*inputs)
     return counter.get_total_flops() // 2
+
+
+def example_inputs(
+    config: NetworkConfig, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x of this shape (N, C, H, W), t, cond and pooled on the current device, of any values: for their shapes.
+
+    dtype: of the text; x is in the default one.
+    """
+    batch = shape[0]
+    x, t = torch.empty(*shape), torch.zeros(batch, dtype=torch.int64)
+    cond = torch.zeros(batch, dtype=torch.int64)
+    if config.condition == "text":
+        cond = torch.empty(batch, config.text_tokens, config.text_dim, dtype=dtype)
+    pooled = torch.empty(batch, config.pooled_dim, dtype=dtype) if config.pooled_text else None
+    return x, t, cond, pooled

@@ -19,8 +19,8 @@ from dico_t2i.config import Config, ConfigError
 from dico_t2i.diffusion.process import full_precision
 from dico_t2i.encoders import load_vision_encoder
 from dico_t2i.models import build_network
+from dico_t2i.models.cost import example_inputs
 from dico_t2i.training.checkpoint import PROJECTOR
-from dico_t2i.training.cost import example_inputs
 
 
 class Alignment:
@@ -107,7 +107,7 @@ def feature_width(config: Config, block: str) -> int:
             ) from None
         module.register_forward_hook(lambda _module, _inputs, output: seen.append(as_map(output)))
         try:
-            network(*example_inputs(config.model, config.latent_size, 1, torch.float32))
+            network(*example_inputs(config.model, (1, config.model.in_channels, *[config.latent_size] * 2)))
             return seen[0].shape[3]
         except (AttributeError, IndexError, RuntimeError) as error:
             raise ConfigError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from dico_t2i.config import Config, DiffusionConfig, NetworkConfig
 from dico_t2i.diffusion import build
 from dico_t2i.models import build_network
+from dico_t2i.models.cost import example_inputs
 from dico_t2i.models.trace import Pass, trace_training
 
 
@@ -88,23 +89,11 @@ def _trace(
 
     def loss() -> Tensor:
         with torch.device("meta"):
-            x, t, cond, pooled = example_inputs(model, size, micro, dtype)
+            x, t, cond, pooled = example_inputs(model, (micro, model.in_channels, size, size), dtype)
             noise = torch.empty_like(x)
             return objective.training_losses(lambda a, b: network(a, b, cond, pooled), x, t, noise)["loss"].mean()
 
     return trace_training(network, loss, autocast=autocast)
-
-
-def example_inputs(
-    model: NetworkConfig, size: int, micro: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, t, cond and pooled of a micro-batch on the current device, of any values: for their shapes."""
-    x, t = torch.empty(micro, model.in_channels, size, size), torch.zeros(micro, dtype=torch.int64)
-    cond = torch.zeros(micro, dtype=torch.int64)
-    if model.condition == "text":
-        cond = torch.empty(micro, model.text_tokens, model.text_dim, dtype=dtype)
-    pooled = torch.empty(micro, model.pooled_dim, dtype=dtype) if model.pooled_text else None
-    return x, t, cond, pooled
 
 
 def _dtype(config: Config) -> torch.dtype:
