@@ -1,41 +1,25 @@
 """MMDiT (Esser et al. 2024), diffusers' own of Stable Diffusion 3: text and image attend to each other."""
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from dico_t2i.config import MMDiTConfig
-from dico_t2i.models.network import Network
-from dico_t2i.models.peers.layers import initialize
+from dico_t2i.models.peers.of_diffusers import OfDiffusers, sizes
 
 
-class MMDiT(Network):
+class MMDiT(OfDiffusers):
     """MMDiT with tokens and pooled text. A fresh model returns 0: adaLN and the head start there, as in DiT."""
 
     def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__(config)
-        self.transformer = SD3Transformer2DModel(
-            sample_size=config.latent_size,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.hidden_size // config.num_heads,
+        transformer = SD3Transformer2DModel(
+            **sizes(config),
             joint_attention_dim=config.text_dim,
             caption_projection_dim=config.hidden_size,
             pooled_projection_dim=config.pooled_dim,
             pos_embed_max_size=None,  # positions that are computed, not stored with the weights
         )
-        if config.checkpoint_stages:
-            self.transformer.enable_gradient_checkpointing()
-        initialize(
-            self.transformer,
-            small=("time_text_embed",),
-            zero=("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
-        )
-
-    def blocks(self) -> nn.ModuleList:
-        return self.transformer.transformer_blocks
+        zero = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+        super().__init__(config, transformer, small=("time_text_embed",), zero=zero)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, pooled: Tensor | None = None) -> Tensor:
         if pooled is None:
