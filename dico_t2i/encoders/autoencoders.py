@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dico_t2i.config import AutoencoderConfig
 from dico_t2i.data import Batch
-from dico_t2i.encoders.local import config_hash, file_hash, read_json, reading, resolve
+from dico_t2i.encoders.local import config_hash, file_hash, load_diffusers, read_json, reading, resolve
 from dico_t2i.randomness import normal
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
@@ -169,17 +169,13 @@ class DiffusersAutoencoder(Autoencoder):
         import diffusers
 
         with reading(self._weights_file):
-            model, report = getattr(diffusers, self.class_name).from_pretrained(
+            return load_diffusers(
+                getattr(diffusers, self.class_name),
                 self._settings_file.parent,
-                torch_dtype=dtype,
+                dtype,
                 use_safetensors=self._weights_file.suffix == ".safetensors",
                 local_files_only=True,
-                low_cpu_mem_usage=False,  # else it warns when accelerate is not installed
-                output_loading_info=True,
             )
-        if report["missing_keys"]:  # diffusers would leave these at random values
-            raise ValueError(f"{self._weights_file}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
-        return model.eval().requires_grad_(False)
 
     def _widths(self) -> Sequence[int]:
         """Channels of the encoder at each resolution."""

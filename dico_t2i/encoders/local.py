@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -126,9 +127,27 @@ def load_transformers(model: Any, folder: Path, weights: Path) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    if report["missing_keys"]:  # transformers would leave these at random values
-        raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    _check_whole(weights, report)
     return module
+
+
+def load_diffusers(model: Any, name: str | Path, dtype: torch.dtype, **options: Any) -> Any:
+    """A model of diffusers, in eval mode, from a folder or hub id. Raises ValueError if its weights are not whole."""
+    network, report = model.from_pretrained(
+        name,
+        dtype=dtype,
+        low_cpu_mem_usage=find_spec("accelerate") is not None,  # else it warns when accelerate is not installed
+        output_loading_info=True,
+        **options,
+    )
+    _check_whole(name, report)
+    return network.eval().requires_grad_(False)
+
+
+def _check_whole(weights: str | Path, report: Mapping[str, Iterable[str]]) -> None:
+    """Both libraries leave what a file lacks at random values."""
+    if report["missing_keys"]:
+        raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
 
 
 def file_hash(path: Path) -> str:

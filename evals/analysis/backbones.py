@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dico_t2i.config import DiffusionConfig, SamplerConfig
-from dico_t2i.encoders.local import download_allowed, reading
+from dico_t2i.encoders.local import download_allowed, load_diffusers, reading
 
 _OLD_CLASS = "Transformer2DModel"  # under which DiT and PixArt were published
 _GUIDANCE = 3.5  # what FLUX's distilled networks are told, as in its pipeline
@@ -164,7 +163,7 @@ def load_backbone(kind: str, model: str, text: Path | None, device: torch.device
             " transformer/config.json) nor in the Hugging Face cache; DICO_ALLOW_DOWNLOAD=1 lets this machine fetch"
             f" it. {str(error).splitlines()[0]}"
         ) from None
-    return backbone(network.to(device).eval().requires_grad_(False), _read_text(text))
+    return backbone(network.to(device), _read_text(text))
 
 
 def _load_network(class_name: str, model: str, dtype: torch.dtype) -> Any:
@@ -178,16 +177,7 @@ def _load_network(class_name: str, model: str, dtype: torch.dtype) -> Any:
     saved_as = network_class.load_config(model, **place).get("_class_name")
     if saved_as not in (class_name, _OLD_CLASS):
         raise ValueError(f"--model {model}: is of {saved_as}, this --kind is {class_name}")
-    network, report = network_class.from_pretrained(
-        model,
-        **place,
-        torch_dtype=dtype,
-        low_cpu_mem_usage=find_spec("accelerate") is not None,
-        output_loading_info=True,
-    )
-    if report["missing_keys"]:  # diffusers would leave these at random values
-        raise ValueError(f"--model {model}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
-    return network
+    return load_diffusers(network_class, model, dtype, **place)
 
 
 def _read_text(file: Path | None) -> Text:

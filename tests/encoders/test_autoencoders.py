@@ -215,7 +215,7 @@ def test_unfit_folders_are_refused(kl: tuple[Path, Any], tmp_path: Path) -> None
     state = load_file(folder / WEIGHTS)
     del state["encoder.conv_in.bias"]
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{WEIGHTS}.*encoder\.conv_in\.bias"):
+    with pytest.raises(ValueError, match=r"vae: lacks encoder\.conv_in\.bias"):
         load(folder)
 
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
