@@ -125,6 +125,12 @@ class NetworkConfig(Section):
             raise ValueError(f"variant: {variant} already sets {', '.join(clash)}; give one or the other")
         return {**cls.variants[variant], **data}
 
+    @model_validator(mode="after")
+    def _pooled_is_of_text(self) -> NetworkConfig:
+        if self.pooled_text and self.condition == "class":
+            raise ValueError("pooled_text: is for condition: text; leave it out")
+        return self
+
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -175,8 +181,10 @@ class DiCoConfig(NetworkConfig):
                 f"text_tokens: {self.text_tokens} tokens do not fit a {side}x{side} kernel; at most {side**2} with"
                 " text_fusion: dwc, or any number with text_pooling: attention"
             )
-        if pooled and not dwc:
-            raise ValueError("text_pooling: is for text_fusion: dwc; cross_attention takes any number of tokens")
+        if not dwc:
+            self._refuse_keys_of_dwc()
+        if self.text_mask and dwc and not pooled and not self.text_inputs:
+            raise ValueError("text_mask: has no effect on kernels made of the tokens as they are; leave it out")
         if self.text_inputs_width and not self.text_inputs:
             raise ValueError("text_inputs_width: is for several encoders; give text_inputs, or leave it out")
         sums = {"text_tokens": sum(count for count, _ in self.text_inputs)}
@@ -185,6 +193,14 @@ class DiCoConfig(NetworkConfig):
             if self.text_inputs and getattr(self, key) != size:
                 raise ValueError(f"{key}: {getattr(self, key)}, but text_inputs make {size}; set {key}: {size}")
         return self
+
+    def _refuse_keys_of_dwc(self) -> None:
+        for key in ("text_pooling", "text_kernel", "text_projection"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: is for text_fusion: dwc; cross_attention takes any number of tokens, and has keys and"
+                    " values in each block"
+                )
 
     @model_validator(mode="after")
     def _switches_of_the_conv_module(self) -> DiCoConfig:
@@ -277,6 +293,7 @@ class PixArtConfig(SizedConfig):
     kind: Literal["pixart"] = "pixart"
     condition: Literal["text"] = "text"
     pooled_text: Literal[False] = False
+    text_mask: StrictBool = False  # tokens of zeros are padding (T5's): attention leaves them out
 
 
 class MMDiTConfig(SizedConfig):
@@ -324,6 +341,8 @@ class DiffusionConfig(Section):
             raise ValueError(f"weighting: {foreign} is not made for kind: {self.kind}")
         if self.kind == "iddpm" and (self.timesteps != "uniform" or self.shift != 1):
             raise ValueError("timesteps and shift: iddpm draws its steps uniformly; leave them out, or set kind: flow")
+        if self.kind == "flow" and self.prediction != "epsilon":
+            raise ValueError(f"prediction: {self.prediction} is for kind: iddpm; a flow predicts the velocity")
         if self.weighting == self.timesteps == "logit_normal":
             raise ValueError("weighting: logit_normal takes the place of timesteps: logit_normal; give one of them")
         return self
@@ -552,6 +571,8 @@ def check_sampler(diffusion: DiffusionConfig, sampler: SamplerConfig, key: str =
     if diffusion.kind == "iddpm" and sampler.shift != 1:
         raise ConfigError(f"{key}.shift: is for diffusion.kind: flow; leave it out")
     steps = sampler.steps
+    if diffusion.kind == "iddpm" and not 2 <= steps <= diffusion.steps:
+        raise ConfigError(f"{key}.steps: {steps}, but {sampler.kind} takes 2 to diffusion.steps: {diffusion.steps}")
     if sampler.kind == "heun" and steps % 2 == 0:
         raise ConfigError(f"{key}.steps: heun takes an odd number of evaluations, {steps - 1} or {steps + 1}")
     if sampler.kind == "euler_sde" and steps < 2:
@@ -564,7 +585,13 @@ class PreviewConfig(Section):
     every: Span | None = None  # none: no grids
     prompts: tuple[str, ...] = ()
     labels: tuple[NonNegative, ...] = ()
-    sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)
+    sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)  # keys left out are as here
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _keys_left_out(cls, value: Any) -> Any:
+        default = cls.model_fields["sampler"].default.model_dump(exclude_unset=True)
+        return {**default, **value} if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _something_to_sample(self) -> PreviewConfig:
@@ -686,6 +713,9 @@ class Config(Section):
             raise ValueError("preview.prompts: a class-conditional model takes preview.labels")
         if self.model.condition == "text" and self.preview.labels:
             raise ValueError("preview.labels: a text-conditional model takes preview.prompts")
+        if max(self.preview.labels, default=0) >= self.model.num_classes:
+            highest = self.model.num_classes - 1
+            raise ValueError(f"preview.labels: {max(self.preview.labels)}, but model.num_classes ends at {highest}")
         if self.validation and self.validation.path in data.paths:
             raise ValueError(
                 f"validation.path: {self.validation.path} is what the run trains on; hold out other samples"
@@ -706,6 +736,13 @@ class Config(Section):
             raise ValueError("model.learn_sigma: must be false with diffusion.kind: flow, which has no variance")
         check_sampler(self.diffusion, self.sampler)
         check_sampler(self.diffusion, self.preview.sampler, "preview.sampler")
+        if self.model.condition == "class" and not self.model.dropout_prob:
+            previews = self.preview.every is not None and self.preview.sampler.guidance != 1
+            if previews or self.sampler.guidance != 1:
+                raise ValueError(
+                    f"{'preview.' if previews else ''}sampler.guidance: must be 1 with model.dropout_prob: 0, which"
+                    " leaves no class to guide away from"
+                )
         return self
 
     @model_validator(mode="after")
@@ -822,7 +859,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
 
 
-# Sections whose keys exclude each other: a file that extends another replaces them as a whole.
+# Keys that exclude each other: a file that extends another replaces a section of them as a whole.
 _SPAN_KEYS = set(Span.model_fields)
 
 
@@ -830,11 +867,14 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        whole = isinstance(value, Mapping) and value and set(value) <= _SPAN_KEYS
-        merged[key] = (
-            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not whole else value
-        )
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not (_is_span(old) and _is_span(value)):
+            value = _merge(old, value)
+        merged[key] = value
     return merged
+
+
+def _is_span(section: Mapping[str, Any]) -> bool:
+    return bool(section) and set(section) <= _SPAN_KEYS
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -852,7 +892,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
         node = child
-    if last in _SPAN_KEYS and node and set(node) <= _SPAN_KEYS:
+    if last in _SPAN_KEYS and _is_span(node):
         node.clear()
     node[last] = value
 

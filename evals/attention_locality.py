@@ -38,8 +38,15 @@ _PANELS, _COLUMNS = 12, 6  # layers whose maps are drawn
 
 
 def record(backbone: Backbone, timesteps: Sequence[int], steps: int, samples: int, seed: int) -> dict[int, Maps]:
-    """Relative maps of each layer at the evaluations nearest to the timesteps, which are the keys as evaluated."""
-    wanted = {min(steps - 1, round((1 - t / backbone.diffusion.steps) * steps)) for t in timesteps}
+    """Relative maps of each layer at the evaluations nearest to the timesteps, which are the keys as evaluated.
+
+    Raises ValueError for timesteps that are not of the process.
+    """
+    outside = [t for t in timesteps if not 0 <= t <= backbone.diffusion.steps]
+    if outside:
+        raise ValueError(f"--timesteps {outside[0]}: must lie in 0..{backbone.diffusion.steps}")
+    evaluated = backbone.timesteps(steps)
+    wanted = {min(range(steps), key=lambda number: abs(evaluated[number] - t)) for t in timesteps}
     found: dict[int, Maps] = {}
     index = torch.arange(samples, device=backbone.device)
     done = 0
@@ -144,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--kind", choices=tuple(KINDS), required=True)
     add("--out", type=Path, required=True, help="folder of results")
     add("--text", type=Path, help="safetensors of text features (default: zeros)")
-    add("--grid", type=int, default=Flux.side, help=f"FLUX: image tokens a side (default: {Flux.side}, 512 pixels)")
+    add("--grid", type=int, help=f"FLUX: image tokens a side (default: {Flux.side}, 512 pixels)")
     add("--timesteps", type=int, nargs="+", default=[100, 500, 900], help="default: 100 500 900, of 1000")
     add("--steps", type=int, default=20, help="evaluations from noise to images (default: 20)")
     add("--samples", type=int, default=4, help="default: 4")
@@ -153,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     backbone = load_backbone(args.kind, args.model, args.text, device, dtype)
-    if isinstance(backbone, Flux):
+    if args.grid is not None:
+        if not isinstance(backbone, Flux):
+            raise ValueError(f"--grid: is for --kind flux; a {args.kind} has a size of its own")
         backbone.side = args.grid
     maps = record(backbone, args.timesteps, args.steps, args.samples, args.seed)
     found = {timestep: numbers(layers) for timestep, layers in maps.items()}

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="runs, checkpoints or exports")
     add("--out", type=Path, required=True, help="folder of results")
-    add("--data", type=Path, help="shards to look at (default: those that each was trained on)")
+    add("--data", help="shards to look at (default: those that each was trained on)")
     add("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     add("--module", help="path of the module in the network (default: the last block's mixer)")
     add("--timesteps", type=int, nargs="+", default=[100, 500, 900], help="default: 100 500 900, of 1000")

@@ -56,6 +56,11 @@ def test_the_papers_settings():
         ("autoencoder.kind=pixels", "model.in_channels: must be 3"),
         ("preview.prompts=[a]", "preview.prompts: a class-conditional model takes preview.labels"),
         ("preview.every.steps=5", "give prompts or labels"),
+        ("preview.labels=[999, 1000]", "preview.labels: 1000, but model.num_classes ends at 999"),
+        ("model.dropout_prob=0", "sampler.guidance: must be 1 with model.dropout_prob: 0"),
+        ("model.pooled_text=true", "pooled_text: is for condition: text"),
+        ("diffusion.steps=100", "sampler.steps: 250, but iddpm takes 2 to diffusion.steps: 100"),
+        ("preview.sampler.steps=1", "preview.sampler.steps: 1, but dpm++ takes 2 to"),
         ("nonsense", "expected key.path=value"),
         ("name.x=3", "is a value, not a section"),
     ],
@@ -77,6 +82,15 @@ def test_extends_merges_sections_and_replaces_spans(tmp_path):
     assert (config.optimizer.lr, config.optimizer.clip) == (3e-4, 2.0)
     assert config.train.duration.epochs == 2
     assert config.train.duration.in_steps(256, 2560) == 20
+
+
+def test_steps_alone_are_merged_into_a_section_with_other_keys(tmp_path):
+    sections = {"diffusion": {"schedule": "cosine"}, "sampler": {"kind": "ddim", "steps": 50, "guidance": 4.0}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**MINIMAL, **sections}))
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\ndiffusion: {steps: 500}\nsampler: {steps: 30}\n")
+    config = load_config(tmp_path / "top.yaml")
+    assert (config.diffusion.schedule, config.diffusion.steps) == ("cosine", 500)
+    assert (config.sampler.kind, config.sampler.steps, config.sampler.guidance) == ("ddim", 30, 4.0)
 
 
 def test_extending_in_a_circle_is_an_error(tmp_path):

@@ -18,6 +18,14 @@ def check_data(config: Config, index: DatasetIndex) -> None:
             f"alignment: its encoder sees the images, but {index.location} holds latents; set data.path to the shards"
             " of images that they were made from, or leave alignment out"
         )
+    downscale = config.data.image_size // config.latent_size
+    unit = config.model.latent_divisor * downscale
+    for height, width in index.buckets if config.data.buckets else ():
+        if height % unit or width % unit:
+            raise ConfigError(
+                f"data.buckets: {index.location} has one of {height}x{width} pixels, but this network takes sizes that"
+                f" are divisible by {unit}; leave data.buckets out, or take a smaller model.patch_size"
+            )
     needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
     for shard in index.starts:
         extensions = set(index.shard(shard).extensions)

@@ -28,7 +28,8 @@ class Flow:
     """The linear path, how its times are drawn in training, and how their losses are weighed.
 
     timesteps "logit_normal": logit(t) ~ N(logit_mean, logit_std^2); ``shift`` then moves the times towards noise.
-    weighting "logit_normal" weighs the losses with the density of that distribution instead, for uniform times.
+    weighting "logit_normal" weighs the losses with the density of that distribution instead, for times that are uniform
+    before the shift.
     """
 
     steps: int = 1000
@@ -59,7 +60,7 @@ class Flow:
         mse = mean_per_sample((noise - x_start - velocity) ** 2)
         if self.weighting == "none":
             return {"loss": mse, "mse": mse}
-        weight = logit_normal_density(time, self.logit_mean, self.logit_std)
+        weight = logit_normal_density(shifted(time, 1 / self.shift), self.logit_mean, self.logit_std)
         return {"loss": weight.to(mse.dtype) * mse, "mse": mse}
 
     def velocity(self, model_fn: ModelFn, x: Tensor, t: Tensor) -> Tensor:

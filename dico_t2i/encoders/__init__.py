@@ -7,6 +7,7 @@ from dico_t2i.encoders.autoencoders import (
     load_autoencoder,
     sample_latents,
 )
+from dico_t2i.encoders.cached import check_cached
 from dico_t2i.encoders.local import MissingModelError
 from dico_t2i.encoders.text import TextEncoder, TextFeatures, find_text_encoder, load_text_encoder
 from dico_t2i.encoders.vision import VisionEncoder, find_vision_encoder, load_vision_encoder
@@ -18,6 +19,7 @@ __all__ = [
     "TextEncoder",
     "TextFeatures",
     "VisionEncoder",
+    "check_cached",
     "find_autoencoder",
     "find_text_encoder",
     "find_vision_encoder",

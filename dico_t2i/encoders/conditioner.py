@@ -61,14 +61,18 @@ class Conditioner:
         return self.of_tokens(self.text_encoder.tokenize(prompts))
 
     def null(self, count: int) -> Conditioning:
-        """The conditioning of "" or of the null class, ``count`` times."""
+        """The conditioning of "" or of the null class, ``count`` times. Raises ValueError if there is no such class."""
         if self.text_encoder is None:
+            if not self.model.dropout_prob:
+                raise ValueError("guidance: must be 1, this model has no null class (model.dropout_prob: 0)")
             return {"cond": torch.full((count,), self.model.num_classes, device=self.device)}
         features = self.text_encoder.null()
         return self._keep(features.tokens.expand(count, -1, -1), features.pooled.expand(count, -1))
 
     def drop(self, conditioning: Conditioning, dropped: Tensor) -> Conditioning:
         """Replace the samples that ``dropped`` (N,) bool marks by null."""
+        if not self.model.dropout_prob:
+            return conditioning
         null = self.null(len(dropped))
         return {
             name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), null[name], value)

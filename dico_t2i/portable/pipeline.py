@@ -223,6 +223,8 @@ class DiCoPipeline(DiffusionPipeline):
     def _null(self, negatives: list[str] | None, device: torch.device) -> dict[str, Any]:
         """Of one sample, for all of them, or of each one's negative prompt."""
         if self.transformer.config.condition == "class":
+            if not self.transformer.config.dropout_prob:
+                raise ValueError("guidance_scale: must be 1, this model has no null class (dropout_prob: 0)")
             return {"cond": torch.full((1,), self.transformer.config.num_classes, device=device)}
         return self._conditioning(list(negatives or [""]), device)
 

@@ -8,17 +8,16 @@ The projector is a child of the network, under the name PROJECTOR: the engine tr
 the rest, and what reads the network from a checkpoint leaves it out.
 """
 
-from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dico_t2i.config import Config, ConfigError
+from dico_t2i.config import Config, ConfigError, TransformerConfig
 from dico_t2i.diffusion.process import full_precision
 from dico_t2i.encoders import load_vision_encoder
-from dico_t2i.models import build_network
+from dico_t2i.models import Network, build_network
 from dico_t2i.models.cost import example_inputs
 from dico_t2i.training.checkpoint import PROJECTOR
 
@@ -33,6 +32,7 @@ class Alignment:
         assert config.alignment is not None
         self.settings = config.alignment
         self.width = feature_width(config, self.settings.block)
+        self.side = token_side(config)
         self.encoder = load_vision_encoder(self.settings.encoder, device, dtype)
         self._features: Any = None
         self._projected: Tensor | None = None
@@ -47,7 +47,7 @@ class Alignment:
             self._features = output
 
         def project(*_: Any) -> None:
-            self._projected, self._features = projector(as_map(self._features)), None
+            self._projected, self._features = projector(as_map(self._features, self.side)), None
 
         network.get_submodule(self.settings.block).register_forward_hook(keep)
         network.register_forward_hook(project)
@@ -88,10 +88,19 @@ def _weights(source: int, target: int) -> Tensor:
     return F.interpolate(units, size=(source, target), mode="bilinear", antialias=True)[0, 0].T
 
 
-def as_map(features: Any) -> Tensor:
-    """A block's output as (N, h, w, C): it may be that, or tokens (N, h h, C), or a tuple whose last entry is."""
+def token_side(config: Config) -> int:
+    """Rows, and columns, of a transformer's image tokens; of other networks, whose features are maps, of its input."""
+    patch = config.model.patch_size if isinstance(config.model, TransformerConfig) else 1
+    return config.latent_size // patch
+
+
+def as_map(features: Any, side: int) -> Tensor:
+    """A block's output as (N, h, w, C): it may be that, or a tuple whose last entry is, or tokens.
+
+    Of tokens (N, T, C) the last side * side are the image's: (N, side, side, C).
+    """
     x: Tensor = features[-1] if isinstance(features, tuple) else features
-    return x if x.ndim == 4 else x.unflatten(1, (isqrt(x.shape[1]),) * 2)
+    return x if x.ndim == 4 else x[:, -side * side :].unflatten(1, (side, side))
 
 
 def feature_width(config: Config, block: str) -> int:
@@ -103,16 +112,23 @@ def feature_width(config: Config, block: str) -> int:
             module = network.get_submodule(block)
         except AttributeError as error:
             raise ConfigError(
-                f"alignment.block: the network has no {block} ({error}); a block is, for example, stages.middle.0"
+                f"alignment.block: the network has no {block} ({error}); a block is, for example, {_middle(network)}"
             ) from None
-        module.register_forward_hook(lambda _module, _inputs, output: seen.append(as_map(output)))
+        side = token_side(config)
+        module.register_forward_hook(lambda _module, _inputs, output: seen.append(as_map(output, side)))
         try:
             network(*example_inputs(config.model, (1, config.model.in_channels, *[config.latent_size] * 2)))
             return seen[0].shape[3]
         except (AttributeError, IndexError, RuntimeError) as error:
             raise ConfigError(
-                f"alignment.block: {block} gives no map of features; take a whole block, such as stages.middle.0"
+                f"alignment.block: {block} gives no map of features; take a whole block, such as {_middle(network)}"
             ) from error
+
+
+def _middle(network: Network) -> str:
+    """The path of the block in the middle."""
+    blocks = list(network.blocks())
+    return next(name for name, module in network.named_modules() if module is blocks[len(blocks) // 2])
 
 
 def _projector(features: int, hidden: int, out: int) -> nn.Sequential:

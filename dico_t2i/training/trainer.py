@@ -23,9 +23,9 @@ from dico_t2i.data import (
     load_data,
     make_loader,
     make_order,
-    same_encoder,
 )
 from dico_t2i.diffusion import build
+from dico_t2i.encoders import check_cached
 from dico_t2i.models import build_network
 from dico_t2i.sampling import default_weights, load_encoders
 from dico_t2i.training import checkpoint as ckpt
@@ -103,7 +103,7 @@ class Trainer:
         self.stop.install()
         self.dtype = WORKING_DTYPE[config.train.precision]
         self.autoencoder, self.conditioner = load_encoders(config, world.device, self.dtype)
-        self._check_encoders(index)
+        check_cached(config.data, index, self.autoencoder, self.conditioner.text_encoder)
         self.alignment = Alignment(config, world.device, self.dtype) if config.alignment else None
         self.loss_names = ("loss", "mse", "vb", *(["alignment"] if config.alignment else []))
         self.diffusion = build(config.diffusion, config.model.learn_sigma)
@@ -311,22 +311,6 @@ class Trainer:
             shares = zip(self.config.data.mixture, order.per_block.tolist(), strict=True)
             yield f"of {order.block} samples of a stream: " + ", ".join(f"{n} {source.name}" for source, n in shares)
 
-    def _check_encoders(self, index: DatasetIndex) -> None:
-        """Cached latents must come from the autoencoder of the config, cached text from its text encoder."""
-        meta = index.meta
-        pairs = []
-        if index.kind == "latents":
-            pairs.append(("autoencoder", "latents", self.autoencoder.identity()))
-        if self.config.data.cached_text and self.conditioner.text_encoder is not None:
-            pairs.append(("text_encoder", "text features", self.conditioner.text_encoder.identity()))
-        for key, what, ours in pairs:
-            made = meta.get(key, {})
-            if not same_encoder(made, ours):
-                raise ConfigError(
-                    f"{index.location} holds {what} of another {key}: {made}, the config has {ours};"
-                    f" set {key} to it, or encode again with data_prep/latents.py"
-                )
-
     def _steps(self, span: Span) -> int:
         steps = span.in_steps(self.config.train.global_batch, len(self.index))
         if steps is None:
@@ -390,7 +374,7 @@ class Trainer:
         encoder = self.conditioner.text_encoder
         tokenize = encoder.tokenize if encoder else None
         made = Validation(self.config, self.world, self.micro_batch, tokenize, self._latents, self.conditioner.of_batch)
-        self._check_encoders(made.index)
+        check_cached(self.config.data, made.index, self.autoencoder, encoder)
         return made
 
     def _validate(self) -> None:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dico_t2i.config import DiffusionConfig, SamplerConfig
+from dico_t2i.diffusion import space_timesteps
+from dico_t2i.diffusion.flow_samplers import flow_times
 from dico_t2i.encoders.local import download_allowed, load_diffusers, reading
 
 _OLD_CLASS = "Transformer2DModel"  # under which DiT and PixArt were published
@@ -54,6 +56,12 @@ class Backbone(ABC):
 
     def sampler_config(self, steps: int) -> SamplerConfig:
         return SamplerConfig.model_validate({"kind": self.sampler, "steps": steps, "guidance": 1.0})
+
+    def timesteps(self, steps: int) -> list[float]:
+        """At which its sampler evaluates it, from noise on."""
+        if self.diffusion.kind == "flow":
+            return [self.diffusion.steps * time for time in flow_times(self.sampler_config(steps))[:-1]]
+        return sorted(map(float, space_timesteps(self.diffusion.steps, str(steps))), reverse=True)
 
     def _text(self, key: str, samples: int, *shape: int) -> Tensor:
         """(samples, *shape); zeros if no text was given. Raises ValueError if it does not fit."""

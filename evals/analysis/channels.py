@@ -102,10 +102,16 @@ def last_mixer(network: nn.Module) -> str:
 def watch(network: nn.Module, path: str, statistics: ChannelStatistics) -> Any:
     """Add every output of the module at ``path`` to the statistics, until the returned handle is removed.
 
-    Raises ValueError if there is no such module.
+    Raises ValueError if there is no such module, or, when it runs, if its output is not one tensor.
     """
     try:
         module = network.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"--module {path}: {error}; stages.decoder1.0.conv is one of DiCo") from None
-    return module.register_forward_hook(lambda _module, _inputs, output: statistics.add(output))
+
+    def add(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(f"--module {path}: gives a {type(output).__name__}; name a module within it, or after it")
+        statistics.add(output)
+
+    return module.register_forward_hook(add)

@@ -1,9 +1,8 @@
-"""Data that a checkpoint was made for, as its network takes them."""
+"""Data that a checkpoint was made for, as its network takes them: of two checkpoints the same samples and noise."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from dico_t2i import randomness
 from dico_t2i.config import Config
 from dico_t2i.data import check_data, load_data, make_loader, make_order
 from dico_t2i.diffusion import build
+from dico_t2i.encoders import check_cached
 from dico_t2i.sampling import Pipeline
 
 
@@ -24,7 +24,7 @@ class Chunk:
     conditioning: dict[str, Tensor]
 
 
-def chunks(pipeline: Pipeline, data: Path | None, samples: int, batch: int) -> Iterator[Chunk]:
+def chunks(pipeline: Pipeline, data: str | None, samples: int, batch: int) -> Iterator[Chunk]:
     """``samples`` of the shards in ``data``, by default those it was trained on; the same ones each time.
 
     Raises DataError or ConfigError if they cannot be used.
@@ -34,6 +34,7 @@ def chunks(pipeline: Pipeline, data: Path | None, samples: int, batch: int) -> I
     index = load_data(config.data)
     check_data(config, index)
     encoder = pipeline.conditioner.text_encoder
+    check_cached(config.data, index, pipeline.autoencoder, encoder)
     loader = make_loader(
         config.data,
         index,
@@ -54,10 +55,11 @@ def chunks(pipeline: Pipeline, data: Path | None, samples: int, batch: int) -> I
         yield Chunk(latents, noise, pipeline.conditioner.of_batch(found))
 
 
-def _config(config: Config, data: Path | None) -> Config:
-    changes = {"flip": False, "workers": 0, "streams": 1}
-    where = {"path": str(data), "mixture": (), "buckets": False} if data else {}
-    return config.model_copy(update={"data": config.data.model_copy(update={**changes, **where}), "alignment": None})
+def _config(config: Config, data: str | None) -> Config:
+    changes = {"flip": False, "workers": 0, "streams": 1, "shuffle_block": 1024}
+    where = {"path": data, "mixture": (), "buckets": False} if data else {}
+    changed = config.data.model_copy(update={**changes, **where})
+    return config.model_copy(update={"data": changed, "seed": 0, "alignment": None})
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_loader import tokenize
 
-from dico_t2i.config import DataConfig
+from dico_t2i.config import ConfigError, DataConfig, parse_config
 from dico_t2i.data import (
     BucketOrder,
     DataError,
@@ -18,6 +18,7 @@ from dico_t2i.data import (
     ShardWriter,
     assign_buckets,
     bucket_shapes,
+    check_data,
     decode_image,
     load_index,
     make_loader,
@@ -237,6 +238,19 @@ def test_buckets_survive_indexing_anew_and_the_command_assigns_them(tmp_path, mo
     command.main()
     again = load_index(tmp_path)
     assert np.array_equal(again.bucket_counts, index.bucket_counts)
+
+
+def test_a_bucket_that_the_network_cannot_take_is_refused(index):
+    tree = {"name": "a", "train": {"duration": {"steps": 1}}, "data": {"path": str(index.root), "buckets": True}}
+    tree["data"]["streams"], tree["train"]["global_batch"] = STREAMS, BATCH
+    for patch, fits in ((4, True), (8, False)):
+        tree["model"] = {"kind": "pixart", "hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": patch}
+        config = parse_config(tree, "test")
+        if fits:
+            check_data(config, index)
+            continue
+        with pytest.raises(ConfigError, match=r"data\.buckets: .* 96x64 pixels, .* divisible by 64"):
+            check_data(config, index)
 
 
 def test_data_without_buckets_is_refused(tmp_path):

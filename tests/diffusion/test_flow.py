@@ -108,14 +108,15 @@ def test_a_time_is_a_function_of_seed_and_position(timesteps: Any) -> None:
     assert not torch.equal(t, flow.draw_timesteps(2, position))
 
 
-def test_weighing_with_the_density_is_sampling_from_it() -> None:
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_weighing_with_the_density_is_sampling_from_it(shift: float) -> None:
     """The integral of the loss over uniform times with weights equals that over logit-normal times without."""
     mean, std, n = -0.4, 0.8, 400
     middles = (np.arange(n) + 0.5) / n
-    weighing = Flow(weighting="logit_normal", logit_mean=mean, logit_std=std)
-    weighed = np.mean([mean_loss(weighing, 1000 * u) for u in middles])
+    weighing = Flow(weighting="logit_normal", logit_mean=mean, logit_std=std, shift=shift)
+    weighed = np.mean([mean_loss(weighing, 1000 * shifted(u, shift)) for u in middles])
     drawn = 1 / (1 + np.exp(-(mean + std * stats.norm.ppf(middles))))
-    assert weighed == pytest.approx(np.mean([mean_loss(Flow(), 1000 * u) for u in drawn]), rel=1e-3)
+    assert weighed == pytest.approx(np.mean([mean_loss(Flow(), 1000 * shifted(u, shift)) for u in drawn]), rel=1e-3)
     assert mean_loss(weighing, 300, part="mse") == pytest.approx(mean_loss(Flow(), 300), rel=1e-12)
 
 
@@ -172,6 +173,7 @@ def test_iddpm_draws_the_timesteps_it_always_drew() -> None:
         (["diffusion.kind=iddpm", "diffusion.timesteps=logit_normal"], "iddpm draws its steps uniformly"),
         (["diffusion.kind=iddpm", "diffusion.shift=3"], "iddpm draws its steps uniformly"),
         (["diffusion.kind=iddpm", "diffusion.weighting=logit_normal"], "logit_normal is not made for kind: iddpm"),
+        (["diffusion.prediction=x0"], "prediction: x0 is for kind: iddpm"),
         (["diffusion.weighting=min_snr"], "min_snr is not made for kind: flow"),
         (["diffusion.weighting=logit_normal", "diffusion.timesteps=logit_normal"], "give one of them"),
         (["sampler.kind=heun", "sampler.steps=50"], "sampler.steps: heun takes an odd number of evaluations, 49 or"),

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dico_t2i.config import TextEncoderConfig
+from dico_t2i.config import DiTConfig, TextEncoderConfig
 from dico_t2i.encoders import TextEncoder, load_text_encoder
+from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.encoders.text import OpenClipTokenizer, _clip_tokenizer
 
 START, END = 49406, 49407
@@ -379,3 +380,11 @@ def test_seeded_features_carry_the_words(kind: str) -> None:
     centred = nn.functional.normalize(features.pooled - features.pooled.mean(0), dim=1)
     similar = (centred @ centred.T).fill_diagonal_(-1)
     assert similar.max() < 0.99
+
+
+def test_a_model_without_a_null_class_cannot_be_guided() -> None:
+    classes = Conditioner(DiTConfig(hidden_size=16, depth=1, num_heads=2, dropout_prob=0.0), None, torch.device("cpu"))
+    conditioning = classes.of_labels(torch.tensor([0, 999]))
+    assert classes.drop(conditioning, torch.tensor([True, True])) is conditioning
+    with pytest.raises(ValueError, match="guidance: must be 1, this model has no null class"):
+        classes.null(1)

@@ -16,7 +16,7 @@ from dico_t2i.export import write_folder
 from dico_t2i.models import DiCo
 from evals import attention_locality, channel_activation
 from evals.analysis.backbones import KINDS, Flux, load_backbone
-from evals.analysis.channels import ChannelStatistics, diversity, last_mixer
+from evals.analysis.channels import ChannelStatistics, diversity, last_mixer, watch
 from evals.analysis.locality import RelativeMap, locality, uniform_shares
 from evals.analysis.recording import attention_probabilities, recording
 
@@ -123,7 +123,7 @@ def test_scores_are_those_of_the_networks_own_forward_pass(exports, tmp_path):
     seen = []
     module = pipeline.model.get_submodule(last_mixer(pipeline.model))
     module.register_forward_hook(lambda m, i, output: seen.append(output))
-    for chunk in chunks(pipeline, data, 8, 8):
+    for chunk in chunks(pipeline, str(data), 8, 8):
         assert chunk.latents.shape == (8, 3, 16, 16)
         run_network(pipeline, chunk, 500)
     expected = seen[0].relu().mean(dim=(0, 1, 2)).sort(descending=True).values
@@ -318,11 +318,12 @@ def test_probabilities_of_dit_are_those_of_diffusers(backbones):
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_script_writes_numbers_and_pictures(backbones, tmp_path, kind, capsys):
-    options = ["--steps", "4", "--samples", "2", "--timesteps", "250", "1000", "--grid", "4"]
+    options = ["--steps", "4", "--samples", "2", "--timesteps", "250", "1000"]
+    options += ["--grid", "4"] if kind == "flux" else []
     arguments = ["--model", str(backbones[kind]), "--kind", kind, "--out", str(tmp_path), *options]
     assert attention_locality.main(arguments) == 0
     found = json.loads((tmp_path / "locality.json").read_text())
-    assert len(found["timesteps"]) == 2
+    assert set(found["timesteps"]) == ({"250", "1000"} if kind == "flux" else {"333", "999"})
     for layers in found["timesteps"].values():
         for values in layers.values():
             assert 0 < values["window"]["3"] < values["window"]["5"] < 1
@@ -330,6 +331,26 @@ def test_the_script_writes_numbers_and_pictures(backbones, tmp_path, kind, capsy
             assert (values["outside"] > 0) == (kind == "flux")
     assert len(list(tmp_path.glob("*.png"))) == 2
     assert "uniform" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--grid", "4"], "--grid: is for --kind flux"),
+        (["--timesteps", "2000"], r"--timesteps 2000: must lie in 0\.\."),
+    ],
+)
+def test_options_that_do_not_fit_are_told(backbones, tmp_path, options, message):
+    arguments = ["--model", str(backbones["dit"]), "--kind", "dit", "--out", str(tmp_path), *options]
+    with pytest.raises(ValueError, match=message):
+        attention_locality.main(arguments)
+
+
+def test_outputs_that_are_no_tensor_are_told():
+    network = torch.nn.Sequential(torch.nn.Identity())
+    watch(network, "0", ChannelStatistics())
+    with pytest.raises(ValueError, match="--module 0: gives a tuple"):
+        network((torch.zeros(1), torch.zeros(1)))
 
 
 def test_what_is_not_there_is_told(backbones, tmp_path):

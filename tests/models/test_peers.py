@@ -218,6 +218,14 @@ def test_text_has_no_effect_on_a_fresh_pixart():
     assert torch.equal(network(x, t, text), network(x, t, 5 * text + 1))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_pixart_leaves_padding_out(masked):
+    network = randomized(PixArtConfig(**{**TEXT, "text_tokens": 9}, text_mask=masked))
+    x, t, text, _ = inputs(PEERS["pixart"])
+    padded = torch.cat((text, torch.zeros(2, 4, 12)), 1)
+    assert torch.allclose(network(x, t, padded), network(x, t, text), atol=1e-5) == masked
+
+
 @pytest.mark.parametrize("kind", PEERS)
 def test_conditions_are_obeyed_and_everything_is_trained(kind):
     network = randomized(PEERS[kind])

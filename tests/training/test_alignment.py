@@ -13,7 +13,7 @@ from dico_t2i.data import check_data, load_data
 from dico_t2i.export import export
 from dico_t2i.models import DiCo
 from dico_t2i.sampling import load_pipeline
-from dico_t2i.training.alignment import Alignment, alignment_loss, as_map, feature_width, resample
+from dico_t2i.training.alignment import Alignment, alignment_loss, as_map, feature_width, resample, token_side
 from dico_t2i.training.checkpoint import newest_checkpoint, read_weights
 from dico_t2i.training.run import RunFolder
 
@@ -58,9 +58,22 @@ def test_known_values():
 
 def test_features_are_maps():
     x = torch.randn(2, 9, 4)
-    assert torch.equal(as_map(x), x.view(2, 3, 3, 4))
-    assert torch.equal(as_map((None, x)), x.view(2, 3, 3, 4))
-    assert as_map(x.view(2, 3, 3, 4)).shape == (2, 3, 3, 4)
+    assert torch.equal(as_map(x, 3), x.view(2, 3, 3, 4))
+    assert torch.equal(as_map((None, x), 3), x.view(2, 3, 3, 4))
+    assert as_map(x.view(2, 3, 3, 4), 3).shape == (2, 3, 3, 4)
+    text_first = torch.cat((torch.randn(2, 5, 4), x), 1)
+    assert torch.equal(as_map(text_first, 3), x.view(2, 3, 3, 4))
+
+
+@pytest.mark.parametrize(("kind", "block"), [("uvit", "layers.1"), ("mmdit", "transformer.transformer_blocks.1")])
+def test_blocks_of_transformers_with_text(runs, kind, block):
+    sizes = f"hidden_size: 16, depth: 3, num_heads: 2, latent_size: 16, pooled_text: {str(kind == 'mmdit').lower()}"
+    model = f"model={{kind: {kind}, in_channels: 3, learn_sigma: false, condition: text, text_dim: 32, {sizes}}}"
+    config = load_config(runs.config, [model, ALIGNED])
+    assert feature_width(config, block) == 16
+    assert token_side(config) == 8
+    with pytest.raises(ConfigError, match=rf"no nothing .* for example, {block}"):
+        feature_width(config, "nothing")
 
 
 @pytest.mark.parametrize(("compiled", "recomputed"), [(False, False), (False, True), (True, False)])
@@ -89,7 +102,7 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_one(runs, compiled, recomp
     assert "stem.weight" in reached
     assert "stages.middle.0.conv.project.weight" in reached
     assert not [name for name in reached if name.startswith(("stages.decoder", "head"))]
-    expected = alignment_loss(network.alignment(as_map(_middle(config, network, inputs))), target)
+    expected = alignment_loss(network.alignment(as_map(_middle(config, network, inputs), 3)), target)
     assert torch.allclose(losses["alignment"], expected, atol=1e-5)
 
 

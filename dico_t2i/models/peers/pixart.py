@@ -4,6 +4,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from dico_t2i.config import PixArtConfig
+from dico_t2i.models.conditioning import padding_bias
 from dico_t2i.models.peers.of_diffusers import OfDiffusers, sizes
 
 
@@ -19,10 +20,15 @@ class PixArt(OfDiffusers):
         )
         small, zero = ("adaln_single", "caption_projection"), ("attn2.to_out", "proj_out")
         super().__init__(config, transformer, small, zero)
+        self.masked = config.text_mask
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, pooled: None = None) -> Tensor:
         dtype = self.transformer.proj_out.weight.dtype
-        conditions = {"resolution": None, "aspect_ratio": None}
         return self.transformer(
-            x.to(dtype), encoder_hidden_states=cond, timestep=t, added_cond_kwargs=conditions, return_dict=False
+            x.to(dtype),
+            encoder_hidden_states=cond,
+            encoder_attention_mask=padding_bias(cond)[:, None] if self.masked else None,
+            timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
         )[0]
