@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dico_t2i.options import non_negative, positive
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,13 +16,16 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse and run; exits with 0, 2 (something to correct, said in one message) or a command's own code."""
+    """Parse and run; exits with 0, 2 (something to correct, said in one message), 130 or a command's own code."""
     parsed = _parser().parse_args(arguments)
     try:
         sys.exit(parsed.run(parsed))
-    except ValueError as error:  # ConfigError, DataError, MissingModelError, CheckpointError: the user's to mend
+    except (ValueError, OSError) as error:  # ConfigError, DataError, a folder that is none: the user's to mend
         print(f"dico {parsed.command}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"dico {parsed.command}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,8 +60,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("--cluster", type=Path, help="a profile; see configs/cluster/")
-    parser.add_argument("--nodes", type=int)
-    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("--nodes", type=positive)
+    parser.add_argument("--gpus-per-node", type=non_negative)
     parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
@@ -95,18 +100,18 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--labels", nargs="+", help='class numbers, or ImageNet names such as "golden retriever"')
     parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
-    parser.add_argument("--per-prompt", type=int, default=1, help="images of each prompt or label")
+    parser.add_argument("--per-prompt", type=positive, default=1, help="images of each prompt or label")
     parser.add_argument(
         "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
     )
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=positive)
     parser.add_argument(
         "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"
     )
     parser.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    parser.add_argument("--batch", type=int, default=16, help="images sampled at a time (default: 16)")
-    parser.add_argument("--decode-batch", type=int, default=16, help="images decoded at a time (default: 16)")
+    parser.add_argument("--batch", type=positive, default=16, help="images sampled at a time (default: 16)")
+    parser.add_argument("--decode-batch", type=positive, default=16, help="images decoded at a time (default: 16)")
     parser.add_argument(
         "--exact", action="store_true", help="through torch alone: in fp32, the bytes that diffusers gives"
     )
@@ -121,6 +126,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
+    arguments.out.mkdir(parents=True, exist_ok=True)  # now, rather than when the images are made
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     if arguments.exact:
         os.environ[OPERATORS] = "torch"
@@ -128,7 +134,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     kind = "text" if arguments.labels is None else "class"
     if pipeline.config.model.condition != kind:
         raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
-    _check_names(arguments.labels, pipeline.config.model.num_classes)
+    _check_labels(arguments.labels, conditions, pipeline.config.model.num_classes)
     sampler = _sampler(arguments, pipeline.config.sampler)
     seeds = list(range(arguments.seed, arguments.seed + len(conditions)))
     encoder = pipeline.conditioner.text_encoder
@@ -151,10 +157,12 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _sampler(arguments: argparse.Namespace, default: "SamplerConfig") -> "SamplerConfig":
     """The config's sampler under --fast under what is asked for by name."""
+    from dico_t2i.config import parse_section
+
     changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
     asked = {key: value for key, value in changes.items() if value is not None}
     fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
-    return type(default).model_validate({**default.model_dump(), **fast, **asked})
+    return parse_section({**default.model_dump(), **fast, **asked}, type(default), "options")
 
 
 def _device(dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
@@ -175,18 +183,26 @@ def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
         return list(arguments.prompt)
     if not arguments.prompts.is_file():
         raise ValueError(f"--prompts {arguments.prompts}: no such file")
-    prompts = [line.strip() for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts {arguments.prompts}: not a text file in UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {arguments.prompts}: has no prompts")
     return prompts
 
 
-def _check_names(labels: Sequence[str] | None, classes: int) -> None:
+def _check_labels(labels: Sequence[str] | None, numbers: Sequence[str | int], classes: int) -> None:
+    if labels is None:
+        return
     from dico_t2i.imagenet import CLASSES
 
-    names = [label for label in labels or () if not label.strip().isdecimal()]
+    names = [label for label in labels if not label.strip().isdecimal()]
     if names and classes != CLASSES:
         raise ValueError(f"--labels {names[0]!r}: this model has {classes} classes, not ImageNet's; give numbers")
+    if max(map(int, numbers)) >= classes:
+        raise ValueError(f"--labels {max(map(int, numbers))}: this model's classes are 0 to {classes - 1}")
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ resolved, as ``config.yaml`` in the run folder. Lowest layer: imports nothing of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -28,6 +29,7 @@ from pydantic import (
 Positive = Annotated[StrictInt, Field(gt=0)]
 NonNegative = Annotated[StrictInt, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Stage = Literal["encoder1", "encoder2", "middle", "decoder2", "decoder1"]
@@ -60,9 +62,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
+    """Base of every section: immutable, and an unknown key or a number that is not finite is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -480,13 +482,20 @@ class DataConfig(Section):
 
 class OptimizerConfig(Section):
     lr: PositiveFloat = 1e-4
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping
     warmup: Span | None = None
     schedule: Literal["constant", "cosine"] = "constant"
     ema: tuple[Probability, ...] = (0.9999,)  # decays per step
+
+    @field_validator("ema")
+    @classmethod
+    def _names_differ(cls, decays: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{decay:g}" for decay in decays}) < len(decays):
+            raise ValueError("two decays have the same six digits, by which averages are named")
+        return decays
 
 
 class ProfileConfig(Section):
@@ -675,7 +684,7 @@ class ClusterConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: str
+    name: Annotated[StrictStr, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]  # of the run's folder
     seed: NonNegative = 0
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -696,8 +705,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         train, data = self.train, self.data
-        if train.duration.minutes is not None:
-            raise ValueError("train.duration: give steps, images or epochs (schedules need an end in images)")
         if train.global_batch % data.streams:
             raise ValueError(f"data.streams: {data.streams} does not divide train.global_batch: {train.global_batch}")
         unit = self.model.latent_divisor * (1 if self.autoencoder.kind == "pixels" else 8)
@@ -716,12 +723,27 @@ class Config(Section):
         if max(self.preview.labels, default=0) >= self.model.num_classes:
             highest = self.model.num_classes - 1
             raise ValueError(f"preview.labels: {max(self.preview.labels)}, but model.num_classes ends at {highest}")
-        if self.validation and self.validation.path in data.paths:
+        if self.validation and _place(self.validation.path) in map(_place, data.paths):
             raise ValueError(
                 f"validation.path: {self.validation.path} is what the run trains on; hold out other samples"
             )
         if self.validation and self.validation.bands > min(self.diffusion.steps, self.validation.samples):
             raise ValueError(f"validation.bands: {self.validation.bands} bands need as many samples and timesteps")
+        return self
+
+    @model_validator(mode="after")
+    def _spans_without_minutes(self) -> Config:
+        spans = {
+            "train.duration": self.train.duration,
+            "optimizer.warmup": self.optimizer.warmup,
+            "log.every": self.log.every,
+            "preview.every": self.preview.every,
+            "validation.every": self.validation and self.validation.every,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
+        }
+        for key, span in spans.items():
+            if span and span.minutes is not None:
+                raise ValueError(f"{key}: give steps, images or epochs; minutes are for checkpoint.every alone")
         return self
 
     @model_validator(mode="after")
@@ -796,10 +818,7 @@ def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: Cluste
     """
     own = below.model_dump(include=below.model_fields_set) if below else {}
     tree = {**(_read_tree(profile, ()) if profile else {}), **own, **changes}
-    try:
-        return ClusterConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{profile or 'cluster'}:\n{_explain(error, ClusterConfig)}") from None
+    return parse_section(tree, ClusterConfig, str(profile or "cluster"))
 
 
 def load_section(path: Path, section: type[AnySection], overrides: Iterable[str] = ()) -> AnySection:
@@ -810,18 +829,20 @@ def load_section(path: Path, section: type[AnySection], overrides: Iterable[str]
     tree = _read_tree(path, ())
     for override in overrides:
         _apply_override(tree, override)
+    return parse_section(tree, section, str(path))
+
+
+def parse_section(tree: Mapping[str, Any], section: type[AnySection], source: str) -> AnySection:
+    """Validate a plain tree as any section; ``source`` is named in errors."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}:\n{_explain(error, section)}") from None
+        raise ConfigError(f"{source}:\n{_explain(error, section)}") from None
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
     """Validate a plain tree; ``source`` is named in errors."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{source}:\n{_explain(error)}") from None
+    return parse_section(tree, Config, source)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -844,11 +865,13 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, not a config file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -857,6 +880,26 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return tree
     return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that is given twice is an error; YAML's own rule would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, yaml.Node] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key != "<<" and key in seen:
+                first = seen[key].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice, first in line {first}", key_node.start_mark
+                )
+            seen[str(key)] = key_node
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 # Keys that exclude each other: a file that extends another replaces a section of them as a whole.
@@ -873,6 +916,11 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _place(path: str) -> str:
+    """What two spellings of one folder have in common."""
+    return path.rstrip("/") if "://" in path else os.path.realpath(path)
+
+
 def _is_span(section: Mapping[str, Any]) -> bool:
     return bool(section) and set(section) <= _SPAN_KEYS
 
@@ -882,7 +930,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.path=value")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     *parents, last = key.split(".")

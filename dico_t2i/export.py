@@ -25,7 +25,7 @@ from dico_t2i.evaluations import read_evaluations
 from dico_t2i.imagenet import CLASSES, class_names
 from dico_t2i.inline import standalone
 from dico_t2i.safetensors_writer import write_safetensors
-from dico_t2i.sampling import WEIGHTS_FILE, default_weights, locate_checkpoint
+from dico_t2i.sampling import WEIGHTS_FILE, chosen_weights, locate_checkpoint
 from dico_t2i.training.checkpoint import read_weights, verify
 
 _TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -46,6 +46,8 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     encoder is not here, CheckpointError when the checkpoint is not whole.
     """
     check_new(out)
+    if (path / WEIGHTS_FILE).exists():
+        raise ValueError(f"{path}: is an exported folder already")
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
     if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
@@ -53,7 +55,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
             "text_encoder: an exported pipeline takes one CLIP; export with --no-encoders, and sample the folder with"
             " dico sample, which loads the text encoders that its config.yaml names"
         )
-    kind = weights or default_weights(config)
+    kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}

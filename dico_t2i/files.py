@@ -13,9 +13,13 @@ def temporary(path: Path) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name, force to disk, rename."""
     part = temporary(path)
-    part.write_bytes(content)
-    flush(part)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        flush(part)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

@@ -19,11 +19,12 @@ from dico_t2i.config import Config, ConfigError, SamplerConfig, load_config
 from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder, find_text_encoder, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner, check_text
+from dico_t2i.encoders.local import read_json
 from dico_t2i.encoders.sizes import text_sizes
 from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
-from dico_t2i.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, read_weights
-from dico_t2i.training.optimizer import WEIGHT, ema_name
+from dico_t2i.training.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, read_weights
+from dico_t2i.training.optimizer import MOMENTS, WEIGHT, ema_name
 
 Progress = Callable[[int, int], None]
 WEIGHTS_FILE = "model.safetensors"
@@ -176,20 +177,33 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
 
 def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[Network], None]]:
     if (path / WEIGHTS_FILE).exists():
+        _check_exported(path, weights)
         return exported_config(path), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
-    kind = weights or default_weights(config)
+    kind = chosen_weights(weights, config, checkpoint)
     return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+
+
+def _check_exported(folder: Path, weights: str | None) -> None:
+    """Raise ValueError if other weights are asked for than those in an exported folder."""
+    origin = folder / "export.json"
+    held = read_json(origin).get("weights") if origin.exists() else None
+    if weights not in (None, held):
+        raise ValueError(f"--weights {weights}: {folder} is exported, and holds {held} alone; give the run instead")
 
 
 def exported_config(folder: Path) -> Config:
     """The config of an exported folder, with the encoders that lie in it."""
+    config = load_config(folder / "config.yaml")
     vae, text = folder / "vae", folder / "text_encoder"
-    overrides = [f"autoencoder.path={vae}"] if vae.is_dir() else []
+    changes: dict[str, Any] = {}
+    if vae.is_dir():
+        changes["autoencoder"] = config.autoencoder.model_copy(update={"path": str(vae)})
     if text.is_dir():
-        overrides += [f"text_encoder.model={text}", "text_encoder.weights=pretrained"]
-    return load_config(folder / "config.yaml", overrides)
+        own = {"model": str(text), "weights": "pretrained"}
+        changes["text_encoder"] = config.text_encoder.model_copy(update=own)
+    return config.model_copy(update=changes)
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
@@ -197,6 +211,8 @@ def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
     if not path.exists():
         raise ValueError(f"{path}: no such run or exported folder")
     is_checkpoint = path.parent.name == "checkpoints"
+    if is_checkpoint and path.is_file():  # latest, which holds a name
+        path = path.with_name(path.read_text().strip())
     run = path.parent.parent if is_checkpoint else path
     if not (run / "config.yaml").exists():
         raise ValueError(f"{path}: neither a run (config.yaml, checkpoints/) nor an exported folder ({WEIGHTS_FILE})")
@@ -208,11 +224,23 @@ def default_weights(config: Config) -> str:
     return ema_name(config.optimizer.ema[0]) if config.optimizer.ema else WEIGHT
 
 
+def chosen_weights(weights: str | None, config: Config, checkpoint: Checkpoint) -> str:
+    """The kind that is asked for, or the default. Raises CheckpointError for one that is no weights or is not there."""
+    kind = weights or default_weights(config)
+    usable = [name for name in checkpoint.kinds if name not in MOMENTS]
+    if kind not in usable:
+        raise CheckpointError(f"{checkpoint.path}: no {kind}; it holds {', '.join(usable)}")
+    return kind
+
+
 def _fill(model: Network, state: dict[str, Tensor], source: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{source}: not weights of the model in its config: {str(error).splitlines()[1]}") from None
+    broken = next((name for name, values in state.items() if not values.isfinite().all()), None)
+    if broken:
+        raise ValueError(f"{source}: {broken} is not finite, this training diverged; take an earlier checkpoint")
 
 
 def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path) -> None:

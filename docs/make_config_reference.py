@@ -18,6 +18,7 @@ _WORDS = {
     "Positive": "integer > 0",
     "NonNegative": "integer >= 0",
     "Probability": "0 to 1",
+    "BelowOne": "0 to less than 1",
     "PositiveFloat": "number > 0",
     "NonNegativeFloat": "number >= 0",
     "StrictBool": "true or false",

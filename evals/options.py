@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from dico_t2i.options import non_negative, positive
 from evals import weights
 from evals.protocol import Metric, Protocol, load_protocol, names
 
@@ -26,8 +27,13 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--clip", help="folder of the CLIP model of the CLIP score (default: the protocol's, from the hub's cache)")
     add("--dinov2", help="folder of DINOv2 (default: the protocol's, from the hub's cache)")
     add("--cache", type=Path, default=weights.CACHE, help=f"weights, reference statistics (default: {weights.CACHE})")
-    add("--resamples", type=int, default=20, help="bootstrap samples for standard errors; 0: none (default: 20)")
-    add("--threads", type=int, default=1, help="of a rank's CPU; others may change last bits (default: 1)")
+    add(
+        "--resamples",
+        type=non_negative,
+        default=20,
+        help="bootstrap samples for standard errors; 0: none (default: 20)",
+    )
+    add("--threads", type=positive, default=1, help="of a rank's CPU; others may change last bits (default: 1)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import run
+from dico_t2i.options import positive
 from evals import coco_fid, imagenet_fid
 from evals.options import chosen_protocol
 from evals.protocol import load_protocol
@@ -31,11 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.prog = f"sweep.py {argv[0]}"
     parser.add_argument("--guidance", type=_floats, required=True, metavar="W,W", help="values of sampler.guidance")
     parser.add_argument(
-        "--steps", type=_floats, metavar="N,N", help="values of sampler.steps (default: the protocol's)"
+        "--steps", type=_counts, metavar="N,N", help="values of sampler.steps (default: the protocol's)"
     )
     args = parser.parse_args(argv[1:])
     protocol = chosen_protocol(args)
-    steps = [int(n) for n in args.steps or [protocol.sampler.steps]]
+    across = plotted(args.metrics)
+    steps = args.steps or [protocol.sampler.steps]
     points = [
         load_protocol(args.protocol, [*args.set, f"sampler.guidance={w}", f"sampler.steps={n}"])
         for n in steps
@@ -45,20 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [evaluation.run(point) for point in points]
     if evaluation.world.is_main:
         path = evaluation.folder / f"sweep-{protocol.name}-{protocol.hash()}-{evaluation.subject.step:08d}.png"
-        save_plot([result for result in results if result], path)
+        save_plot([result for result in results if result], across, path)
         print(f"plot: {path}")
     return 0
 
 
-def save_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """A line for each number of steps through its guidances. Raises ValueError without FID and another metric."""
+def plotted(metrics: Sequence[str]) -> str:
+    """What FID is plotted against. Raises ValueError without FID and another metric."""
+    across = next((name for name in ("clip", "is", "kid") if name in metrics), None)
+    if across is None or "fid" not in metrics:
+        raise ValueError("--metrics: to plot, fid and one of clip, is, kid are needed")
+    return across
+
+
+def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> None:
+    """FID against the metric ``across``: a line for each number of steps through its guidances."""
     from matplotlib.figure import Figure
 
     from evals.report import NAMES
 
-    across = next((name for name in ("clip", "is", "kid") if name in results[0]["numbers"]), None)
-    if across is None or "fid" not in results[0]["numbers"]:
-        raise ValueError("--metrics: to plot, fid and one of clip, is, kid are needed; the results themselves are kept")
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     for steps in sorted({r["protocol"]["sampler"]["steps"] for r in results}):
@@ -77,6 +84,10 @@ def save_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _floats(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _counts(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

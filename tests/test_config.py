@@ -61,6 +61,14 @@ def test_the_papers_settings():
         ("model.pooled_text=true", "pooled_text: is for condition: text"),
         ("diffusion.steps=100", "sampler.steps: 250, but iddpm takes 2 to diffusion.steps: 100"),
         ("preview.sampler.steps=1", "preview.sampler.steps: 1, but dpm++ takes 2 to"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.ema=[0.9, 0.9]", "optimizer.ema: two decays have the same six digits"),
+        ("optimizer.betas=[1, 1]", "optimizer.betas.0: Input should be less than 1"),
+        ("log.every={minutes: 1}", "log.every: give steps, images or epochs"),
+        ("validation={every: {steps: 1}, path: ./data/../data/x/}", "is what the run trains on"),
+        ("model={variant: DiCo-S, variant: DiCo-B}", "variant is given twice"),
+        ("name=..", "name: String should match pattern"),
+        ("name=a/b", "name: String should match pattern"),
         ("nonsense", "expected key.path=value"),
         ("name.x=3", "is a value, not a section"),
     ],
@@ -100,7 +108,7 @@ def test_extending_in_a_circle_is_an_error(tmp_path):
         load_config(tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize("text", ["- a list", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["- a list", "a: [", "\x00", "name: a\ndata: {}\nname: b\n"])
 def test_a_file_that_is_no_config_is_named(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dico_t2i.config import load_config
 from dico_t2i.export import export
+from dico_t2i.sampling import load_pipeline
 from dico_t2i.training.checkpoint import CheckpointError
 from tests.faults.harness import Run, write_data
 
@@ -54,8 +55,23 @@ def test_an_export_carries_its_config_and_what_is_not_there_is_named(tmp_path, d
     assert load_config(tmp_path / "out" / "config.yaml") == load_config(run.path / "config.yaml")
     with pytest.raises(ValueError, match="nothing is overwritten"):
         export(run.path, None, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"no ema_0\.5; it holds .*ema_0\.9, ema_0\.99.*weight"):
+    with pytest.raises(CheckpointError, match=r"no ema_0\.5; it holds ema_0\.9, ema_0\.99, weight"):
         export(run.path, "ema_0.5", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="no exp_avg"):
+        export(run.path, "exp_avg", tmp_path / "other")
+    with pytest.raises(ValueError, match="is an exported folder already"):
+        export(tmp_path / "out", None, tmp_path / "other")
+    export(run.checkpoints / "latest", "weight", tmp_path / "a: b #1")
+    pipeline = load_pipeline(tmp_path / "a: b #1", "weight", torch.device("cpu"), torch.float32)
+    assert pipeline.config.model == load_config(run.path / "config.yaml").model
+    with pytest.raises(ValueError, match="is exported, and holds weight alone"):
+        load_pipeline(tmp_path / "a: b #1", "ema_0.9", torch.device("cpu"), torch.float32)
+    lost = load_file(tmp_path / "out" / "model.safetensors")
+    lost["stem.bias"][0] = torch.nan
+    (tmp_path / "out" / "model.safetensors").unlink()
+    save_file(lost, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"stem\.bias is not finite"):
+        load_pipeline(tmp_path / "out", None, torch.device("cpu"), torch.float32)
     (shard,) = run.checkpoints.glob("*/*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="bytes, should be"):

@@ -107,6 +107,28 @@ def sampled(model, out, *arguments, exact=True):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "1000"], "--labels 1000: this model's classes are 0 to 999"),
+        (["--labels", "1", "--guidance", "-1"], "guidance: Input should be greater than or equal to 0"),
+        (["--labels", "1", "--out", "{folder}/file/x"], "Not a directory"),
+        (["--labels", "1", "--decode-batch", "0"], "--decode-batch: must be at least 1, not 0"),
+        (["--labels", "1", "--batch", "many"], "--batch: 'many' is not a whole number"),
+        (["--prompts", "{folder}/file"], "not a text file in UTF-8"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told_at_once(class_model, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_bytes(b"\xff\x00")
+    given = [argument.format(folder=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sample", "--checkpoint", str(class_model), "--out", str(tmp_path / "out"), *given])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
 FORBID = """
 import sys
 

@@ -42,6 +42,7 @@ _MAX_OPEN_SHARDS = 256
 _MAX_LABEL_DIGITS = 9
 _SMALL_TENSOR = 1 << 16  # bytes
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+_ORPHAN_POLL_S = 5.0  # between two looks of a worker at its parent
 _POLL_S = 1.0  # between two looks at the workers while a micro-batch is late
 _MAX_NAMED_SHARDS = 4
 
@@ -107,13 +108,15 @@ def make_loader(
     world: int,
     start_step: int,
     tokenize: Callable[[list[str]], Tensor] | None,
+    classes: int | None = None,
     retries: int = 0,
     retry_wait_s: float = 0.5,
     timeout_s: float = 0.0,
 ) -> Iterable[Batch]:
     """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut evenly.
 
-    retries, retry_wait_s: see ShardReader. timeout_s: the longest wait for a worker's micro-batch; 0 is for ever.
+    classes: labels from there on make a sample bad. retries, retry_wait_s: see ShardReader. timeout_s: the longest
+    wait for a worker's micro-batch; 0 is for ever.
     Raises DataError if sizes do not divide, or the latents in the index are not those of the config. While
     iterating, raises DataError that names the worker if one died or is late.
     """
@@ -126,7 +129,7 @@ def make_loader(
     wanted = _extensions(data, index, condition)
     reader = ShardReader(index, open_shards, retries, retry_wait_s, extensions=wanted, obey_quarantine=True)
     shapes = _shapes(data, index)
-    samples = _Samples(data, reader, order, seed, condition, tokenize, shapes)
+    samples = _Samples(data, reader, order, seed, condition, classes, tokenize, shapes)
     plan = _MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step)
     if not data.workers:
         return DataLoader(plan, batch_size=None, pin_memory=torch.cuda.is_available())
@@ -137,7 +140,7 @@ def make_loader(
         multiprocessing_context="fork",
         prefetch_factor=PREFETCH,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_set_up_worker,
+        worker_init_fn=partial(_set_up_worker, os.getpid()),
         timeout=_POLL_S,
     )
     return _Supervised(loader, plan, rank, timeout_s)
@@ -268,6 +271,7 @@ class _Samples:
     order: SampleOrder
     seed: int
     condition: Literal["class", "text"]
+    classes: int | None
     tokenize: Callable[[list[str]], Tensor] | None
     shapes: dict[int | None, tuple[int, ...]]  # of images in pixels or of moments as stored, by bucket
 
@@ -331,7 +335,7 @@ class _Samples:
         key = sample["__key__"]
         try:
             captions = captions_of(sample) if self.condition == "text" else []
-            label = _label(sample) if self.condition == "class" else -1
+            label = _label(sample, self.classes) if self.condition == "class" else -1
             features = _features(sample, len(captions)) if self.data.cached_text else ()
             return _Sample(key, self._pixels(sample, flip, bucket), captions, label, features)
         except SampleError as error:
@@ -445,26 +449,31 @@ def _features(sample: dict[str, Any], captions: int) -> tuple[np.ndarray, ...]:
     return parts
 
 
-def _label(sample: dict[str, Any]) -> int:
+def _label(sample: dict[str, Any], classes: int | None) -> int:
     """The class in the sample's cls member. Raises SampleError."""
     digits = _member(sample, "cls").strip()
     if not digits.isdigit() or len(digits) > _MAX_LABEL_DIGITS:
         raise SampleError("", "", f"cls is no class number: {digits[:20]!r}")
+    if classes is not None and int(digits) >= classes:
+        raise SampleError("", "", f"cls is {int(digits)}, but model.num_classes ends at {classes - 1}")
     return int(digits)
 
 
-def _set_up_worker(worker: int) -> None:
-    """Leave signals to the training process: only its own SIGTERM, sent at its exit, ends a worker.
+def _set_up_worker(parent: int, worker: int) -> None:
+    """Leave signals to the training process: its own SIGTERM, sent at its exit, ends a worker, or its death.
 
     A scheduler signals all processes of a job, and the trainer still wants its data to finish and save.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # SIGTERM is blocked since the fork, in all threads: it reaches nobody but the waiting one.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _exit_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _exit_with(parent: int) -> None:
+    """A parent that was killed sends nothing: the worker then has another one."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_POLL_S)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

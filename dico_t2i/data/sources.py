@@ -86,7 +86,7 @@ def load_data(data: DataConfig) -> DatasetIndex:
 def make_order(data: DataConfig, index: DatasetIndex, seed: int, global_batch: int) -> SampleOrder:
     """The order of a config's samples. Raises DataError if there are too few, or buckets are wanted and missing."""
     if data.buckets:
-        return BucketOrder(seed, _bucket_counts(index), data.streams, data.shuffle_block, global_batch)
+        return BucketOrder(seed, _bucket_counts(index, data.image_size), data.streams, data.shuffle_block, global_batch)
     if not isinstance(index, MixedIndex):
         return Order(seed, index.samples, data.streams, data.shuffle_block)
     orders = []
@@ -134,11 +134,11 @@ def _check_alike(sources: tuple[tuple[str, DatasetIndex], ...], cached_text: boo
                 )
 
 
-def _bucket_counts(index: DatasetIndex) -> np.ndarray:
+def _bucket_counts(index: DatasetIndex, size: int) -> np.ndarray:
     if index.bucket_counts is None:
         raise DataError(
             f"{index.location}: data.buckets is set, but its samples have no buckets;"
-            f" python -m dico_t2i.data {index.location} --buckets 256 assigns them"
+            f" python -m dico_t2i.data {index.location} --buckets {size} assigns them"
         )
     odd = next((shape for shape in index.buckets if any(side < MULTIPLE or side % MULTIPLE for side in shape)), None)
     if odd is not None:

@@ -17,9 +17,17 @@ class Saver:
     """Saves and restores a run: weights, optimizer, averages, and where it is."""
 
     def __init__(
-        self, config: Config, run: RunFolder, world: World, engine: Engine, report: Reporter, keep_every: int | None
+        self,
+        config: Config,
+        run: RunFolder,
+        world: World,
+        engine: Engine,
+        report: Reporter,
+        keep_every: int | None,
+        data: dict[str, int],
     ) -> None:
-        self.run, self.world, self.engine, self.report = run, world, engine, report
+        """data: how much there is of what, kept with each checkpoint: other data come in another order."""
+        self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
         retention = ckpt.Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
         self.writer = ckpt.CheckpointWriter(
             run.checkpoints, world.rank, world.size, retention, config.checkpoint.background
@@ -44,6 +52,7 @@ class Saver:
             "optimizer_steps": self.engine.optimizer_steps,
             "loss": loss,
             "guard": asdict(guard.state),
+            "data": self.data,
         }
         self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.pause_s = time.monotonic() - started
@@ -95,6 +104,10 @@ class Saver:
             self.engine.publish_weights()
             guard.restore(checkpoint.state.get("guard", {}))
             self.report.event(checkpoint.step, "resume", f"resumed from {path}", ranks=self.world.size)
+            before = checkpoint.state.get("data", self.data)
+            if before != self.data:
+                message = f"WARNING: {self.data}, but {before} when this checkpoint was made: their order is another"
+                self.report.event(checkpoint.step, "data", message)
             self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
             return checkpoint.step, checkpoint.position
         if ckpt.ever_saved(self.run.checkpoints):

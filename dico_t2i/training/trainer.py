@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dico_t2i import randomness
-from dico_t2i.config import Config, ConfigError, Span
+from dico_t2i.config import Config, Span
 from dico_t2i.data import (
     Batch,
     BucketOrder,
@@ -124,7 +124,8 @@ class Trainer:
             self.report.event(0, "config", f"changed since the last start: {line}")
         self.guard = Guard(config.guard, run.quarantine if world.is_main else None)
         keep_every = self._steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
-        self.saver = Saver(config, run, world, self.engine, self.report, keep_every)
+        data = {"samples": len(index), "shards": len(index.names)}
+        self.saver = Saver(config, run, world, self.engine, self.report, keep_every, data)
         self.profiler = Profiler(config.train.profile if world.is_main else None, run.profile)
         self.bad_samples = 0
         self.quarantined = 0
@@ -245,6 +246,7 @@ class Trainer:
                 self.order,
                 seed=self.config.seed,
                 condition=self.config.model.condition,
+                classes=self.config.model.num_classes,
                 global_batch=self.config.train.global_batch,
                 micro_batch=self.micro_batch,
                 rank=self.world.rank,
@@ -313,8 +315,7 @@ class Trainer:
 
     def _steps(self, span: Span) -> int:
         steps = span.in_steps(self.config.train.global_batch, len(self.index))
-        if steps is None:
-            raise ConfigError("minutes are understood for checkpoint.every only; give steps, images or epochs")
+        assert steps is not None  # minutes are refused by the config
         return steps
 
     def _due(self, every: Span | None) -> bool:
@@ -325,6 +326,7 @@ class Trainer:
         every = self.config.checkpoint.every
         minutes = (time.monotonic() - self.saver.saved_at) / 60
         save = self._due(every) if every.minutes is None else minutes >= every.minutes
+        save = save and not self.guard.skipped_in_row  # else a rollback would come back to weights that are lost
         spoilt = self.bad_samples > self.config.data.max_bad_samples
         flags = [self.stop.signal is not None, spoilt, save, self.saver.failed or self.saver.ended]
         return any_rank(flags, self.world.device)

@@ -90,6 +90,7 @@ class Validation:
                 self.order,
                 seed=self.config.seed,
                 condition=self.config.model.condition,
+                classes=self.config.model.num_classes,
                 global_batch=self.config.train.global_batch,
                 micro_batch=self.micro_batch,
                 rank=self.world.rank,

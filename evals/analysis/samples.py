@@ -41,6 +41,7 @@ def chunks(pipeline: Pipeline, data: str | None, samples: int, batch: int) -> It
         make_order(config.data, index, config.seed, batch),
         seed=config.seed,
         condition=config.model.condition,
+        classes=config.model.num_classes,
         global_batch=batch,
         micro_batch=batch,
         rank=0,

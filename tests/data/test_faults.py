@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from test_loader import make_sample, tokenize
@@ -235,3 +238,32 @@ def test_a_worker_that_stalls_is_named_with_what_it_owes(index, monkeypatch):
     assert int(step) == 5 + taken // 2
     owed = next(islice(loader(index, start_step=5), taken, None))
     assert set(shards.split(", ")) == {index.names[shard_of(key)] for key in owed.keys}
+
+
+ORPHANS = """
+import sys, time
+from test_faults import loader
+from dico_t2i.data import load_index
+
+batches = iter(loader(load_index(sys.argv[1]), workers=1))
+next(batches)
+print(batches.batches._workers[0].pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_does_not_outlive_a_parent_that_is_killed(index):
+    paths = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    command = [sys.executable, "-c", ORPHANS, str(index.root)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}/stat").exists() and state(worker) != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def state(process):
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

@@ -61,7 +61,9 @@ def tokenize(captions):
     return torch.tensor([[int(part) for part in caption.split(":")] for caption in captions])
 
 
-def loader(index, *, workers=0, condition="text", rank=0, world=1, start_step=0, micro_batch=2, **options):
+def loader(
+    index, *, workers=0, condition="text", rank=0, world=1, start_step=0, micro_batch=2, classes=None, **options
+):
     config = DataConfig(
         path=str(index.root), image_size=8, streams=STREAMS, shuffle_block=5, workers=workers, **options
     )
@@ -78,6 +80,7 @@ def loader(index, *, workers=0, condition="text", rank=0, world=1, start_step=0,
         world=world,
         start_step=start_step,
         tokenize=tokenize if condition == "text" else None,
+        classes=classes,
     )
 
 
@@ -204,6 +207,9 @@ def test_labels_that_are_no_numbers_are_replaced(tmp_path):
     epoch = list(islice(loader(index, condition="class"), SAMPLES // 2))
     assert {int(entry.key) for batch in epoch for entry in batch.bad} == set(range(6))
     assert {label for batch in epoch for label in batch.labels.tolist()} == {4, 7}
+    epoch = list(islice(loader(index, condition="class", classes=7), 1))
+    assert any("cls is 7, but model.num_classes ends at 6" in entry.reason for entry in epoch[0].bad)
+    assert set(epoch[0].labels.tolist()) == {4}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -5,7 +5,9 @@ import signal
 import pytest
 import torch
 
+from data_prep.shapes import make_sample
 from dico_t2i.config import ConfigError, load_config
+from dico_t2i.data import ShardWriter
 from dico_t2i.training.checkpoint import candidates, newest_checkpoint, read_weights
 from dico_t2i.training.signals import REQUEUE_EXIT_CODE
 
@@ -88,11 +90,20 @@ def test_another_config_does_not_continue_a_run(runs):
     assert (runs.folder / "mine" / "config.1.yaml").exists()
 
 
+def test_other_data_are_told(runs, tmp_path):
+    runs.train("grown", "train.duration.steps=1")
+    with ShardWriter(tmp_path / "more", samples_per_shard=16) as writer:
+        for number in range(32):
+            writer.write(make_sample(number, size=16, seed=1, two_objects=0.0, held_out=False))
+    output = runs.train("grown", f"data.path={tmp_path / 'more'}", "train.duration.steps=2")
+    assert "WARNING: {'samples': 32, 'shards': 2}, but {'samples': " in output
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("data.path=/nowhere", "/nowhere"),
-        ("model.condition=class", ".cls member"),
+        ("model={kind: dit, hidden_size: 16, depth: 1, num_heads: 2, in_channels: 3}", ".cls member"),
         ("model.text_dim=16", "model.text_dim=32"),
         ("data.streams=3", "does not divide train.global_batch"),
         ("text_encoder={kind: transformers, model: /no/such/clip}", "/no/such/clip"),
