@@ -24,12 +24,15 @@ Result = TypeVar("Result")
 
 
 def run(main: Callable[[], int]) -> int:
-    """Exit status of a script: bad input (ValueError, OSError) becomes one line on stderr and status 2."""
+    """Exit status of a script: bad input (ValueError, OSError) becomes one line on stderr and status 2, Ctrl-C 130."""
     try:
         return main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def is_finished(out: Path, meta: dict[str, Any]) -> bool:

@@ -28,11 +28,12 @@ def test_runs_are_trained_sampled_and_summed_up(tmp_path, monkeypatch, capsys):
 
 
 def test_the_networks_are_of_one_size():
-    """The transformer beside DiCo has as many parameters as it, to 1 %."""
-    rows = [
-        shapes_comparison.summary(ROOT / f"configs/shapes/{name}.yaml", [], [NUMBERS]) for name in ("dico", "mmdit")
-    ]
-    assert rows[0]["parameters"] == pytest.approx(rows[1]["parameters"], rel=0.01)
+    """The transformers beside DiCo have as many parameters as it, to 1.2 %."""
+    dico, *others = (
+        shapes_comparison.summary(ROOT / f"configs/shapes/{name}.yaml", [], [NUMBERS])["parameters"]
+        for name in ("dico", "mmdit", "pixart")
+    )
+    assert others == pytest.approx([dico] * 2, rel=0.012)
 
 
 NUMBERS = dict.fromkeys(shapes_comparison.SHOWN, 0.5)
