@@ -212,17 +212,17 @@ class AgentAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).chunk(3, dim=-1)
-        down, across = (_averages(size, AGENTS).to(x) for size in x.shape[1:3])
-        pooled = torch.einsum("ph,qw,nhwc->npqc", down, across, qkv[0])
+        down, across = (_averages(size, AGENTS, x.device).to(x.dtype) for size in x.shape[1:3])
+        pooled = torch.einsum("qw,npwc->npqc", across, torch.einsum("ph,nhwc->npwc", down, qkv[0]))
         query, key, value, agents = (to_heads(part, self.heads) for part in (*qkv, pooled))
         gathered = F.scaled_dot_product_attention(agents, key, value)
         mixed = F.scaled_dot_product_attention(query, agents, gathered)
         return self.out(from_heads(mixed, x) + self.local(qkv[2]))
 
 
-def _averages(size: int, parts: int) -> Tensor:
+def _averages(size: int, parts: int, device: torch.device) -> Tensor:
     """(parts, size): adaptive average pooling as a product, whose gradients on a GPU are the same each time."""
-    return F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64), parts).T
+    return F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64, device=device), parts).T
 
 
 def head_count(channels: int) -> int:
