@@ -89,14 +89,12 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
 def _check_inputs(config: Config, after: str | None) -> None:
     """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
     from dico_t2i.data import check_data, load_data
-    from dico_t2i.encoders import find_autoencoder, find_text_encoder
-    from dico_t2i.encoders.conditioner import check_text
-    from dico_t2i.encoders.sizes import text_sizes
+    from dico_t2i.encoders import find_autoencoder
+    from dico_t2i.encoders.conditioner import find_fitting_text_encoder
 
     find_autoencoder(config.autoencoder)
     if config.model.condition == "text":
-        find_text_encoder(config.text_encoder)
-        check_text(config.model, [size.features for size in text_sizes(config.text_encoder)])
+        find_fitting_text_encoder(config)
     if after is None:
         check_data(config, load_data(config.data))
 

@@ -707,7 +707,7 @@ class Config(Section):
         train, data = self.train, self.data
         if train.global_batch % data.streams:
             raise ValueError(f"data.streams: {data.streams} does not divide train.global_batch: {train.global_batch}")
-        unit = self.model.latent_divisor * (1 if self.autoencoder.kind == "pixels" else 8)
+        unit = self.model.latent_divisor * self.downscale
         if data.image_size % unit:
             raise ValueError(
                 f"data.image_size: {data.image_size} must be divisible by {unit} (latents of"
@@ -780,9 +780,14 @@ class Config(Section):
         return self
 
     @property
+    def downscale(self) -> int:
+        """Image pixels to one of what the network sees, in height and in width."""
+        return 1 if self.autoencoder.kind == "pixels" else 8
+
+    @property
     def latent_size(self) -> int:
         """Height and width of what the network sees."""
-        return self.data.image_size // (1 if self.autoencoder.kind == "pixels" else 8)
+        return self.data.image_size // self.downscale
 
     def batching(self, ranks: int) -> tuple[int, int]:
         """Samples per rank and pass, and passes per step, on this many ranks.
@@ -805,10 +810,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError with the file, the key's path and the remedy.
     """
-    tree = _read_tree(Path(path), ())
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return load_section(Path(path), Config, overrides)
 
 
 def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: ClusterConfig | None = None) -> ClusterConfig:

@@ -172,10 +172,11 @@ def _checkpoint_bytes(config: Config) -> int:
 
 def _weights(config: Config) -> Iterator[Finding]:
     from dico_t2i.encoders import MissingModelError, find_autoencoder
+    from dico_t2i.encoders.conditioner import find_fitting_text_encoder
 
     wanted: list[tuple[str, Callable[[], list[Path]]]] = [("autoencoder", lambda: find_autoencoder(config.autoencoder))]
     if config.model.condition == "text":
-        wanted.append(("text encoder", lambda: _fitting_text_encoder(config)))
+        wanted.append(("text encoder", lambda: find_fitting_text_encoder(config)))
     for topic, find in wanted:
         try:
             files = find()
@@ -190,16 +191,6 @@ def _weights(config: Config) -> Iterator[Finding]:
             none = "none needed (pixels)" if topic == "autoencoder" else "none needed (seeded: random, untrained)"
             folders = ", ".join(dict.fromkeys(str(file.parent) for file in files))
             yield Finding(topic, "ok", folders or none)
-
-
-def _fitting_text_encoder(config: Config) -> list[Path]:
-    from dico_t2i.encoders import find_text_encoder
-    from dico_t2i.encoders.conditioner import check_text
-    from dico_t2i.encoders.sizes import text_sizes
-
-    files = find_text_encoder(config.text_encoder)
-    check_text(config.model, [size.features for size in text_sizes(config.text_encoder)])
-    return files
 
 
 def _data(config: Config) -> Iterator[Finding]:

@@ -135,7 +135,7 @@ def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]
         "diffusion": config.diffusion.model_dump(),
         "sampler": config.sampler.model_dump(),
         "image_size": config.data.image_size,
-        "downscale": config.data.image_size // config.latent_size,
+        "downscale": config.downscale,
         "latent_scale": config.autoencoder.scale,
     }
     if config.model.condition == "class" and config.model.num_classes == CLASSES:

@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_map
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError, SamplerConfig, load_config
 from dico_t2i.diffusion import ModelFn, guided, sample
-from dico_t2i.encoders import Autoencoder, find_text_encoder, load_autoencoder, load_text_encoder
-from dico_t2i.encoders.conditioner import Conditioner, check_text
+from dico_t2i.encoders import Autoencoder, load_autoencoder, load_text_encoder
+from dico_t2i.encoders.conditioner import Conditioner, find_fitting_text_encoder
 from dico_t2i.encoders.local import read_json
-from dico_t2i.encoders.sizes import text_sizes
 from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.training.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, read_weights
@@ -147,8 +146,7 @@ def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Autoencoder, Conditioner]:
     """The frozen parts of a config. Raises MissingModelError or ConfigError before anything else is done."""
     if config.model.condition == "text":
-        find_text_encoder(config.text_encoder)
-        check_text(config.model, [size.features for size in text_sizes(config.text_encoder)])
+        find_fitting_text_encoder(config)
     autoencoder = load_autoencoder(config.autoencoder, device, dtype)
     text = load_text_encoder(config.text_encoder, device, dtype) if config.model.condition == "text" else None
     conditioner = Conditioner(config.model, text, device)

@@ -18,8 +18,7 @@ def check_data(config: Config, index: DatasetIndex) -> None:
             f"alignment: its encoder sees the images, but {index.location} holds latents; set data.path to the shards"
             " of images that they were made from, or leave alignment out"
         )
-    downscale = config.data.image_size // config.latent_size
-    unit = config.model.latent_divisor * downscale
+    unit = config.model.latent_divisor * config.downscale
     for height, width in index.buckets if config.data.buckets else ():
         if height % unit or width % unit:
             raise ConfigError(

@@ -1,13 +1,15 @@
 """Labels or text as the network takes them, and their absence."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dico_t2i.config import ConfigError, DiCoConfig, NetworkConfig
+from dico_t2i.config import Config, ConfigError, DiCoConfig, NetworkConfig
 from dico_t2i.data import Batch
-from dico_t2i.encoders.text import FeatureSize, TextEncoder
+from dico_t2i.encoders.sizes import text_sizes
+from dico_t2i.encoders.text import FeatureSize, TextEncoder, find_text_encoder
 
 Conditioning = dict[str, Tensor]
 
@@ -81,6 +83,13 @@ class Conditioner:
 
     def _keep(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return {"cond": tokens, "pooled": pooled} if self.model.pooled_text else {"cond": tokens}
+
+
+def find_fitting_text_encoder(config: Config) -> list[Path]:
+    """Its files. Raises MissingModelError when one is not here, ConfigError if its features do not fit the network."""
+    files = find_text_encoder(config.text_encoder)
+    check_text(config.model, [size.features for size in text_sizes(config.text_encoder)])
+    return files
 
 
 def check_text(model: NetworkConfig, sizes: Sequence[FeatureSize]) -> None:
