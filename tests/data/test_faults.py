@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 
 from dico_t2i.config import DataConfig
 from dico_t2i.data import DataError, Order, SampleError, ShardReader, ShardWriter, load_index, make_loader, reader
+from tests import forkserver
 
 SAMPLES, SHARD, STREAMS, BATCH = 240, 60, 4, 8  # each stream lies in one shard
 
@@ -242,6 +243,7 @@ def test_a_worker_that_stalls_is_named_with_what_it_owes(index, monkeypatch):
 
 ORPHANS = """
 import sys, time
+sys.path[:0] = sys.argv[2:]
 from test_faults import loader
 from dico_t2i.data import load_index
 
@@ -253,9 +255,8 @@ time.sleep(60)
 
 
 def test_a_worker_does_not_outlive_a_parent_that_is_killed(index):
-    paths = os.pathsep.join((str(Path(__file__).parent), *sys.path))
-    command = [sys.executable, "-c", ORPHANS, str(index.root)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
+    command = [sys.executable, "-c", ORPHANS, str(index.root), str(Path(__file__).parent), *sys.path]
+    parent = forkserver.Popen(command, stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()

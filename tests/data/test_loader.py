@@ -19,6 +19,7 @@ from dico_t2i.data.index import DataError, ShardWriter, load_index
 from dico_t2i.data.loader import captions_of, make_loader
 from dico_t2i.data.order import Order
 from dico_t2i.data.reader import SampleError
+from tests import forkserver
 
 SAMPLES, STREAMS, BATCH = 60, 4, 8
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -308,7 +309,7 @@ next(batches)
 print(*children(), flush=True)
 {end}
 """
-    ended = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=120)
+    ended = forkserver.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=120)
     workers = [int(worker) for worker in ended.stdout.split()]
     assert len(workers) == 2
     for _ in range(600):
