@@ -188,8 +188,8 @@ def _plan(config: Config, allow: bool) -> None:
         return
     from rich.console import Console
 
-    from dico_t2i.plan import make_plan
-    from dico_t2i.plan_text import refusal, render
+    from dico_t2i.plan.plan import make_plan
+    from dico_t2i.plan.text import refusal, render
 
     plan = make_plan(config)
     Console().print(render(plan), highlight=False)

@@ -24,12 +24,11 @@ def main(folder: Path, runs: Path, start: int) -> int:
     print(f"{START_MARK}{start}", flush=True)
     try:
         from dico_t2i.config import load_config
-        from dico_t2i.plan import expected_memory
-        from dico_t2i.training.distributed import leave_world
+        from dico_t2i.training.ranks.distributed import leave_world
         from dico_t2i.training.trainer import train
 
         config, patience = load_config(folder / "config.yaml"), LOCK_PATIENCE_S if start else 0.0
-        code = train(config, runs, patience, expected_memory)
+        code = train(config, runs, patience)
         leave_world()
         return code
     except ValueError as error:  # a config, data, a model or a checkpoint that can't be used: the message says it all

@@ -29,9 +29,11 @@ from data_prep import quarantine
 from data_prep.common import alone, in_parallel, progress_bar, run
 from data_prep.hashes import HashFile, equal, near
 from data_prep.quarantine import DUPLICATE, Entry
-from dico_t2i.data.index import DataError, DatasetIndex, load_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image
+from dico_t2i.data.decode import decode_image
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import DatasetIndex, load_index
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.sample import IMAGE_EXTENSIONS
 from dico_t2i.files import write_atomically
 
 SHOWN = 16  # pairs of duplicates.png

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from data_prep.captions import clean, oddity
-from dico_t2i.data.reader import MAX_PIXELS
+from dico_t2i.data.decode import MAX_PIXELS
 
 Value = TypeVar("Value")
 

@@ -28,9 +28,11 @@ from data_prep.common import claim, part, progress_bar, remove_leftovers, run
 from data_prep.encoding import Batch, Clock, Image, batches_of
 from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data import quarantine
-from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex, ShardFile, load_index, write_index
-from dico_t2i.data.loader import POOLED, TEXT, captions_of
-from dico_t2i.data.reader import SampleError
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import DatasetIndex, load_index, write_index
+from dico_t2i.data.sample import POOLED, TEXT, captions_of
+from dico_t2i.data.shard import MOMENTS
+from dico_t2i.data.writer import ShardFile
 from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
 

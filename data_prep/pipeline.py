@@ -24,8 +24,10 @@ from data_prep.captions import clean
 from data_prep.common import claim, in_parallel, part, progress_bar, remove_leftovers
 from data_prep.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.report import Report, draw_histograms, draw_samples
-from dico_t2i.data.index import DataError, ShardFile, write_index
-from dico_t2i.data.reader import IMAGE_FORMATS, MAX_PIXELS, SampleError, decode_image
+from dico_t2i.data.decode import IMAGE_FORMATS, MAX_PIXELS, decode_image
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import write_index
+from dico_t2i.data.writer import ShardFile
 
 Crop = Literal["center", "resize", "none"]
 MAX_FILE = 1 << 28  # bytes of an image file

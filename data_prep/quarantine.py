@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from dico_t2i.data.index import DataError
+from dico_t2i.data.errors import DataError
 from dico_t2i.data.quarantine import FILE
 from dico_t2i.files import flush, temporary
 

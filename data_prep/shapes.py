@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import finished_or_absent, is_finished, progress_bar, run
 from data_prep.shapes_scene import captions, random_scene, render
-from dico_t2i.data.index import ShardWriter
+from dico_t2i.data.writer import ShardWriter
 
 
 def make_sample(index: int, *, size: int, seed: int, two_objects: float, held_out: bool) -> dict[str, Any]:

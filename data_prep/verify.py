@@ -27,9 +27,12 @@ from data_prep import latents, quarantine
 from data_prep.common import alone, in_parallel, progress_bar, run
 from data_prep.hashes import HashFile, equal
 from data_prep.quarantine import Entry
-from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, ShardIndex, index_shard, load_index, write_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
+from dico_t2i.data.decode import decode_image, decode_moments
+from dico_t2i.data.errors import SampleError, ShardError
+from dico_t2i.data.index import DatasetIndex, load_index, write_index
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.sample import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of
+from dico_t2i.data.shard import MOMENTS, ShardIndex, index_shard
 
 LISTED = 1000  # problems that are printed; all go to the quarantine
 

@@ -25,7 +25,8 @@ from data_prep.captions import check_encoding, decode
 from data_prep.common import run
 from data_prep.filters import Dropped
 from data_prep.pipeline import MAX_FILE, Raw, Unreadable, add_options, run_pipeline
-from dico_t2i.data.index import ShardError, ShardIndex, index_shard
+from dico_t2i.data.errors import ShardError
+from dico_t2i.data.shard import ShardIndex, index_shard
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 RETRIES = 3

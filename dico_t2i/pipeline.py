@@ -7,8 +7,8 @@ import diffusers
 import torch
 import transformers
 
-from dico_t2i.portable import pipeline as portable
-from dico_t2i.portable.transformer import DiCoTransformer
+from dico_t2i.export.portable import pipeline as portable
+from dico_t2i.export.portable.transformer import DiCoTransformer
 
 
 class DiCoPipeline(portable.DiCoPipeline):

@@ -22,7 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import run
 from dico_t2i.files import write_atomically
-from dico_t2i.sampling import Pipeline, load_pipeline
+from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from evals.analysis.channels import ChannelStatistics, last_mixer, watch
 from evals.analysis.samples import chunks, run_network
 

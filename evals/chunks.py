@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dico_t2i.files import write_atomically
-from dico_t2i.training.distributed import World
-from dico_t2i.training.run import RunFolder
+from dico_t2i.runs.folder import RunFolder
+from dico_t2i.training.ranks.distributed import World
 
 Compute = Callable[[range], dict[str, Tensor]]
 _POLL_S = 2.0

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from dico_t2i.sampling import make_grid
-from dico_t2i.training.distributed import World, join_world
-from dico_t2i.training.metrics import peak_memory_bytes
-from dico_t2i.training.tracking import log_evaluation
+from dico_t2i.sampling.images import make_grid
+from dico_t2i.training.observers.memory_report import peak_memory_bytes
+from dico_t2i.training.observers.tracking import log_evaluation
+from dico_t2i.training.ranks.distributed import World, join_world
 from evals import report, scoring
 from evals.chunks import Chunks
 from evals.extractors import ClipScorer, DinoFeatures, Features, load_inception

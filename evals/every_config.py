@@ -84,7 +84,8 @@ def train_and_sample(config: Config, runs: Path) -> dict[str, float]:
     """Losses of a small run, whose samples are saved beside it. Raises ValueError where training or sampling do."""
     import torch
 
-    from dico_t2i.sampling import load_pipeline, save_images
+    from dico_t2i.sampling.images import save_images
+    from dico_t2i.sampling.pipeline import load_pipeline
     from dico_t2i.training.trainer import train
 
     folder, condition = runs / config.name, 0 if config.model.condition == "class" else "a large red circle"

@@ -16,7 +16,7 @@ from torch import Tensor
 from dico_t2i import randomness
 from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
-from dico_t2i.training.distributed import World
+from dico_t2i.training.ranks.distributed import World
 from evals.chunks import Chunks, meet
 from evals.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION, Features
 from evals.images import Crop, ImageSet, npz_members, open_images

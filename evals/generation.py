@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dico_t2i.config import Config, load_config
 from dico_t2i.files import temporary
-from dico_t2i.sampling import WEIGHTS_FILE, Pipeline, default_weights, load_pipeline, locate_checkpoint
-from dico_t2i.training.checkpoint import MANIFEST
-from dico_t2i.training.optimizer import WEIGHT
+from dico_t2i.runs.checkpoint import MANIFEST
+from dico_t2i.runs.kinds import WEIGHT
+from dico_t2i.runs.weights import WEIGHTS_FILE, default_weights, locate_checkpoint
+from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from evals.extractors import ClipScorer, Features
 from evals.images import Image
 from evals.protocol import Protocol, digest

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pil
 
-from dico_t2i.data.reader import IMAGE_FORMATS, SampleError, decode_image
+from dico_t2i.data.decode import IMAGE_FORMATS, decode_image
+from dico_t2i.data.errors import SampleError
 from dico_t2i.files import temporary
 
 Image = NDArray[np.uint8]

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dico_t2i.models.trace import Pass
+from dico_t2i.plan.trace import Pass
 
 _WARM_UPS = {"cuda": 3, "cpu": 1}  # to compile, to choose kernels, to make the optimizer's state
 _SHORTEST_ROUND_S = 0.2  # of a GPU: short work is repeated, so that launches and clocks even out

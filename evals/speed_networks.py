@@ -21,10 +21,10 @@ from dico_t2i.config import (
 )
 from dico_t2i.diffusion import build, guided, sample
 from dico_t2i.models import DiCo, Network, build_network
-from dico_t2i.models.trace import Pass, trace_training
 from dico_t2i.ops import text_dwconv
-from dico_t2i.sampling import as_cuda_graph
-from dico_t2i.training.cost import optimizer_traffic
+from dico_t2i.plan.cost import optimizer_traffic
+from dico_t2i.plan.trace import Pass, trace_training
+from dico_t2i.sampling.pipeline import as_cuda_graph
 from dico_t2i.training.optimizer import AdamWEMA
 from evals.speed_measure import Contender, Cost, pass_cost
 from tests.plain_dico import PlainDiCo, grouped_text_dwconv

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.common import run
 from dico_t2i.files import write_atomically
 from dico_t2i.models import VARIANTS, DiCoConfig, NetworkConfig
-from dico_t2i.training.cost import product_rate
+from dico_t2i.plan.cost import product_rate
 from evals.speed_measure import Contender, compare, free_memory
 from evals.speed_networks import (
     Condition,

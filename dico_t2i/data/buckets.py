@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dico_t2i.data.index import DataError, DatasetIndex, index_path, load_index, show_progress, write_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS
-from dico_t2i.data.reader import IMAGE_FORMATS, orientation
+from dico_t2i.data.decode import IMAGE_FORMATS, orientation
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import DatasetIndex, load_index, show_progress, write_index
+from dico_t2i.data.sample import IMAGE_EXTENSIONS
+from dico_t2i.data.shard import index_path
 from dico_t2i.data.sources import MULTIPLE
 
 MAX_RATIO = 2.0

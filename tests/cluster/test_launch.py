@@ -14,7 +14,7 @@ import yaml
 
 from cluster import slurm as commands
 from cluster.state import json_lines, read_state
-from dico_t2i.training.checkpoint import newest_checkpoint, read_weights
+from dico_t2i.runs.checkpoint import newest_checkpoint, read_weights
 from tests.training.conftest import TINY, launch
 
 ROOT = Path(__file__).resolve().parents[2]

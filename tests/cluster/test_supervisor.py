@@ -6,7 +6,7 @@ from cluster import jobs, preflight
 from cluster.rank import USER_ERROR
 from cluster.supervisor import REQUEUE_CODE, Failure, decide
 from dico_t2i.config import ClusterConfig, ConfigError
-from dico_t2i.training.signals import REQUEUE_EXIT_CODE
+from dico_t2i.training.ranks.signals import REQUEUE_EXIT_CODE
 
 NODE = {"host": "n1", "python": "3.12.1", **dict.fromkeys(preflight.PACKAGES, "1.0"), "code": "abc", "gpus": 8}
 

@@ -25,10 +25,11 @@ from dico_t2i.data import (
     ShardWriter,
     decode_image,
     decode_moments,
-    index,
     index_shard,
     load_index,
     make_loader,
+    shard,
+    tar,
 )
 
 LIMIT_S = 60.0  # for one input; most take a millisecond, and a busy machine may stall
@@ -245,7 +246,8 @@ def tokens(captions):
 
 @pytest.mark.parametrize("kind", [b"L", b"x"])
 def test_headers_that_claim_megabytes_are_not_read_into_memory(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(index, "_CHUNK", 1 << 20)
+    for module in (shard, tar):
+        monkeypatch.setattr(module, "CHUNK", 1 << 20)
     header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
     header[124:136] = b"%011o\0" % (1 << 23)
     header[156:157] = kind

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dico_t2i.config import ConfigError
-from dico_t2i.training.distributed import World
+from dico_t2i.training.ranks.distributed import World
 from evals import scoring, weights
 from evals.captions import draw, find_files
 from evals.extractors import LOGITS, POOL

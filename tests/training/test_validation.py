@@ -5,8 +5,8 @@ import torch.distributed as dist
 from data_prep import shapes
 from dico_t2i import randomness
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.training.distributed import World
-from dico_t2i.training.validation import Validation, band_middles
+from dico_t2i.training.observers.validation import Validation, band_middles
+from dico_t2i.training.ranks.distributed import World
 
 VALIDATED = ("validation.every.steps=4", "validation.samples=16", "validation.bands=4")
 
