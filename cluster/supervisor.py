@@ -22,8 +22,9 @@ from typing import Literal, NoReturn
 
 from cluster import jobs, preflight, slurm
 from cluster.rank import START_MARK, USER_ERROR
-from cluster.state import json_lines, last_step, tail
+from cluster.state import last_step, tail
 from dico_t2i.config import ClusterConfig, load_config
+from dico_t2i.runs.log import json_lines
 
 REQUEUE_CODE = 75  # dico_t2i.training.signals.REQUEUE_EXIT_CODE, whose import would take torch
 _PORTS = range(20000, 30000)  # outside the range that systems hand out

@@ -24,6 +24,7 @@ from dico_t2i.export.card import model_card, one_clip
 from dico_t2i.export.inline import standalone
 from dico_t2i.runs.checkpoint import read_weights, verify
 from dico_t2i.runs.evaluations import read_evaluations
+from dico_t2i.runs.log import last_report
 from dico_t2i.runs.safetensors_writer import write_safetensors
 from dico_t2i.runs.weights import WEIGHTS_FILE, chosen_weights, locate_checkpoint
 from dico_t2i.sampling.labels import CLASSES, class_names
@@ -59,7 +60,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
-    metrics = _last_metrics(run / "metrics.jsonl", checkpoint.step)
+    metrics = last_report(run / "metrics.jsonl", checkpoint.step)
     arrays = (parameter.numpy() for _, parameter in parameters)
     results = [
         result
@@ -169,20 +170,6 @@ def _scheduler(config: Config) -> dict[str, Any]:
         "prediction_type": {"epsilon": "epsilon", "x0": "sample"}[config.diffusion.prediction],
         "clip_sample": False,
     }
-
-
-def _last_metrics(file: Path, step: int) -> dict[str, Any]:
-    """The newest report of a run up to a step; empty without one."""
-    last: dict[str, Any] = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:  # a line that was cut off
-                continue
-            if "loss" in values and values.get("step", step + 1) <= step:
-                last = values
-    return last
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

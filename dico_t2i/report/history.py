@@ -1,12 +1,12 @@
 """What a run wrote into metrics.jsonl, in memory that does not grow with the length of the run."""
 
-import json
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dico_t2i.runs.log import json_lines
 
 POINTS = 1500  # of a curve, at most
 EVENTS = 500  # told one by one, at most; the newest are kept
@@ -145,6 +145,10 @@ class History:
         who = "" if line.get("rank") is None else f"rank {line['rank']} on {line['host']}: "
         self._add_event(int(line["step"]), float(line["time"]), "failure", who + said[-1])
 
+    def count_unreadable(self) -> None:
+        """One line that could not be read."""
+        self.unreadable += 1
+
     def events(self) -> list[Event]:
         """In the order of time; those that are counted stand where they first happened."""
         return sorted([*self.single, *self.counted.values()], key=lambda event: event.time)
@@ -169,32 +173,17 @@ class History:
 def read_history(run: Path) -> History:
     """Of a run folder. Lines that are not whole, such as one being written, are counted and passed over."""
     history = History()
-    for line in _lines(run / "metrics.jsonl", history):
+    for line in json_lines(run / "metrics.jsonl", history.count_unreadable):
         try:
             history.add(line)
         except (KeyError, TypeError, ValueError):
-            history.unreadable += 1
-    for line in _lines(run / "failures.jsonl", history):
+            history.count_unreadable()
+    for line in json_lines(run / "failures.jsonl", history.count_unreadable):
         try:
             history.add_failure(line)
         except (KeyError, TypeError, ValueError):
-            history.unreadable += 1
+            history.count_unreadable()
     return history
-
-
-def _lines(path: Path, history: History) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if isinstance(line, dict):
-                yield line
-            else:
-                history.unreadable += 1
 
 
 def _shard_and_reason(text: str) -> str:

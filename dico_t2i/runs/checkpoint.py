@@ -24,15 +24,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.kinds import WEIGHT
 
 VERSION = 1
 
 
 PROJECTOR = "alignment"  # parameters below this name train with the network and are no part of it
-
-
-MANIFEST = "manifest.json"
 
 
 LATEST = "latest"

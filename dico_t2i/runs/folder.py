@@ -42,6 +42,9 @@ FIXED = (
 FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")
 
 
+MANIFEST = "manifest.json"  # of a checkpoint; it is complete when this file is there
+
+
 class RunFolder:
     """The folder of one run."""
 
