@@ -92,6 +92,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
+    from dico_t2i.config import SAMPLER_NAMES
+
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text; may be given several times")
@@ -100,9 +102,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--per-prompt", type=positive, default=1, help="images of each prompt or label")
-    parser.add_argument(
-        "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
-    )
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES, help="default: the config's")
     parser.add_argument("--steps", type=positive)
     parser.add_argument(
         "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"

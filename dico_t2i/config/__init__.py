@@ -33,13 +33,14 @@ from dico_t2i.config.networks import (
     UViTConfig,
     ablated,
 )
-from dico_t2i.config.process import SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
+from dico_t2i.config.process import SAMPLER_NAMES, SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import GuardConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from dico_t2i.config.tree import Config
 
 __all__ = [
     "DIT_VARIANTS",
     "SAMPLERS",
+    "SAMPLER_NAMES",
     "UVIT_VARIANTS",
     "VARIANTS",
     "AutoencoderConfig",

@@ -58,8 +58,10 @@ class SamplerConfig(Section):
         return self
 
 
-# The samplers of each diffusion.kind.
+# The samplers of each diffusion.kind. A new one is named here and in SamplerConfig.kind, and gets its function in the
+# table of diffusion/samplers.py or diffusion/flow_samplers.py.
 SAMPLERS = {"iddpm": ("iddpm", "ddim", "dpm++"), "flow": ("euler", "heun", "dpm++", "euler_sde")}
+SAMPLER_NAMES = tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))
 
 
 def check_sampler(diffusion: DiffusionConfig, sampler: SamplerConfig, key: str = "sampler") -> None:

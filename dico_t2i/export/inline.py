@@ -17,7 +17,7 @@ from dico_t2i.config import Section
 PACKAGE = "dico_t2i"
 _CONFIG = f"{PACKAGE}.config"
 # A folder has the operators through torch alone: no compiler, and nothing registered twice beside this package.
-_OPERATORS = {f"{PACKAGE}.ops": f"{PACKAGE}.portable.operators"}
+_OPERATORS = {f"{PACKAGE}.ops": f"{PACKAGE}.export.portable.operators"}
 
 
 class InlineError(ValueError):

@@ -19,7 +19,7 @@ import numpy as np
 from dico_t2i.config import Config, HardwareConfig
 from dico_t2i.data import DatasetIndex, load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
-from dico_t2i.encoders.sizes import TowerSize, text_sizes
+from dico_t2i.encoders.text import TowerSize, text_sizes
 from dico_t2i.models import count_macs, count_parameters
 from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.plan.cost import optimizer_traffic, traced_pass

@@ -15,7 +15,7 @@ from dico_t2i.config import ConfigError, DiCoConfig, TextEncoderConfig, dump_con
 from dico_t2i.data.sources import same_encoder
 from dico_t2i.encoders import MissingModelError, TextEncoder, find_text_encoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner, check_text
-from dico_t2i.encoders.sizes import text_sizes
+from dico_t2i.encoders.text import text_sizes
 from dico_t2i.models import count_parameters
 from tests.encoders.test_text import PROJECTED, held_out_accuracy, save_clip
 

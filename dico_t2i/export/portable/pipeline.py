@@ -24,7 +24,8 @@ from dico_t2i.diffusion.guidance import guided
 from dico_t2i.diffusion.process import ModelFn
 from dico_t2i.diffusion.samplers import sample
 from dico_t2i.encoders.autoencoders import DECODE_CHUNK, to_uint8
-from dico_t2i.encoders.text import TOKENS, TextFeatures, clip_features
+from dico_t2i.encoders.text.clip import TOKENS, clip_features
+from dico_t2i.encoders.text.features import TextFeatures
 from dico_t2i.randomness import normal
 
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
