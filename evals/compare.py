@@ -7,7 +7,6 @@ Takes run folders (all their results), checkpoints (the results of that step) an
 protocol hash share a curve or a grid.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
 from evals.report import NAMES
 
 Result = dict[str, Any]
@@ -135,7 +134,7 @@ def _examples(result: Result) -> list[tuple[Image.Image, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("what", type=Path, nargs="+", help="run folders, checkpoints, result files")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder of pictures (default: comparison)")
     args = parser.parse_args(argv)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
 from evals.options import add_network_options, fix_threads, metric_names, needs_inception
 from evals.protocol import STATE_DICT, TORCHSCRIPT, Extractor, Resize, Scoring, digest
 from evals.weights import Weights, find_weights
@@ -27,7 +27,7 @@ _CHUNK = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("images", type=Path, help="folder or npz")
     parser.add_argument("reference", type=Path, help="folder, npz, or a statistics file of the cache")
     parser.add_argument("--metrics", type=metric_names, default=("fid",), metavar="A,B", help="(default: fid)")

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
 from evals.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
 from evals.protocol import Protocol
 from evals.weights import find_weights
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """Its options, which evals/sweep.py has too."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = script_parser(__doc__)
     add_sampling_options(made)
     made.add_argument("--reference", type=Path, required=True, help="ADM's npz, or a folder of images")
     add_protocol_options(made, "imagenet50k-adm")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from dico_t2i.options import non_negative, positive
+from dico_t2i.command import non_negative, positive
 from evals import weights
 from evals.protocol import Metric, Protocol, load_protocol, names
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from dico_t2i.options import positive
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import positive, run
 from evals import coco_fid, imagenet_fid
 from evals.options import chosen_protocol
 from evals.protocol import load_protocol

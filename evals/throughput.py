@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
 from dico_t2i.files import write_atomically
 from dico_t2i.models import VARIANTS, DiCoConfig, NetworkConfig
 from dico_t2i.training.cost import product_rate
@@ -229,7 +229,7 @@ def _write(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--quick", action="store_true", help="DiCo-S at small batches, for CPUs; also runs on a GPU")
     which.add_argument("--preset", nargs="+", metavar="NAME", help="some cases, by the beginnings of their names")

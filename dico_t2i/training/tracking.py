@@ -16,10 +16,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import Config, ConfigError, dump_config
 from dico_t2i.evaluations import read_evaluations
 from dico_t2i.training.checkpoint import MANIFEST, CheckpointError, newest_checkpoint
-from dico_t2i.training.signals import REQUEUE_EXIT_CODE
 
 _ALERTS = ("rollback", "failed", "hang", "save failed", "bad checkpoint")
 _ROUTINE = ("saved", "samples")

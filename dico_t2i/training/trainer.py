@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dico_t2i import randomness
+from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import Config, Span
 from dico_t2i.data import (
     Batch,
@@ -42,7 +43,7 @@ from dico_t2i.training.preview import sample_preview
 from dico_t2i.training.profiling import Profiler
 from dico_t2i.training.run import RunFolder
 from dico_t2i.training.saving import Saver
-from dico_t2i.training.signals import REQUEUE_EXIT_CODE, StopFlag
+from dico_t2i.training.signals import StopFlag
 from dico_t2i.training.snapshot import write_snapshot
 from dico_t2i.training.sources import SourceLosses
 from dico_t2i.training.tracking import check_tracking
