@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import run, script_parser
-from evals.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
-from evals.protocol import Protocol
-from evals.weights import find_weights
+from evals.quality.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
+from evals.quality.protocol import Protocol
+from evals.quality.weights import find_weights
 
 if TYPE_CHECKING:
-    from evals.evaluation import Evaluation
+    from evals.quality.evaluation import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +39,9 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
     weights = find_weights(protocol.extractor, args.extractor, args.cache) if needs_inception(args.metrics) else None
     if protocol.prompts.rule == "uniform":
         raise ValueError(f"--protocol {protocol.name}: has classes, not captions; it is for evals/imagenet_fid.py")
-    from evals.captions import draw, find_files
-    from evals.evaluation import Evaluation
-    from evals.images import ImageFiles
+    from evals.quality.captions import draw, find_files
+    from evals.quality.evaluation import Evaluation
+    from evals.quality.images import ImageFiles
 
     drawn = draw(args.captions, protocol.prompts)
     names = drawn.files if protocol.reference.images == "drawn" else drawn.all_files

@@ -19,7 +19,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import run, script_parser
-from evals.report import NAMES
+from evals.quality.results import NAMES
 
 Result = dict[str, Any]
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import run, script_parser
-from evals.options import add_network_options, fix_threads, metric_names, needs_inception
-from evals.protocol import STATE_DICT, TORCHSCRIPT, Extractor, Resize, Scoring, digest
-from evals.weights import Weights, find_weights
+from evals.quality.options import add_network_options, fix_threads, metric_names, needs_inception
+from evals.quality.protocol import STATE_DICT, TORCHSCRIPT, Extractor, Resize, Scoring, digest
+from evals.quality.weights import Weights, find_weights
 
 if TYPE_CHECKING:
-    from evals.evaluation import Networks
+    from evals.quality.evaluation import Networks
 
 _CHUNK = 32
 
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | None) -> dict[str, Any] | None:
     """The result, printed, on rank 0."""
-    from evals import report, scoring
-    from evals.evaluation import join, load_networks
-    from evals.feature_sets import FeatureCache, FeatureSet
-    from evals.images import open_images
+    from evals.quality import results, scoring
+    from evals.quality.evaluation import join, load_networks
+    from evals.quality.feature_sets import FeatureCache, FeatureSet
+    from evals.quality.images import open_images
 
     settings = Scoring(metrics=args.metrics)
     images = open_images(args.images, "none")
@@ -85,7 +85,7 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
         "standard_errors": errors,
         "sources": {"images": generated.source, "reference": reference.source, "networks": networks.identities},
     }
-    report.print_result(result)
+    results.print_result(result)
     return result
 
 
@@ -94,7 +94,7 @@ def _clip_scores(folder: Path, networks: "Networks") -> "dict[str, Any]":
     import torch
     from PIL import Image
 
-    from evals.images import ImageFiles, open_images
+    from evals.quality.images import ImageFiles, open_images
 
     images = open_images(folder, "none")
     assert networks.clip

@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.shapes_scene import Scene, held_out_prompts, parse, render
 from dico_t2i.command import run, script_parser
-from evals.shapes_reader import read
+from evals.shapes.reader import read
 
 PROPERTIES = ("colour", "background", "shape", "place", "size")
 

@@ -15,8 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import positive, run
 from evals import coco_fid, imagenet_fid
-from evals.options import chosen_protocol
-from evals.protocol import load_protocol
+from evals.quality.options import chosen_protocol
+from evals.quality.protocol import load_protocol
 
 _SCRIPTS: dict[str, Any] = {"coco": coco_fid, "imagenet": imagenet_fid}
 
@@ -63,7 +63,7 @@ def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> Non
     """FID against the metric ``across``: a line for each number of steps through its guidances."""
     from matplotlib.figure import Figure
 
-    from evals.report import NAMES
+    from evals.quality.results import NAMES
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()

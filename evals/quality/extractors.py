@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dico_t2i.encoders.local import file_hash, reading, resolve
-from evals.protocol import TORCHSCRIPT, Extractor, Resize
-from evals.weights import Weights
+from evals.quality.protocol import TORCHSCRIPT, Extractor, Resize
+from evals.quality.weights import Weights
 
 Image = NDArray[np.uint8]
 

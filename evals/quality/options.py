@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from dico_t2i.command import non_negative, positive
-from evals import weights
-from evals.protocol import Metric, Protocol, load_protocol, names
+from evals.quality import weights
+from evals.quality.protocol import Metric, Protocol, load_protocol, names
 
 
 def add_protocol_options(parser: argparse.ArgumentParser, protocol: str | None = None) -> None:

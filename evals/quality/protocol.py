@@ -1,6 +1,6 @@
 """An evaluation protocol: everything that a number depends on beside the checkpoint, and its hash.
 
-The files are in evals/protocols/. A value may be changed on the command line; the result is then named
+The files are in evals/quality/protocols/. A value may be changed on the command line; the result is then named
 ``<protocol>+changes``, has another hash, and is marked as not comparable.
 """
 
@@ -24,7 +24,7 @@ TORCHSCRIPT: Final = "inception-2015-12-05.pt"
 
 
 class Prompts(Section):
-    """What is sampled. The rules are those of ``evals.captions`` and ``evals.imagenet_fid``."""
+    """What is sampled. The rules are those of ``evals.quality.captions`` and ``evals.imagenet_fid``."""
 
     # drawn: images and captions by keyed hashes of their ids; in_order: images by id, captions as drawn;
     # uniform: classes at random.
@@ -77,7 +77,7 @@ class Scoring(Section):
 
 
 class Protocol(Section):
-    """See evals/protocols/."""
+    """See evals/quality/protocols/."""
 
     name: str
     about: str = Field(description="for people; not part of the hash")

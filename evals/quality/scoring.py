@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evals import metrics
-from evals.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL
-from evals.feature_sets import FeatureSet
-from evals.metrics import FrechetTo
-from evals.protocol import Metric, Scoring
+from evals.quality import distances
+from evals.quality.distances import FrechetTo
+from evals.quality.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL
+from evals.quality.feature_sets import FeatureSet
+from evals.quality.protocol import Metric, Scoring
 
 Numbers = dict[str, float]
 
@@ -27,21 +27,21 @@ def score(
     if "fid" in wanted:
         _add_fid(numbers, errors, generated, reference, resamples)
     if "sfid" in wanted:
-        numbers["sfid"] = metrics.frechet_distance(generated.gaussians[SPATIAL], reference.gaussians[SPATIAL])
+        numbers["sfid"] = distances.frechet_distance(generated.gaussians[SPATIAL], reference.gaussians[SPATIAL])
     if "fd_dinov2" in wanted:
-        numbers["fd_dinov2"] = metrics.frechet_distance(generated.gaussians[DINO], reference.gaussians[DINO])
+        numbers["fd_dinov2"] = distances.frechet_distance(generated.gaussians[DINO], reference.gaussians[DINO])
     if "is" in wanted:
         logits = generated.rows[LOGITS]
-        numbers["is"], numbers["is_std"] = metrics.inception_score(logits, settings.splits)
+        numbers["is"], numbers["is_std"] = distances.inception_score(logits, settings.splits)
         if resamples:
-            errors["is"] = metrics.bootstrap(
-                len(logits), resamples, lambda chosen: metrics.inception_score(logits[chosen], settings.splits)[0]
+            errors["is"] = distances.bootstrap(
+                len(logits), resamples, lambda chosen: distances.inception_score(logits[chosen], settings.splits)[0]
             )
     if {"precision", "recall"} & set(wanted):
-        both = metrics.precision_recall(generated.rows[POOL], reference.rows[POOL], settings.neighbours)
+        both = distances.precision_recall(generated.rows[POOL], reference.rows[POOL], settings.neighbours)
         numbers |= {name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in wanted}
     if "kid" in wanted:
-        numbers["kid"], numbers["kid_std"] = metrics.kid(
+        numbers["kid"], numbers["kid_std"] = distances.kid(
             generated.rows[POOL], reference.rows[POOL], settings.kid_subsets, settings.kid_subset_size
         )
     if "clip" in wanted:
@@ -58,10 +58,10 @@ def _add_fid(numbers: Numbers, errors: Numbers, generated: FeatureSet, reference
     if len(features) > POOL_DIMENSION:  # below, the product of covariances is singular, and its root inexact
         numbers["fid_cleanfid"] = cleanfid_distance(features.cpu().numpy(), reference)
     if len(features) >= _ENOUGH:
-        numbers["fid_infinity"] = metrics.frechet_infinity(to, features, len(features) // 4)
+        numbers["fid_infinity"] = distances.frechet_infinity(to, features, len(features) // 4)
     if resamples:
         features, projected = to.projected(features)
-        errors["fid"] = metrics.bootstrap(
+        errors["fid"] = distances.bootstrap(
             len(features), resamples, lambda chosen: to.sample(features[chosen], projected[chosen])
         )
 

@@ -18,9 +18,9 @@ from dico_t2i.files import temporary
 from dico_t2i.sampling import WEIGHTS_FILE, Pipeline, default_weights, load_pipeline, locate_checkpoint
 from dico_t2i.training.checkpoint import MANIFEST
 from dico_t2i.training.optimizer import WEIGHT
-from evals.extractors import ClipScorer, Features
-from evals.images import Image
-from evals.protocol import Protocol, digest
+from evals.quality.extractors import ClipScorer, Features
+from evals.quality.images import Image
+from evals.quality.protocol import Protocol, digest
 
 EXAMPLES = 8
 

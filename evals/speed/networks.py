@@ -26,8 +26,8 @@ from dico_t2i.ops import text_dwconv
 from dico_t2i.sampling import as_cuda_graph
 from dico_t2i.training.cost import optimizer_traffic
 from dico_t2i.training.optimizer import AdamWEMA
-from evals.speed_measure import Contender, Cost, pass_cost
-from tests.plain_dico import PlainDiCo, grouped_text_dwconv
+from evals.speed.measure import Contender, Cost, pass_cost
+from evals.speed.plain_dico import PlainDiCo, grouped_text_dwconv
 
 Condition = Literal["class", "text"]
 _SECTIONS: tuple[type[NetworkConfig], ...] = (DiCoConfig, DiTConfig, UViTConfig, PixArtConfig)

@@ -16,14 +16,14 @@ from dico_t2i.sampling import make_grid
 from dico_t2i.training.distributed import World, join_world
 from dico_t2i.training.metrics import peak_memory_bytes
 from dico_t2i.training.tracking import log_evaluation
-from evals import report, scoring
-from evals.chunks import Chunks
-from evals.extractors import ClipScorer, DinoFeatures, Features, load_inception
-from evals.feature_sets import FeatureCache, FeatureSet, collect
-from evals.generation import EXAMPLES, Generator, find_subject, save_pngs
-from evals.images import write_npz
-from evals.protocol import Extractor, Metric, Protocol, Scoring, changes_of, digest
-from evals.weights import Weights
+from evals.quality import results, scoring
+from evals.quality.chunks import Chunks
+from evals.quality.extractors import ClipScorer, DinoFeatures, Features, load_inception
+from evals.quality.feature_sets import FeatureCache, FeatureSet, collect
+from evals.quality.generation import EXAMPLES, Generator, find_subject, save_pngs
+from evals.quality.images import write_npz
+from evals.quality.protocol import Extractor, Metric, Protocol, Scoring, changes_of, digest
+from evals.quality.weights import Weights
 
 _PATIENCE = timedelta(days=7)  # of ranks that wait for each other at the end of a stage
 
@@ -107,11 +107,11 @@ class Evaluation:
         """
         args, subject = self.args, self.subject
         key = digest([protocol.hash(), subject.identity, self.sources, args.save, sorted(args.metrics), args.resamples])
-        path = report.result_path(self.folder, protocol.name + _tag(protocol), subject.step)
+        path = results.result_path(self.folder, protocol.name + _tag(protocol), subject.step)
         done = _read(path)
         if done and done["key"] == key:
             if self.world.is_main:
-                report.print_result(done)
+                results.print_result(done)
             return done
         chunks = Chunks(path.with_suffix(f".{key}"), protocol.prompts.count, protocol.chunk)
         with chunks.owned(self.world):
@@ -120,9 +120,9 @@ class Evaluation:
                 return None
             result = self._result(protocol, generated, key)
             self._keep_images(chunks, protocol, path)
-            report.write_result(path, result)
+            results.write_result(path, result)
             chunks.remove()
-        report.print_result(result)
+        results.print_result(result)
         print(f"result: {path}")
         log_evaluation(subject.config, subject.folder, result, path.with_suffix(".png"))
         return result

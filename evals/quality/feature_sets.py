@@ -17,11 +17,11 @@ from dico_t2i import randomness
 from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
 from dico_t2i.training.distributed import World
-from evals.chunks import Chunks, meet
-from evals.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION, Features
-from evals.images import Crop, ImageSet, npz_members, open_images
-from evals.metrics import Gaussian, Moments
-from evals.protocol import Extractor, digest
+from evals.quality.chunks import Chunks, meet
+from evals.quality.distances import Gaussian, Moments
+from evals.quality.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION, Features
+from evals.quality.images import Crop, ImageSet, npz_members, open_images
+from evals.quality.protocol import Extractor, digest
 
 _STREAMED = (POOL, SPATIAL, DINO)
 _PATIENCE_S = 86400.0  # for another job that makes the same reference
