@@ -63,7 +63,7 @@ def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> Non
     """FID against the metric ``across``: a line for each number of steps through its guidances."""
     from matplotlib.figure import Figure
 
-    from evals.quality.results import NAMES
+    from evals.quality.metrics import LABELS
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -75,7 +75,7 @@ def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> Non
         for r, *point in zip(line, x, y, strict=True):
             label = f"{r['protocol']['sampler']['guidance']:g}"
             axes.annotate(label, (point[0], point[1]), textcoords="offset points", xytext=(4, 4))
-    axes.set(xlabel=NAMES[across], ylabel="FID", title=f"{results[0]['subject']}: {results[0]['protocol']['name']}")
+    axes.set(xlabel=LABELS[across], ylabel="FID", title=f"{results[0]['subject']}: {results[0]['protocol']['name']}")
     axes.legend(title="labels: guidance")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -8,15 +8,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from dico_t2i.config import ConfigError, NonNegative, Positive, SamplerConfig, Section, load_section
+from evals.quality.features import Models
+from evals.quality.metrics import METRICS
 
 FOLDER = Path(__file__).resolve().parent / "protocols"
 
-Metric = Literal["fid", "sfid", "is", "precision", "recall", "kid", "clip", "fd_dinov2"]
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]
 Resize = Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
 
 STATE_DICT: Final = "pt_inception-2015-12-05-6726825d.pth"
@@ -64,16 +69,14 @@ class Extractor(Section):
         return self
 
 
-class Scoring(Section):
+class Scoring(Models):
     """Metrics and their settings."""
 
-    metrics: tuple[Metric, ...]
+    metrics: tuple[MetricName, ...]
     neighbours: Positive = 3  # of precision and recall
     splits: Positive = 10  # of the Inception Score
     kid_subsets: Positive = 100
     kid_subset_size: Positive = 1000
-    clip: str = "timm/vit_large_patch14_clip_224.openai"  # a hub id or folder in open_clip's layout
-    dinov2: str = "facebook/dinov2-large"
 
 
 class Protocol(Section):

@@ -17,7 +17,8 @@ from PIL import Image
 
 from evals import compare
 from evals.quality.distances import frechet_distance, gaussian_of
-from evals.quality.extractors import POOL, Inception, _pooled, resize_images, scale_pixels
+from evals.quality.extractors import Inception, _pooled, resize_images, scale_pixels
+from evals.quality.features import POOL
 from evals.quality.generation import find_subject
 from evals.quality.images import open_images
 from evals.quality.protocol import load_protocol

@@ -11,7 +11,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from evals.quality import extractors
-from evals.quality.extractors import LOGITS, POOL, SPATIAL, Inception, load_inception, resize_images, seeded_inception
+from evals.quality.extractors import Inception, load_inception, resize_images, seeded_inception
+from evals.quality.features import LOGITS, POOL, SPATIAL
 from evals.quality.protocol import STATE_DICT, TORCHSCRIPT, Extractor
 from evals.quality.weights import MissingWeightsError, Weights, find_weights
 

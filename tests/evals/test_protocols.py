@@ -17,11 +17,12 @@ from dico_t2i.training.distributed import World
 from evals.quality import scoring, weights
 from evals.quality.captions import draw, find_files
 from evals.quality.distances import gaussian_of
-from evals.quality.extractors import LOGITS, POOL
-from evals.quality.feature_sets import FeatureCache, FeatureSet, collect, read_adm_statistics
+from evals.quality.feature_sets import FeatureSet, collect
+from evals.quality.features import LOGITS, POOL
 from evals.quality.images import adm_crop, open_images, write_npz
 from evals.quality.options import add_protocol_options, chosen_protocol
 from evals.quality.protocol import Prompts, changes_of, load_protocol, names
+from evals.quality.references import FeatureCache, read_adm_statistics
 
 # A change here makes all numbers published under the old hash another protocol's: give it another name instead.
 HASHES = {
