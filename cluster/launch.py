@@ -22,14 +22,14 @@ import yaml
 from submitit.core.core import Executor
 from submitit.slurm.slurm import SlurmExecutor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from cluster import jobs, slurm
 from cluster.follow import follow
 from cluster.options import add_cluster_options, chosen_cluster
 from cluster.preflight import problems
 from cluster.state import holder, measured_pause
 from cluster.supervisor import TrainJob
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import ClusterConfig, Config, dump_config, load_config
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="where run folders are, on a file system that the nodes share"

@@ -13,9 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
+from dico_t2i.command import USER_ERROR
+
 LOCK_PATIENCE_S = 120.0  # a job that was requeued may find its former self still leaving
 START_MARK = "-- start "  # the first line of each start in a log
-USER_ERROR = 2  # the exit code for what only the user can mend
 
 
 def main(folder: Path, runs: Path, start: int) -> int:

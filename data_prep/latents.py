@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import claim, part, progress_bar, remove_leftovers, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.common import claim, progress_bar, remove_leftovers
 from data_prep.encoding import Batch, Clock, Image, batches_of
+from dico_t2i.command import part, run, script_parser
 from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data import quarantine
 from dico_t2i.data.errors import DataError, SampleError
@@ -302,7 +303,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of image shards")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of latent shards to make or go on with")

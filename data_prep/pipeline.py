@@ -21,9 +21,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 from PIL import Image
 
 from data_prep.captions import clean
-from data_prep.common import claim, in_parallel, part, progress_bar, remove_leftovers
+from data_prep.common import claim, in_parallel, progress_bar, remove_leftovers
 from data_prep.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.report import Report, draw_histograms, draw_samples
+from dico_t2i.command import part
 from dico_t2i.data.decode import IMAGE_FORMATS, MAX_PIXELS, decode_image
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import write_index

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep import latents, quarantine
-from data_prep.common import alone, in_parallel, progress_bar, run
+from data_prep.common import alone, in_parallel, progress_bar
 from data_prep.hashes import HashFile, equal
 from data_prep.quarantine import Entry
+from dico_t2i.command import run, script_parser
 from dico_t2i.data.decode import decode_image, decode_moments
 from dico_t2i.data.errors import SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex, load_index, write_index
@@ -268,7 +269,7 @@ def repair(index: DatasetIndex, verdict: Verdict, args: argparse.Namespace) -> D
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder of shards")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dico_t2i.options import non_negative, positive
+from dico_t2i.command import non_negative, positive, run
 
 if TYPE_CHECKING:
     import torch
@@ -18,23 +18,16 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; exits with 0, 2 (something to correct, said in one message), 130 or a command's own code."""
     parsed = _parser().parse_args(arguments)
-    try:
-        sys.exit(parsed.run(parsed))
-    except (ValueError, OSError) as error:  # ConfigError, DataError, a folder that is none: the user's to mend
-        print(f"dico {parsed.command}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"dico {parsed.command}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run(lambda: parsed.run(parsed), f"dico {parsed.command}"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dico", description="Plan, train, sample and export DiCo.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (says, add_options, run) in _COMMANDS.items():
+    for name, (says, add_options, start) in _COMMANDS.items():
         command = commands.add_parser(name, help=says)
         add_options(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=start)
     return parser
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config
 from dico_t2i.models import build_network
 from dico_t2i.runs import checkpoint as ckpt
@@ -106,7 +107,7 @@ def _busy(writer: CheckpointWriter, world: World) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="a new folder on the disk to measure; removed after")
     parser.add_argument("--batch", type=int, default=4, help="samples per rank and step (default: 4)")
@@ -160,4 +161,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

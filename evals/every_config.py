@@ -9,7 +9,6 @@ with random encoders: it shows that everything works together, and nothing about
 first and of the last five steps.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.shapes import make_sample
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config, parse_config
 from dico_t2i.data import ShardWriter
 from dico_t2i.models import count_macs, count_parameters
@@ -120,7 +119,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="default: all of configs/")
     parser.add_argument("--steps", type=int, default=20, help="of training; 0: count only (default: 20)")
     parser.add_argument("--out", type=Path, help="write the rows there, as JSON")

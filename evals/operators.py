@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dico_t2i import ops
+from dico_t2i.command import run, script_parser
 from dico_t2i.ops import native
 
 SHAPES = ((128, 32), (256, 16), (512, 8), (416, 32), (832, 16), (1664, 8))  # channels, height and width
@@ -175,8 +177,8 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return shown
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = script_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=OPERATORS, help="these operators; without it all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9, help="pairs for each median")
@@ -194,7 +196,8 @@ def main() -> None:
     Console(width=120).print(table(rows, title))
     if options.json:
         options.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -5,7 +5,6 @@
 Every stage is a command of its own and is printed before it runs. Started again it goes on where it stopped.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from dico_t2i.command import run, script_parser
 
 RUN = Path("runs/quickstart")
 DATA = Path("data/shapes")
@@ -50,8 +51,8 @@ def done(stage: str) -> bool:
     return stage in results and results[stage].exists()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = script_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to configs/quickstart.yaml")
     console, seconds = Console(), {}
     for name, command in stages(parser.parse_args().overrides):
@@ -62,9 +63,10 @@ def main() -> None:
         started = time.monotonic()
         code = subprocess.run([sys.executable, *command], check=False).returncode
         if code:
-            sys.exit(code)
+            return code
         seconds[name] = time.monotonic() - started
     _summary(console, seconds)
+    return 0
 
 
 def _summary(console: Console, seconds: dict[str, float]) -> None:
@@ -85,4 +87,4 @@ def _summary(console: Console, seconds: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

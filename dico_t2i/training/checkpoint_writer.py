@@ -19,7 +19,6 @@ from torch import Tensor
 from dico_t2i.files import write_atomically
 from dico_t2i.runs.checkpoint import (
     LATEST,
-    MANIFEST,
     VERSION,
     CheckpointError,
     Piece,
@@ -28,6 +27,7 @@ from dico_t2i.runs.checkpoint import (
     manifest_hash,
     step_of,
 )
+from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.safetensors_writer import write_safetensors
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import Config, Span
 from dico_t2i.data import (
     Batch,
@@ -37,7 +38,7 @@ from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
 from dico_t2i.training.ranks.distributed import World, any_rank, join_world
-from dico_t2i.training.ranks.signals import REQUEUE_EXIT_CODE, StopFlag
+from dico_t2i.training.ranks.signals import StopFlag
 from dico_t2i.training.ranks.watchdog import Watchdog
 
 _DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first

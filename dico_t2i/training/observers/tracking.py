@@ -16,10 +16,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import Config, ConfigError, dump_config
-from dico_t2i.runs.checkpoint import MANIFEST, CheckpointError, newest_checkpoint
+from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
 from dico_t2i.runs.evaluations import read_evaluations
-from dico_t2i.training.ranks.signals import REQUEUE_EXIT_CODE
+from dico_t2i.runs.folder import MANIFEST
 
 _ALERTS = ("rollback", "failed", "hang", "save failed", "bad checkpoint")
 _ROUTINE = ("saved", "samples")

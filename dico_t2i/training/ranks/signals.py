@@ -3,7 +3,6 @@
 import signal
 from types import FrameType
 
-REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 

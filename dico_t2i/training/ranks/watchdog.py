@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dico_t2i.command import HANG_EXIT_CODE
 from dico_t2i.training.ranks.distributed import World
 
-HANG_EXIT_CODE = 74  # EX_IOERR of sysexits.h
 LONGEST_INTERVAL_S = 1.0
 
 _LEAVE_S = 2.0  # for the last words of a rank

@@ -3,16 +3,13 @@
 Nothing is learned and nothing is fitted to a model: the thresholds follow from the geometry of the scenes.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.shapes_scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, coverage
 
 MIN_CONTRAST = 40.0  # RGB distance; objects and backgrounds are at least 100 apart

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from evals.speed_measure import Result
+from evals.speed.measure import Result
 
 COLUMNS = ("case", "", "ms", "images/s", "MFU", "GB/s", "GB", "the first is faster by", "goal")
 _MOST_OPERATORS = 10

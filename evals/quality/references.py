@@ -1,8 +1,8 @@
-"""The features of a set of images, as far as metrics need them, and where those of reference sets are kept."""
+"""The features of reference sets: computed over the ranks, and kept in a cache; or statistics that others made."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,76 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dico_t2i import randomness
 from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
 from dico_t2i.training.ranks.distributed import World
-from evals.chunks import Chunks, meet
-from evals.extractors import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION, Features
-from evals.images import Crop, ImageSet, npz_members, open_images
-from evals.metrics import Gaussian, Moments
-from evals.protocol import Extractor, digest
+from evals.quality.chunks import Chunks, meet
+from evals.quality.distances import Gaussian
+from evals.quality.extractors import SPATIAL_DIMENSION, Features
+from evals.quality.feature_sets import FeatureSet, collect
+from evals.quality.features import FEATURES, LOGITS, POOL, SPATIAL
+from evals.quality.images import Crop, ImageSet, npz_members, open_images
+from evals.quality.metrics import POOL_DIMENSION
+from evals.quality.protocol import Extractor, digest
 
-_STREAMED = (POOL, SPATIAL, DINO)
 _PATIENCE_S = 86400.0  # for another job that makes the same reference
-_ROWS = 1024  # added to the moments together, in the order of the chunks
-
-
-@dataclass
-class FeatureSet:
-    """``n`` images; 0: not known. gaussians: by kind of features. rows: pooled features, logits, scores, one an image.
-
-    source: where it comes from, for people and for the result. seconds: of sampling, decoding and features.
-    """
-
-    n: int
-    gaussians: dict[str, Gaussian]
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    source: dict[str, Any] = field(default_factory=dict)
-    doubts: list[str] = field(default_factory=list)
-    seconds: Tensor = field(default_factory=lambda: torch.zeros(3))
-
-    def to(self, device: torch.device) -> "FeatureSet":
-        """With its tensors on a device, where metrics are computed."""
-        gaussians = {name: Gaussian(g.mean.to(device), g.cov.to(device)) for name, g in self.gaussians.items()}
-        rows = {name: value.to(device) for name, value in self.rows.items()}
-        return FeatureSet(self.n, gaussians, rows, self.source, self.doubts, self.seconds)
-
-
-def collect(chunks: Iterable[dict[str, Tensor]], total: int, manifold: int | None = None) -> FeatureSet:
-    """From chunks in order; of the pooled features ``manifold`` rows are kept, chosen by a fixed shuffle."""
-    kept = torch.ones(total, dtype=torch.bool)
-    if manifold and manifold < total:
-        kept = torch.zeros(total, dtype=torch.bool)
-        kept[torch.from_numpy(randomness.permutation(0, "manifold", 0, total)[:manifold])] = True
-    found = FeatureSet(0, {})
-    moments: dict[str, Moments] = {}
-    waiting: dict[str, list[Tensor]] = {}
-    rows: dict[str, list[Tensor]] = {}
-    for chunk in chunks:
-        n = len(chunk.get(POOL, chunk.get(DINO, chunk.get(CLIP, ()))))
-        for name in _STREAMED:
-            if name in chunk:
-                waiting.setdefault(name, []).append(chunk[name])
-        for name in (POOL, LOGITS, CLIP):
-            if name in chunk:
-                rows.setdefault(name, []).append(chunk[name][kept[found.n : found.n + n]])
-        found.n += n
-        found.seconds = found.seconds + chunk.get("seconds", torch.zeros(3))
-        _add(moments, waiting, _ROWS)
-    _add(moments, waiting, 1)
-    found.gaussians = {name: value.gaussian() for name, value in moments.items()}
-    found.rows = {name: torch.cat(parts) for name, parts in rows.items()}
-    return found
-
-
-def _add(moments: dict[str, Moments], waiting: dict[str, list[Tensor]], least: int) -> None:
-    """Move what waits into the moments if there are ``least`` rows."""
-    for name, parts in waiting.items():
-        if sum(map(len, parts)) >= least:
-            features = torch.cat(parts)
-            moments.setdefault(name, Moments(features.shape[1])).add(features)
-            parts.clear()
 
 
 @dataclass(frozen=True)
@@ -175,10 +118,10 @@ def read_statistics(path: Path, networks: Sequence[Features]) -> FeatureSet:
     n = int(tensors["n"])
     gaussians = {
         name: Gaussian(tensors[f"mean.{name}"], tensors[f"cov.{name}"])
-        for name in _STREAMED
+        for name in FEATURES
         if f"mean.{name}" in tensors
     }
-    rows = {name: tensors[f"rows.{name}"] for name in (POOL, LOGITS) if f"rows.{name}" in tensors}
+    rows = {name: tensors[f"rows.{name}"] for name in FEATURES if f"rows.{name}" in tensors}
     return FeatureSet(n, gaussians, rows, source)
 
 

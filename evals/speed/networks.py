@@ -26,8 +26,8 @@ from dico_t2i.plan.cost import optimizer_traffic
 from dico_t2i.plan.trace import Pass, trace_training
 from dico_t2i.sampling.pipeline import as_cuda_graph
 from dico_t2i.training.optimizer import AdamWEMA
-from evals.speed_measure import Contender, Cost, pass_cost
-from tests.plain_dico import PlainDiCo, grouped_text_dwconv
+from evals.speed.measure import Contender, Cost, pass_cost
+from evals.speed.plain_dico import PlainDiCo, grouped_text_dwconv
 
 Condition = Literal["class", "text"]
 _SECTIONS: tuple[type[NetworkConfig], ...] = (DiCoConfig, DiTConfig, UViTConfig, PixArtConfig)

@@ -10,8 +10,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from evals import metrics
-from evals.metrics import FrechetTo, Gaussian, Moments, frechet_distance, gaussian_of
+from evals.quality import distances
+from evals.quality.distances import FrechetTo, Gaussian, Moments, frechet_distance, gaussian_of
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -68,19 +68,19 @@ def test_extrapolation_removes_the_bias_of_few_samples() -> None:
     to = FrechetTo(Gaussian(torch.zeros(8).double(), torch.eye(8).double()))
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     biased = to.sample(*to.projected(x[:200]))
-    assert abs(metrics.frechet_infinity(to, x, 200)) < 0.1 * biased
+    assert abs(distances.frechet_infinity(to, x, 200)) < 0.1 * biased
 
 
 def test_inception_score_of_known_answers() -> None:
     certain = torch.eye(10).repeat(20, 1) * 1e3
-    assert metrics.inception_score(certain, 2)[0] == pytest.approx(10, rel=1e-12)
-    assert metrics.inception_score(torch.zeros(50, 10), 5) == pytest.approx((1, 0))
+    assert distances.inception_score(certain, 2)[0] == pytest.approx(10, rel=1e-12)
+    assert distances.inception_score(torch.zeros(50, 10), 5) == pytest.approx((1, 0))
 
 
 def test_inception_score_equals_torch_fidelitys() -> None:
     logits = 2 * features(500, 50, 4)
     theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
-    mean, spread = metrics.inception_score(logits, 10)
+    mean, spread = distances.inception_score(logits, 10)
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-10)
     assert spread == pytest.approx(theirs["inception_score_std"], rel=1e-8)
 
@@ -88,12 +88,12 @@ def test_inception_score_equals_torch_fidelitys() -> None:
 def test_kid_of_whole_sets_equals_torch_fidelitys() -> None:
     real, mine = features(200, 32, 1), features(200, 32, 2, 0.3)
     theirs = kid_features_to_metric(mine, real, kid_subsets=1, kid_subset_size=200, rng_seed=0, verbose=False)
-    assert metrics.kid(mine, real, 1, 200)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    assert distances.kid(mine, real, 1, 200)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
 
 
 def test_kid_is_unbiased() -> None:
     """Its mean over subsets of one distribution is 0 within its standard error; the biased one is far from it."""
-    mean, spread = metrics.kid(features(3000, 16, 1), features(3000, 16, 2), 200, 50)
+    mean, spread = distances.kid(features(3000, 16, 1), features(3000, 16, 2), 200, 50)
     assert abs(mean) < 4 * spread / math.sqrt(60)
 
 
@@ -102,7 +102,7 @@ def test_precision_and_recall_equal_torch_fidelitys() -> None:
     theirs = prc_features_to_metric(
         mine.float(), real.float(), prc_neighborhood=3, prc_batch_size=10000, verbose=False, rng_seed=0
     )
-    precision, recall = metrics.precision_recall(mine, real, 3)
+    precision, recall = distances.precision_recall(mine, real, 3)
     assert 0.1 < recall < precision or 0.1 < precision < recall
     assert precision == pytest.approx(theirs["precision"], abs=1e-6)
     assert recall == pytest.approx(theirs["recall"], abs=1e-6)
@@ -113,18 +113,18 @@ def test_precision_and_recall_of_constructed_sets() -> None:
     grid = torch.stack(torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij"), -1).reshape(-1, 2)
     real = torch.cat((grid, grid + 1000))
     generated = torch.cat((grid + 0.1, grid * 0.01 - 5000))
-    assert metrics.precision_recall(generated, real, 3) == (0.5, 0.5)
-    assert metrics.precision_recall(real, real, 3) == (1, 1)
+    assert distances.precision_recall(generated, real, 3) == (0.5, 0.5)
+    assert distances.precision_recall(real, real, 3) == (1, 1)
 
 
 def test_distances_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     real, mine = features(200, 8, 1), features(150, 8, 2, 0.5)
-    whole = metrics.precision_recall(mine, real, 3)
-    monkeypatch.setattr(metrics, "_BLOCK", 37)
-    assert metrics.precision_recall(mine, real, 3) == whole
+    whole = distances.precision_recall(mine, real, 3)
+    monkeypatch.setattr(distances, "_BLOCK", 37)
+    assert distances.precision_recall(mine, real, 3) == whole
 
 
 def test_bootstrap_gives_the_standard_error_of_a_mean() -> None:
     x = features(1000, 1, 5)[:, 0]
-    error = metrics.bootstrap(1000, 200, lambda chosen: float(x[chosen].mean()))
+    error = distances.bootstrap(1000, 200, lambda chosen: float(x[chosen].mean()))
     assert error == pytest.approx(float(x.std()) / 1000**0.5, rel=0.15)

@@ -1,6 +1,6 @@
 """An evaluation protocol: everything that a number depends on beside the checkpoint, and its hash.
 
-The files are in evals/protocols/. A value may be changed on the command line; the result is then named
+The files are in evals/quality/protocols/. A value may be changed on the command line; the result is then named
 ``<protocol>+changes``, has another hash, and is marked as not comparable.
 """
 
@@ -8,15 +8,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from dico_t2i.config import ConfigError, NonNegative, Positive, SamplerConfig, Section, load_section
+from evals.quality.features import Models
+from evals.quality.metrics import METRICS
 
 FOLDER = Path(__file__).resolve().parent / "protocols"
 
-Metric = Literal["fid", "sfid", "is", "precision", "recall", "kid", "clip", "fd_dinov2"]
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]
 Resize = Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
 
 STATE_DICT: Final = "pt_inception-2015-12-05-6726825d.pth"
@@ -24,7 +29,7 @@ TORCHSCRIPT: Final = "inception-2015-12-05.pt"
 
 
 class Prompts(Section):
-    """What is sampled. The rules are those of ``evals.captions`` and ``evals.imagenet_fid``."""
+    """What is sampled. The rules are those of ``evals.quality.captions`` and ``evals.imagenet_fid``."""
 
     # drawn: images and captions by keyed hashes of their ids; in_order: images by id, captions as drawn;
     # uniform: classes at random.
@@ -64,20 +69,18 @@ class Extractor(Section):
         return self
 
 
-class Scoring(Section):
+class Scoring(Models):
     """Metrics and their settings."""
 
-    metrics: tuple[Metric, ...]
+    metrics: tuple[MetricName, ...]
     neighbours: Positive = 3  # of precision and recall
     splits: Positive = 10  # of the Inception Score
     kid_subsets: Positive = 100
     kid_subset_size: Positive = 1000
-    clip: str = "timm/vit_large_patch14_clip_224.openai"  # a hub id or folder in open_clip's layout
-    dinov2: str = "facebook/dinov2-large"
 
 
 class Protocol(Section):
-    """See evals/protocols/."""
+    """See evals/quality/protocols/."""
 
     name: str
     about: str = Field(description="for people; not part of the hash")

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dico_t2i.config import Config, load_config
 from dico_t2i.files import temporary
-from dico_t2i.runs.checkpoint import MANIFEST
+from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.kinds import WEIGHT
 from dico_t2i.runs.weights import WEIGHTS_FILE, default_weights, locate_checkpoint
 from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
-from evals.extractors import ClipScorer, Features
-from evals.images import Image
-from evals.protocol import Protocol, digest
+from evals.quality.extractors import Features, Scorer
+from evals.quality.images import Image
+from evals.quality.protocol import Protocol, digest
 
 EXAMPLES = 8
 
@@ -92,14 +92,14 @@ class Generator:
         protocol: Protocol,
         conditions: Sequence[str | int],
         networks: Sequence[Features],
-        clip: ClipScorer | None,
+        scorers: Sequence[Scorer],
         device: torch.device,
         pngs: Path | None = None,
         keep: bool = False,
     ) -> None:
         """pngs: where to write all images. keep: whether chunks hold them all."""
-        self.protocol, self.conditions, self.networks, self.clip = protocol, conditions, networks, clip
-        self.pngs, self.keep = pngs, keep
+        self.protocol, self.conditions = protocol, conditions
+        self.networks, self.scorers, self.pngs, self.keep = networks, scorers, pngs, keep
         dtype = torch.bfloat16 if protocol.precision == "bf16" else torch.float32
         self.pipeline: Pipeline = load_pipeline(subject.path, subject.weights, device, dtype)
 
@@ -110,8 +110,8 @@ class Generator:
         began = time.perf_counter()
         pixels: list[Image] = list(images.permute(0, 2, 3, 1).contiguous().numpy())
         chunk = {name: value for network in self.networks for name, value in network(pixels).items()}
-        if self.clip:
-            chunk |= self.clip(pixels, captions)
+        for scorer in self.scorers:
+            chunk |= scorer(pixels, captions)
         if self.pngs:
             save_pngs(images, captions, [self.protocol.seed + i for i in index], self.pngs, index.start)
         chunk["seconds"] = torch.tensor([sampling, decoding, time.perf_counter() - began])

@@ -8,6 +8,7 @@ infinitely many samples, Chong and Forsyth 2020.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,15 @@ def gaussian_of(features: Tensor) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance; FID where they are of the FID Inception's features."""
     return FrechetTo(b).gaussian(a)
+
+
+def cleanfid_distance(features: Tensor, target: Gaussian) -> float:
+    """The same by clean-fid's functions, from features (N, D)."""
+    from cleanfid.fid import frechet_distance
+
+    rows = features.cpu().numpy().astype(np.float64)
+    mean, cov = rows.mean(axis=0), np.cov(rows, rowvar=False)
+    return float(frechet_distance(mean, cov, target.mean.cpu().numpy(), target.cov.cpu().numpy()))
 
 
 def frechet_infinity(to: FrechetTo, features: Tensor, smallest: int, points: int = 8) -> float:

@@ -4,7 +4,7 @@ An image is an (H, W, 3) uint8 array; all results are float32 on the host, one r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dico_t2i.encoders.local import file_hash, reading, resolve
-from evals.protocol import TORCHSCRIPT, Extractor, Resize
-from evals.weights import Weights
+from evals.quality.features import CLIP, DINO, LOGITS, POOL, SPATIAL
+from evals.quality.metrics import POOL_DIMENSION
+from evals.quality.protocol import TORCHSCRIPT, Extractor, Resize
+from evals.quality.weights import Weights
 
 Image = NDArray[np.uint8]
 
-POOL, SPATIAL, LOGITS, DINO, CLIP = "pool", "spatial", "logits", "dinov2", "clip"
-POOL_DIMENSION = 2048
 SPATIAL_DIMENSION = 7 * 17 * 17
 
 _SIZE = 299
@@ -35,6 +35,14 @@ class Features(Protocol):
     outputs: dict[str, int]
 
     def __call__(self, images: Sequence[Image]) -> dict[str, Tensor]: ...
+
+
+class Scorer(Protocol):
+    """A network that compares images with their captions. identity: what its scores depend on."""
+
+    identity: dict[str, str]
+
+    def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> dict[str, Tensor]: ...
 
 
 def load_inception(settings: Extractor, weights: Weights, device: torch.device) -> Features:
@@ -141,6 +149,11 @@ class ClipScorer:
         image = self._net.encode_image(pixels, normalize=True)
         text = self._net.encode_text(self._tokenize(list(captions)).to(self.device), normalize=True)
         return {CLIP: 100 * (image * text).sum(dim=1).float().cpu()}
+
+
+# By the keys of ``features.Models``: what loads a network of a hub id or folder to a device.
+IMAGE_NETWORKS: dict[str, Callable[[str, torch.device], Features]] = {"dinov2": DinoFeatures}
+CAPTION_NETWORKS: dict[str, Callable[[str, torch.device], Scorer]] = {"clip": ClipScorer}
 
 
 def resize_images(images: Sequence[Image], resize: Resize) -> Tensor:

@@ -4,11 +4,12 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from dico_t2i.options import non_negative, positive
-from evals import weights
-from evals.protocol import Metric, Protocol, load_protocol, names
+from dico_t2i.command import non_negative, positive
+from evals.quality import weights
+from evals.quality.features import INCEPTION, Models
+from evals.quality.metrics import METRICS, networks_of
+from evals.quality.protocol import Protocol, load_protocol, names
 
 
 def add_protocol_options(parser: argparse.ArgumentParser, protocol: str | None = None) -> None:
@@ -24,8 +25,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     """Weights, cache, and how statistics are computed."""
     add = parser.add_argument
     add("--extractor", type=Path, help=f"weights of the FID Inception (default: in the cache); or {weights.SEEDED}")
-    add("--clip", help="folder of the CLIP model of the CLIP score (default: the protocol's, from the hub's cache)")
-    add("--dinov2", help="folder of DINOv2 (default: the protocol's, from the hub's cache)")
+    for name, model in Models.model_fields.items():
+        add(f"--{name}", help=f"folder of {model.description} (default: the protocol's, from the hub's cache)")
     add("--cache", type=Path, default=weights.CACHE, help=f"weights, reference statistics (default: {weights.CACHE})")
     add(
         "--resamples",
@@ -59,9 +60,9 @@ def chosen_protocol(args: argparse.Namespace) -> Protocol:
     return protocol
 
 
-def needs_inception(metrics: Sequence[Metric]) -> bool:
+def needs_inception(metrics: Sequence[str]) -> bool:
     """Whether any of them compares features of the FID Inception."""
-    return bool(set(metrics) - {"clip", "fd_dinov2"})
+    return INCEPTION in networks_of(metrics)
 
 
 def fix_threads(threads: int) -> None:
@@ -72,7 +73,7 @@ def fix_threads(threads: int) -> None:
 
 def metric_names(text: str) -> tuple[str, ...]:
     """Of a list with commas."""
-    unknown = set(text.split(",")) - set(get_args(Metric))
+    unknown = set(text.split(",")) - METRICS.keys()
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; there are {', '.join(get_args(Metric))}")
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; there are {', '.join(METRICS)}")
     return tuple(text.split(","))

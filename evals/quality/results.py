@@ -9,20 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dico_t2i.files import write_atomically
-
-NAMES = {
-    "fid": "FID",
-    "fid_cleanfid": "FID by clean-fid's functions",
-    "fid_infinity": "FID extrapolated to infinity",
-    "sfid": "sFID",
-    "is": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-    "clip": "CLIP score",
-    "fd_dinov2": "FD-DINOv2",
-}
-_SPREADS = {"is": "is_std", "kid": "kid_std"}
+from evals.quality.metrics import LABELS
 
 
 def result_path(folder: Path, protocol: str, step: int) -> Path:
@@ -54,9 +41,9 @@ def result_table(result: dict[str, Any]) -> Table:
     table.caption = f"{protocol['name']} {result['protocol_hash']}" + (
         "" if result["comparable"] else ", NOT COMPARABLE"
     )
-    for key, name in NAMES.items():
+    for key, name in LABELS.items():
         if key in numbers:
-            spread = numbers.get(_SPREADS.get(key, ""))
+            spread = numbers.get(f"{key}_std")
             table.add_row(name, f"{numbers[key]:.6f}", _short(errors.get(key)), _short(spread))
     return table
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dico_t2i.files import temporary
-from evals.protocol import STATE_DICT, TORCHSCRIPT, Extractor
+from evals.quality.protocol import STATE_DICT, TORCHSCRIPT, Extractor
 
 SEEDED = "seeded"
 CACHE = Path("~/.cache/dico_t2i")

@@ -16,24 +16,27 @@ from dico_t2i.sampling.images import make_grid
 from dico_t2i.training.observers.memory_report import peak_memory_bytes
 from dico_t2i.training.observers.tracking import log_evaluation
 from dico_t2i.training.ranks.distributed import World, join_world
-from evals import report, scoring
-from evals.chunks import Chunks
-from evals.extractors import ClipScorer, DinoFeatures, Features, load_inception
-from evals.feature_sets import FeatureCache, FeatureSet, collect
-from evals.generation import EXAMPLES, Generator, find_subject, save_pngs
-from evals.images import write_npz
-from evals.protocol import Extractor, Metric, Protocol, Scoring, changes_of, digest
-from evals.weights import Weights
+from evals.quality import results, scoring
+from evals.quality.chunks import Chunks
+from evals.quality.extractors import CAPTION_NETWORKS, IMAGE_NETWORKS, Features, Scorer, load_inception
+from evals.quality.feature_sets import FeatureSet, collect
+from evals.quality.features import Models
+from evals.quality.generation import EXAMPLES, Generator, find_subject, save_pngs
+from evals.quality.images import write_npz
+from evals.quality.metrics import networks_of
+from evals.quality.protocol import Extractor, Protocol, Scoring, changes_of, digest
+from evals.quality.references import FeatureCache
+from evals.quality.weights import Weights
 
 _PATIENCE = timedelta(days=7)  # of ranks that wait for each other at the end of a stage
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What images are looked at with."""
+    """What images are looked at with. scorers: those that read the captions as well."""
 
     images: tuple[Features, ...]
-    clip: ClipScorer | None
+    scorers: tuple[Scorer, ...]
     doubts: tuple[str, ...]
 
     @property
@@ -42,8 +45,7 @@ class Networks:
 
     @property
     def identities(self) -> list[dict[str, str]]:
-        found = [network.identity for network in self.images]
-        return [*found, self.clip.identity] if self.clip else found
+        return [network.identity for network in self.images] + [scorer.identity for scorer in self.scorers]
 
 
 def join(threads: int) -> World:
@@ -58,20 +60,18 @@ def load_networks(
     extractor: Extractor, settings: Scoring, args: argparse.Namespace, weights: Weights | None, device: torch.device
 ) -> Networks:
     """Those that the wanted metrics need. Raises MissingModelError or ValueError."""
-    wanted: tuple[Metric, ...] = args.metrics
-    images: list[Features] = []
-    if weights:
-        images.append(load_inception(extractor, weights, device))
-    if "fd_dinov2" in wanted:
-        images.append(DinoFeatures(args.dinov2 or settings.dinov2, device))
-    clip = ClipScorer(args.clip or settings.clip, device) if "clip" in wanted else None
+    given = {name: getattr(args, name) for name in Models.model_fields}
+    wanted = {name: given[name] or getattr(settings, name) for name in given.keys() & networks_of(args.metrics)}
+    images = [load_inception(extractor, weights, device)] if weights else []
+    images += [load(wanted[name], device) for name, load in IMAGE_NETWORKS.items() if name in wanted]
+    scorers = [load(wanted[name], device) for name, load in CAPTION_NETWORKS.items() if name in wanted]
     doubts = [weights.doubt] if weights and weights.doubt else []
     doubts += [
-        f"another {key} model than the protocol's: {given}"
-        for key, given in (("clip", args.clip), ("dinov2", args.dinov2))
-        if given and Path(given).name != Path(getattr(settings, key)).name
+        f"another {name} model than the protocol's: {path}"
+        for name, path in given.items()
+        if path and Path(path).name != Path(getattr(settings, name)).name
     ]
-    return Networks(tuple(images), clip, tuple(doubts))
+    return Networks(tuple(images), tuple(scorers), tuple(doubts))
 
 
 class Evaluation:
@@ -107,11 +107,11 @@ class Evaluation:
         """
         args, subject = self.args, self.subject
         key = digest([protocol.hash(), subject.identity, self.sources, args.save, sorted(args.metrics), args.resamples])
-        path = report.result_path(self.folder, protocol.name + _tag(protocol), subject.step)
+        path = results.result_path(self.folder, protocol.name + _tag(protocol), subject.step)
         done = _read(path)
         if done and done["key"] == key:
             if self.world.is_main:
-                report.print_result(done)
+                results.print_result(done)
             return done
         chunks = Chunks(path.with_suffix(f".{key}"), protocol.prompts.count, protocol.chunk)
         with chunks.owned(self.world):
@@ -120,9 +120,9 @@ class Evaluation:
                 return None
             result = self._result(protocol, generated, key)
             self._keep_images(chunks, protocol, path)
-            report.write_result(path, result)
+            results.write_result(path, result)
             chunks.remove()
-        report.print_result(result)
+        results.print_result(result)
         print(f"result: {path}")
         log_evaluation(subject.config, subject.folder, result, path.with_suffix(".png"))
         return result
@@ -134,7 +134,7 @@ class Evaluation:
             protocol,
             self.conditions,
             self.networks.images,
-            self.networks.clip,
+            self.networks.scorers,
             self.world.device,
             pngs,
             self.args.save == "npz",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_prep.coco import read_annotations
 from dico_t2i import randomness
-from evals.protocol import Prompts, digest
+from evals.quality.protocol import Prompts, digest
 
 
 @dataclass(frozen=True)
