@@ -88,7 +88,8 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
 
 def _check_inputs(config: Config, after: str | None) -> None:
     """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
-    from dico_t2i.data import check_data, load_data
+    from dico_t2i.data.checks import check_data
+    from dico_t2i.data.sources import load_data
     from dico_t2i.encoders import find_autoencoder
     from dico_t2i.encoders.conditioner import find_fitting_text_encoder
 

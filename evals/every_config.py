@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' fol
 from data_prep.shapes import make_sample
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config, parse_config
-from dico_t2i.data import ShardWriter
+from dico_t2i.data.writer import ShardWriter
 from dico_t2i.models import count_macs, count_parameters
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -34,7 +34,11 @@ from rich.table import Table
 
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import DataConfig
-from dico_t2i.data import Order, ShardReader, ShardWriter, load_index, make_loader
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import Order
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.writer import ShardWriter
 
 BATCH, STREAMS, SIZE = 128, 64, 256
 CAPTIONS = [f"a photograph of {n} things that stand on a table" for n in ("two", "three", "four", "five", "six")]

@@ -195,7 +195,9 @@ def _weights(config: Config) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """What the shards hold, and how fast this config's loader reads them."""
-    from dico_t2i.data import check_data, load_data, make_loader, make_order
+    from dico_t2i.data.checks import check_data
+    from dico_t2i.data.loader import make_loader
+    from dico_t2i.data.sources import load_data, make_order
 
     bare = [root for root in map(Path, config.data.paths) if root.is_dir() and not (root / "index.json").exists()]
     for root in bare:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dico_t2i.config import Config, HardwareConfig
-from dico_t2i.data import DatasetIndex, load_data
+from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.text import TowerSize, text_sizes
 from dico_t2i.models import count_macs, count_parameters

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dico_t2i import randomness
 from dico_t2i.config import Config
-from dico_t2i.data import Batch
+from dico_t2i.data.batches import Batch
 from dico_t2i.diffusion import Process
 from dico_t2i.encoders import Autoencoder
 from dico_t2i.encoders.conditioner import Conditioner, Conditioning

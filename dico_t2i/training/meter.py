@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dico_t2i.data import Batch
+from dico_t2i.data.batches import Batch
 from dico_t2i.training.ranks.distributed import mean_over_ranks
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from dico_t2i.config import Config, Span
-from dico_t2i.data import DatasetIndex, SampleOrder, make_order
+from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.order import SampleOrder
+from dico_t2i.data.sources import make_order
 from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
 from dico_t2i.encoders.load import load_encoders

@@ -12,16 +12,13 @@ from torch import Tensor
 
 from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import Config, Span
-from dico_t2i.data import (
-    Batch,
-    BucketOrder,
-    DataError,
-    DatasetIndex,
-    MixtureOrder,
-    check_data,
-    load_data,
-    make_loader,
-)
+from dico_t2i.data.batches import Batch
+from dico_t2i.data.checks import check_data
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import BucketOrder, MixtureOrder
+from dico_t2i.data.sources import load_data
 from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, step_cost
 from dico_t2i.plan.plan import expected_memory

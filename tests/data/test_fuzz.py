@@ -15,22 +15,16 @@ from PIL import Image
 from test_loader import make_sample
 
 from dico_t2i.config import DataConfig
-from dico_t2i.data import (
-    DataError,
-    Order,
-    SampleError,
-    ShardError,
-    ShardIndex,
-    ShardReader,
-    ShardWriter,
-    decode_image,
-    decode_moments,
-    index_shard,
-    load_index,
-    make_loader,
-    tar,
-)
 from dico_t2i.data import shard as shard_module
+from dico_t2i.data import tar
+from dico_t2i.data.decode import decode_image, decode_moments
+from dico_t2i.data.errors import DataError, SampleError, ShardError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import Order
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.shard import ShardIndex, index_shard
+from dico_t2i.data.writer import ShardWriter
 
 LIMIT_S = 60.0  # for one input; most take a millisecond, and a busy machine may stall
 

@@ -10,7 +10,8 @@ from PIL import Image, ImageEnhance
 
 from data_prep import duplicates, hashes, quarantine
 from data_prep.quarantine import Entry
-from dico_t2i.data import DataError, ShardWriter
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.writer import ShardWriter
 from tests.shards import image_bytes
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep import folder
-from dico_t2i.data import decode_image
+from dico_t2i.data.decode import decode_image
 from tests.shards import image_bytes, read_samples, tar_bytes
 
 COUNT = 7

@@ -16,7 +16,7 @@ from data_prep.pipeline import Options, convert
 from data_prep.report import Report
 from data_prep.tables import stretches
 from data_prep.webdataset_shards import Archive
-from dico_t2i.data import index_shard
+from dico_t2i.data.shard import index_shard
 from tests.shards import image_bytes
 
 ARCHIVES, TABLES = 150, 30

@@ -30,7 +30,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dico_t2i.data import ShardWriter
+from dico_t2i.data.writer import ShardWriter
 from dico_t2i.runs import checkpoint as ckpt
 from tests.ports import free_port
 

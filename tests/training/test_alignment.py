@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from data_prep import shapes
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.data import check_data, load_data
+from dico_t2i.data.checks import check_data
+from dico_t2i.data.sources import load_data
 from dico_t2i.export.folder import export
 from dico_t2i.models import DiCo
 from dico_t2i.runs.checkpoint import newest_checkpoint, read_weights

@@ -8,7 +8,7 @@ import torch
 from data_prep.shapes import make_sample
 from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.data import ShardWriter
+from dico_t2i.data.writer import ShardWriter
 from dico_t2i.runs.checkpoint import candidates, newest_checkpoint, read_weights
 
 from .conftest import launch

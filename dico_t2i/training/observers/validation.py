@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError
-from dico_t2i.data import Batch, check_data, load_data, make_loader, make_order
+from dico_t2i.data.batches import Batch
+from dico_t2i.data.checks import check_data
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.ranks.distributed import World
 
