@@ -75,11 +75,12 @@ def main() -> int:
 
 def draw_overview(samples: Path, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The first sixteen samples with their prompts, and the training loss over steps, as a small PNG."""
+    import numpy as np
     from matplotlib.figure import Figure
     from PIL import Image
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(3, 2)))
     for axes, file in zip(left.subplots(4, 4).flat, sorted(samples.glob("0*.png")), strict=False):
         with Image.open(file) as image:
             axes.imshow(image)
