@@ -33,7 +33,10 @@ FEATURES = {
 
 
 class Models(Section):
-    """Hub ids or folders of the networks beside the FID Inception; each is an option of the command lines, too."""
+    """Hub ids or folders of the networks beside the FID Inception; each is an option of the command lines, too.
+
+    Protocols hold these keys. One that is added is excluded at its default (``exclude_if``), so that their hashes stay.
+    """
 
     clip: str = Field(default="timm/vit_large_patch14_clip_224.openai", description="the CLIP model of the CLIP score")
     dinov2: str = Field(default="facebook/dinov2-large", description="DINOv2")

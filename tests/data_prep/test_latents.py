@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import latents, quarantine
-from data_prep.quarantine import Entry
+from data_prep import latents
+from data_prep.checking import quarantine
+from data_prep.checking.quarantine import Entry
 from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
 from dico_t2i.data import assign_buckets, make_loader, make_order
 from dico_t2i.data.index import ShardWriter, load_index
