@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' fol
 from data_prep.checking import quarantine
 from data_prep.checking.hashes import HashFile, equal, near
 from data_prep.checking.quarantine import DUPLICATE, Entry
-from data_prep.common import alone, in_parallel, progress_bar
-from dico_t2i.command import run, script_parser
+from data_prep.common import alone, in_parallel
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.data.index import DataError, DatasetIndex, load_index
 from dico_t2i.data.loader import IMAGE_EXTENSIONS
 from dico_t2i.data.reader import SampleError, ShardReader, decode_image

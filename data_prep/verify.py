@@ -27,8 +27,8 @@ from data_prep import latents
 from data_prep.checking import quarantine
 from data_prep.checking.hashes import HashFile, equal
 from data_prep.checking.quarantine import Entry
-from data_prep.common import alone, in_parallel, progress_bar
-from dico_t2i.command import run, script_parser
+from data_prep.common import alone, in_parallel
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, ShardIndex, index_shard, load_index, write_index
 from dico_t2i.data.loader import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of
 from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments

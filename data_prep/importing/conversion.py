@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from data_prep.common import claim, in_parallel, progress_bar, remove_leftovers
+from data_prep.common import claim, in_parallel, remove_leftovers
 from data_prep.importing.captions import clean
 from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.importing.report import Report, draw_histograms, draw_samples
-from dico_t2i.command import part
+from dico_t2i.command import part, progress_bar
 from dico_t2i.data.index import DataError, ShardFile, write_index
 from dico_t2i.data.reader import IMAGE_FORMATS, MAX_PIXELS, SampleError, decode_image
 

@@ -12,6 +12,8 @@ from dico_t2i.config import Section
 
 POOL, SPATIAL, LOGITS, DINO, CLIP = "pool", "spatial", "logits", "dinov2", "clip"
 INCEPTION = "inception"
+POOL_DIMENSION = 2048
+SPATIAL_DIMENSION = 7 * 17 * 17
 
 
 class Feature(NamedTuple):
