@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import latents, quarantine
-from data_prep.quarantine import Entry
+from data_prep import latents
+from data_prep.checking import quarantine
+from data_prep.checking.quarantine import Entry
 from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
 from dico_t2i.data.buckets import assign_buckets
 from dico_t2i.data.decode import decode_image, decode_moments
