@@ -75,18 +75,18 @@ def main() -> int:
 
 def draw_overview(samples: Path, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The first sixteen samples with their prompts, and the training loss over steps, as a small PNG."""
-    import numpy as np
     from matplotlib.figure import Figure
     from PIL import Image
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(3, 2)))
-    for axes, file in zip(left.subplots(4, 4).flat, sorted(samples.glob("0*.png")), strict=False):
+    places = figure.add_gridspec(4, 7)
+    for number, file in enumerate(sorted(samples.glob("0*.png"))[:16]):
+        axes = figure.add_subplot(places[divmod(number, 4)])
         with Image.open(file) as image:
             axes.imshow(image)
             axes.set_title(textwrap.fill(str(image.info["prompt"]), 30), fontsize=5)
         axes.axis("off")
-    curve = right.subplots()
+    curve = figure.add_subplot(places[:, 4:])
     curve.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1)
     curve.set(xlabel="step", ylabel="training loss", yscale="log")
     curve.grid(alpha=0.3, which="both")
