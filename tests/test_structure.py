@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"command", "config", "files", "memory", "ops", "randomness"},
+    {"command", "config", "files", "memory", "ops", "randomness", "text_lines"},
     {"data", "diffusion", "models", "runs"},
     {"encoders", "report"},
     {"plan", "sampling"},
