@@ -11,22 +11,21 @@ Each checkpoint is evaluated once: what is there already is not done again. With
 them by --name, which is also the name of the folder instead of "evaluations".
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from cluster import jobs
 from cluster.options import add_cluster_options, chosen_cluster
 from cluster.works import EvaluationJob
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 
 _LEAD_S = 60
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="a run folder")
     parser.add_argument("--follow", action="store_true", help="each new checkpoint until the run is done")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")

@@ -23,8 +23,8 @@ from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 from cluster import slurm
-from cluster.state import json_lines
 from dico_t2i.config import ClusterConfig, ConfigError
+from dico_t2i.runs.log import json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 UNMEASURED_LEAD_S = 300  # before a run's first save has shown how long one takes

@@ -22,14 +22,14 @@ import yaml
 from submitit.core.core import Executor
 from submitit.slurm.slurm import SlurmExecutor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from cluster import jobs, slurm
 from cluster.follow import follow
 from cluster.options import add_cluster_options, chosen_cluster
 from cluster.preflight import problems
 from cluster.state import holder, measured_pause
 from cluster.supervisor import TrainJob
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import ClusterConfig, Config, dump_config, load_config
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="where run folders are, on a file system that the nodes share"
@@ -88,7 +88,8 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
 
 def _check_inputs(config: Config, after: str | None) -> None:
     """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
-    from dico_t2i.data import check_data, load_data
+    from dico_t2i.data.checks import check_data
+    from dico_t2i.data.sources import load_data
     from dico_t2i.encoders import find_autoencoder
     from dico_t2i.encoders.conditioner import find_fitting_text_encoder
 
@@ -188,8 +189,8 @@ def _plan(config: Config, allow: bool) -> None:
         return
     from rich.console import Console
 
-    from dico_t2i.plan import make_plan
-    from dico_t2i.plan_text import refusal, render
+    from dico_t2i.plan.plan import make_plan
+    from dico_t2i.plan.text import refusal, render
 
     plan = make_plan(config)
     Console().print(render(plan), highlight=False)

@@ -7,22 +7,21 @@ Works for any script that takes --part K/N, leaves shards whole or not at all, a
 launched again after failures it does what is left; --after JOB chains it, and training can wait for it in turn.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from cluster import jobs
 from cluster.options import add_cluster_options, chosen_cluster
 from cluster.works import ScriptJob
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 
 _LEAD_S = 60
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--tasks", type=int, required=True, help="jobs of the array")
     parser.add_argument("--name", default="prepare")
     parser.add_argument("--parallel", type=int, help="jobs at a time")

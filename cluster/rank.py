@@ -13,9 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
+from dico_t2i.command import USER_ERROR
+
 LOCK_PATIENCE_S = 120.0  # a job that was requeued may find its former self still leaving
 START_MARK = "-- start "  # the first line of each start in a log
-USER_ERROR = 2  # the exit code for what only the user can mend
 
 
 def main(folder: Path, runs: Path, start: int) -> int:
@@ -24,12 +25,11 @@ def main(folder: Path, runs: Path, start: int) -> int:
     print(f"{START_MARK}{start}", flush=True)
     try:
         from dico_t2i.config import load_config
-        from dico_t2i.plan import expected_memory
-        from dico_t2i.training.distributed import leave_world
+        from dico_t2i.training.ranks.distributed import leave_world
         from dico_t2i.training.trainer import train
 
         config, patience = load_config(folder / "config.yaml"), LOCK_PATIENCE_S if start else 0.0
-        code = train(config, runs, patience, expected_memory)
+        code = train(config, runs, patience)
         leave_world()
         return code
     except ValueError as error:  # a config, data, a model or a checkpoint that can't be used: the message says it all

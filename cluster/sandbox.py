@@ -10,7 +10,6 @@ Jobs of partition `main` preempt those of `preemptible`, which are requeued. Nee
 (Debian: slurm-wlm and munge).
 """
 
-import argparse
 import os
 import pwd
 import random
@@ -27,8 +26,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"  # users have no sbin on theirs
@@ -297,7 +295,7 @@ def _open_files(pid: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     default = Path(os.environ.get("DICO_SLURM_SANDBOX", Path.home() / ".cache/dico_t2i/slurm"))
     parser.add_argument("action", choices=("start", "stop", "status"))
     parser.add_argument("--nodes", type=int, default=Sandbox.nodes)

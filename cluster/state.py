@@ -1,16 +1,16 @@
 """What a run folder tells of its run, read by launching, supervising and listing."""
 
 import fcntl
-import json
 import os
 import struct
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MANIFEST = "manifest.json"  # dico_t2i.training.checkpoint.MANIFEST, whose import would take torch
+from dico_t2i.runs.folder import MANIFEST
+from dico_t2i.runs.log import json_lines
+
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
 
@@ -72,20 +72,7 @@ def holder(run_folder: Path) -> str:
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
     """Those with a manifest, oldest first."""
-    return sorted(path.parent for path in run_folder.glob(f"checkpoints/step-*/{_MANIFEST}"))
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; what is no object, such as a line being written, is passed over."""
-    if not path.exists():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
+    return sorted(path.parent for path in run_folder.glob(f"checkpoints/step-*/{MANIFEST}"))
 
 
 def last_step(run_folder: Path) -> int:
@@ -112,7 +99,7 @@ def _word(run_folder: Path, events: list[dict[str, Any]]) -> str:
 
 
 def _checkpoint_age(run_folder: Path) -> float | None:
-    times = [(path / _MANIFEST).stat().st_mtime for path in complete_checkpoints(run_folder)]
+    times = [(path / MANIFEST).stat().st_mtime for path in complete_checkpoints(run_folder)]
     return time.time() - max(times) if times else None
 
 

@@ -5,7 +5,6 @@ python cluster/status.py runs/dico_h_t2i     one
 python cluster/status.py --json              for programs
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,15 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from cluster import slurm
 from cluster.jobs import known
 from cluster.state import RunState, read_state
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: all of --folder)")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--json", action="store_true")

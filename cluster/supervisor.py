@@ -21,11 +21,12 @@ from types import FrameType
 from typing import Literal, NoReturn
 
 from cluster import jobs, preflight, slurm
-from cluster.rank import START_MARK, USER_ERROR
-from cluster.state import json_lines, last_step, tail
+from cluster.rank import START_MARK
+from cluster.state import last_step, tail
+from dico_t2i.command import REQUEUE_EXIT_CODE, USER_ERROR
 from dico_t2i.config import ClusterConfig, load_config
+from dico_t2i.runs.log import json_lines
 
-REQUEUE_CODE = 75  # dico_t2i.training.signals.REQUEUE_EXIT_CODE, whose import would take torch
 _PORTS = range(20000, 30000)  # outside the range that systems hand out
 _STRAGGLERS_S = 300  # after the first rank's end, until srun ends the others
 
@@ -92,7 +93,7 @@ class Supervisor:
             say(decision.why)
             if decision.act == "end":
                 return
-            if decision.act == "give up" or (code == REQUEUE_CODE and not self.slurm):
+            if decision.act == "give up" or (code == REQUEUE_EXIT_CODE and not self.slurm):
                 sys.exit(1)
             if self.slurm:
                 self._requeue()
@@ -162,7 +163,7 @@ class Supervisor:
     def _failure(self, code: int) -> Failure | None:
         """Of the rank that noted one first, else what is known of ranks that were killed."""
         notes = [json.loads(path.read_text()) for path in (self.folder / f"errors-{self.start}").glob("*.json")]
-        if not notes and code in (0, REQUEUE_CODE):
+        if not notes and code in (0, REQUEUE_EXIT_CODE):
             return None
         step = last_step(self.run_folder)
         if not notes:

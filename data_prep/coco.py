@@ -7,7 +7,6 @@ resized as the loader would do it, or kept byte for byte with --crop none. What 
 with examples, in report.json.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -18,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from data_prep.filters import Dropped
-from data_prep.pipeline import Raw, add_options, options_of, read_image_file, run_pipeline
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.importing.conversion import Raw, add_options, options_of, read_image_file, run_pipeline
+from data_prep.importing.filters import Dropped
+from dico_t2i.command import run, script_parser
 
 
 class Record(NamedTuple):
@@ -137,7 +136,7 @@ class Coco:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, or its parent")
     add("--captions", type=Path, required=True, nargs="+", metavar="JSON", help="COCO caption annotations")

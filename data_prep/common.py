@@ -1,13 +1,11 @@
-"""What the data preparation scripts share: one-line errors, folders that are finished or absent, parts, processes."""
+"""What the data preparation scripts share: folders that are finished or absent, parts, processes."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,24 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 if TYPE_CHECKING:  # it imports torch, which the scripts of cluster/ do not need
     from dico_t2i.data.index import DatasetIndex
 
 Result = TypeVar("Result")
-
-
-def run(main: Callable[[], int]) -> int:
-    """Exit status of a script: bad input (ValueError, OSError) becomes one line on stderr and status 2, Ctrl-C 130."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def is_finished(out: Path, meta: dict[str, Any]) -> bool:
@@ -83,14 +67,6 @@ def claim(out: Path, meta: dict[str, Any]) -> None:
     part.replace(file)
 
 
-def part(text: str) -> tuple[int, int]:
-    """K/N of the command line: this process makes every N-th shard from K on."""
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 0 to N - 1")
-    return int(number), int(parts)
-
-
 def remove_leftovers(out: Path, shards: Collection[str]) -> None:
     """What killed processes left in ``out`` of the temporary files of these shards."""
     for entry in os.scandir(out):
@@ -135,8 +111,3 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def progress_bar() -> Progress:
-    """A rich progress bar with counts and the time left."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "left")

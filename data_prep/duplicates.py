@@ -8,7 +8,6 @@ have no such hash. The list is quarantine.jsonl, also for latents.py; counts go 
 of pairs, to duplicates.png. Run it on image shards, before encoding.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -24,14 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep import quarantine
-from data_prep.common import alone, in_parallel, progress_bar, run
-from data_prep.hashes import HashFile, equal, near
-from data_prep.quarantine import DUPLICATE, Entry
-from dico_t2i.data.index import DataError, DatasetIndex, load_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.checking import quarantine
+from data_prep.checking.hashes import HashFile, equal, near
+from data_prep.checking.quarantine import DUPLICATE, Entry
+from data_prep.common import alone, in_parallel
+from dico_t2i.command import progress_bar, run, script_parser
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import DatasetIndex, load_index
+from dico_t2i.data.reader import ShardReader
 from dico_t2i.files import write_atomically
 
 SHOWN = 16  # pairs of duplicates.png
@@ -138,7 +139,7 @@ class Duplicates:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder of image shards")
     add("--distance", type=int, default=3, help="bits, 0 to 8, in which near duplicates differ (default: 3)")

@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dico_t2i.data.index import DataError, DatasetIndex, ShardError
-from dico_t2i.data.loader import IMAGE_EXTENSIONS
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
+from dico_t2i.data.errors import DataError, SampleError, ShardError
+from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.reader import ShardReader
 
 COPIED = ("json", "txt", "cls")  # members that go along with the features
 AHEAD = 4  # batches read and decoded while one is encoded

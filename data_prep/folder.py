@@ -18,14 +18,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.captions import check_encoding, decode
-from data_prep.common import run
-from data_prep.filters import Dropped
-from data_prep.pipeline import Raw, Unit, Unreadable, add_options, options_of, read_image_file, run_pipeline
-from data_prep.tables import Row, Stretch, columns, stretches
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.importing.captions import check_encoding, decode
+from data_prep.importing.conversion import (
+    EXTENSIONS,
+    Raw,
+    Unit,
+    Unreadable,
+    add_options,
+    options_of,
+    read_image_file,
+    run_pipeline,
+)
+from data_prep.importing.filters import Dropped
+from data_prep.importing.tables import Row, Stretch, columns, stretches
+from dico_t2i.command import run, script_parser
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 PATHS = ("path", "file_name", "filename", "image", "file")
 CAPTIONS = ("captions", "caption", "text")
 
@@ -190,7 +198,7 @@ def _columns(option: str, wanted: Sequence[str] | None, usual: Sequence[str], th
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     add("--table", type=Path, nargs="+", metavar="FILE", help=".csv, .tsv, .jsonl, .parquet (default: .txt beside)")

@@ -9,7 +9,6 @@ python data_prep/imagenet.py --images ILSVRC/val --val-labels LOC_val_solution.c
 --names or else those there. Images are in a random order, the same each time, so that every shard has all classes.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -22,12 +21,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from data_prep.filters import Dropped
-from data_prep.folder import EXTENSIONS
-from data_prep.pipeline import MAX_FILE, Raw, add_options, options_of, read_image_file, run_pipeline
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.importing.conversion import (
+    EXTENSIONS,
+    MAX_FILE,
+    Raw,
+    add_options,
+    options_of,
+    read_image_file,
+    run_pipeline,
+)
+from data_prep.importing.filters import Dropped
 from dico_t2i import randomness
+from dico_t2i.command import run, script_parser
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -221,7 +227,7 @@ class ImageNet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="PLACE", help="folder or tar of the images")
     add("--names", type=Path, metavar="FILE", help="class names, such as LOC_synset_mapping.txt")

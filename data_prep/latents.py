@@ -23,14 +23,17 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import claim, part, progress_bar, remove_leftovers, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.common import claim, remove_leftovers
 from data_prep.encoding import Batch, Clock, Image, batches_of
+from dico_t2i.command import part, progress_bar, run, script_parser
 from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data import quarantine
-from dico_t2i.data.index import MOMENTS, DataError, DatasetIndex, ShardFile, load_index, write_index
-from dico_t2i.data.loader import POOLED, TEXT, captions_of
-from dico_t2i.data.reader import SampleError
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import DatasetIndex, load_index, write_index
+from dico_t2i.data.sample import POOLED, TEXT, captions_of
+from dico_t2i.data.shard import MOMENTS
+from dico_t2i.data.writer import ShardFile
 from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
 
@@ -300,7 +303,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of image shards")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of latent shards to make or go on with")

@@ -7,7 +7,6 @@ colour, shape and background is never drawn: evals/prompt_accuracy.py asks for t
 false, for captions say what is left and right.
 """
 
-import argparse
 import io
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import finished_or_absent, is_finished, progress_bar, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.common import finished_or_absent, is_finished
 from data_prep.shapes_scene import captions, random_scene, render
-from dico_t2i.data.index import ShardWriter
+from dico_t2i.command import progress_bar, run, script_parser
+from dico_t2i.data.writer import ShardWriter
 
 
 def make_sample(index: int, *, size: int, seed: int, two_objects: float, held_out: bool) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def make_sample(index: int, *, size: int, seed: int, two_objects: float, held_ou
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of shards to make")
     parser.add_argument("--samples", type=int, required=True, metavar="N", help="number of images")
     parser.add_argument("--size", type=int, choices=(16, 32, 64), default=16, help="pixels (default: 16)")

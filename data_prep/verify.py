@@ -22,14 +22,19 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep import latents, quarantine
-from data_prep.common import alone, in_parallel, progress_bar, run
-from data_prep.hashes import HashFile, equal
-from data_prep.quarantine import Entry
-from dico_t2i.data.index import MOMENTS, DatasetIndex, ShardError, ShardIndex, index_shard, load_index, write_index
-from dico_t2i.data.loader import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep import latents
+from data_prep.checking import quarantine
+from data_prep.checking.hashes import HashFile, equal
+from data_prep.checking.quarantine import Entry
+from data_prep.common import alone, in_parallel
+from dico_t2i.command import progress_bar, run, script_parser
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image, decode_moments
+from dico_t2i.data.errors import SampleError, ShardError
+from dico_t2i.data.index import DatasetIndex, load_index, write_index
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.sample import POOLED, TEXT, captions_of
+from dico_t2i.data.shard import MOMENTS, ShardIndex, index_shard
 
 LISTED = 1000  # problems that are printed; all go to the quarantine
 
@@ -265,7 +270,7 @@ def repair(index: DatasetIndex, verdict: Verdict, args: argparse.Namespace) -> D
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder of shards")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")

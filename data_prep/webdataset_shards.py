@@ -7,7 +7,6 @@ python data_prep/webdataset_shards.py --shards /data/laion --out data/laion --ca
 fields of the json member. Plain tars of a folder train without this too; see docs/data_prep.md.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.captions import check_encoding, decode
-from data_prep.common import run
-from data_prep.filters import Dropped
-from data_prep.pipeline import MAX_FILE, Raw, Unreadable, add_options, run_pipeline
-from dico_t2i.data.index import ShardError, ShardIndex, index_shard
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.importing.captions import check_encoding, decode
+from data_prep.importing.conversion import MAX_FILE, Raw, Unreadable, add_options, run_pipeline
+from data_prep.importing.filters import Dropped
+from dico_t2i.command import run, script_parser
+from dico_t2i.data.errors import ShardError
+from dico_t2i.data.shard import ShardIndex, index_shard
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 RETRIES = 3
@@ -161,7 +161,7 @@ class Archives:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shards", nargs="+", required=True, metavar="PLACE", help="folders, tars, URLs")
     add("--caption-fields", nargs="+", default=(), metavar="NAME", help="(default: the json's captions, or else txt)")

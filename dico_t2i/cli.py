@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dico_t2i.options import non_negative, positive
+from dico_t2i.command import non_negative, positive, run
 
 if TYPE_CHECKING:
     import torch
@@ -18,23 +18,16 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; exits with 0, 2 (something to correct, said in one message), 130 or a command's own code."""
     parsed = _parser().parse_args(arguments)
-    try:
-        sys.exit(parsed.run(parsed))
-    except (ValueError, OSError) as error:  # ConfigError, DataError, a folder that is none: the user's to mend
-        print(f"dico {parsed.command}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"dico {parsed.command}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run(lambda: parsed.run(parsed), f"dico {parsed.command}"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dico", description="Plan, train, sample and export DiCo.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (says, add_options, run) in _COMMANDS.items():
+    for name, (says, add_options, start) in _COMMANDS.items():
         command = commands.add_parser(name, help=says)
         add_options(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=start)
     return parser
 
 
@@ -48,11 +41,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from dico_t2i.plan import expected_memory
-    from dico_t2i.training.distributed import leave_world
+    from dico_t2i.training.ranks.distributed import leave_world
     from dico_t2i.training.trainer import train
 
-    code = train(config, arguments.runs, expect=expected_memory)
+    code = train(config, arguments.runs)
     leave_world()
     return code
 
@@ -79,8 +71,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from dico_t2i.plan import make_plan
-    from dico_t2i.plan_text import refusal, render
+    from dico_t2i.plan.plan import make_plan
+    from dico_t2i.plan.text import refusal, render
 
     plan = make_plan(config)
     Console().print(render(plan), highlight=False)
@@ -93,6 +85,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
+    from dico_t2i.config import SAMPLER_NAMES
+
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text; may be given several times")
@@ -101,9 +95,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--per-prompt", type=positive, default=1, help="images of each prompt or label")
-    parser.add_argument(
-        "--sampler", choices=("iddpm", "ddim", "dpm++", "euler", "heun", "euler_sde"), help="default: the config's"
-    )
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES, help="default: the config's")
     parser.add_argument("--steps", type=positive)
     parser.add_argument(
         "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"
@@ -122,7 +114,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from dico_t2i.ops.backend import OPERATORS
-    from dico_t2i.sampling import load_pipeline, save_images
+    from dico_t2i.sampling.images import save_images
+    from dico_t2i.sampling.pipeline import load_pipeline
 
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
@@ -176,7 +169,7 @@ def _device(dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
 
 def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
     if arguments.labels is not None:
-        from dico_t2i.imagenet import class_number
+        from dico_t2i.sampling.labels import class_number
 
         return [class_number(label) for label in arguments.labels]
     if arguments.prompt:
@@ -196,7 +189,7 @@ def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
 def _check_labels(labels: Sequence[str] | None, numbers: Sequence[str | int], classes: int) -> None:
     if labels is None:
         return
-    from dico_t2i.imagenet import CLASSES
+    from dico_t2i.sampling.labels import CLASSES
 
     names = [label for label in labels if not label.strip().isdecimal()]
     if names and classes != CLASSES:
@@ -215,7 +208,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dico_t2i.export import export
+    from dico_t2i.export.folder import export
 
     export(arguments.checkpoint, arguments.weights, arguments.out, not arguments.no_encoders)
     print(f"exported to {arguments.out}")
@@ -231,7 +224,7 @@ def _import_official_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_official(arguments: argparse.Namespace) -> int:
-    from dico_t2i.released import import_official
+    from dico_t2i.export.released import import_official
 
     name = import_official(
         arguments.file, arguments.out, arguments.image_size, arguments.autoencoder, not arguments.no_encoders
@@ -256,7 +249,7 @@ def _prefetch(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     if not arguments.check:
         os.environ["DICO_ALLOW_DOWNLOAD"] = "1"  # before huggingface_hub is imported: this command is the permission
-    from dico_t2i.prefetch import check, prefetch
+    from dico_t2i.commands.prefetch import check, prefetch
 
     if config is not None and not arguments.check:
         prefetch(config, arguments.out, arguments.also)
@@ -276,8 +269,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
+    from dico_t2i.commands.doctor import examine
     from dico_t2i.config import load_config
-    from dico_t2i.doctor import examine
 
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     findings = []
@@ -319,7 +312,7 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from dico_t2i.demo import check_gradio, serve
+    from dico_t2i.commands.demo import check_gradio, serve
 
     check_gradio()
     checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]

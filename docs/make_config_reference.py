@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the types, defaults and comments of dico_t2i/config.py.
+"""Writes docs/config.md from the types, defaults and comments of dico_t2i/config/.
 
 python docs/make_config_reference.py           write it
 python docs/make_config_reference.py --check   exit with 1 if it is not up to date
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "dico_t2i" / "config.py"
+SOURCE = ROOT / "dico_t2i" / "config"
 TARGET = ROOT / "docs" / "config.md"
 
 _WORDS = {
@@ -30,7 +30,7 @@ _WORDS = {
 _HEAD = """\
 # Config reference
 
-Made from `dico_t2i/config.py` by `python docs/make_config_reference.py`; change it there.
+Made from `dico_t2i/config/` by `python docs/make_config_reference.py`; change it there.
 
 A config is a YAML file; `extends: other.yaml` takes another's keys first. `key.path=value` on the command line changes
 any key. An unknown key, a wrong type or an impossible combination is an error that names it, before anything starts.
@@ -41,7 +41,7 @@ A key without a default must be given. `model.kind` chooses the network (docs/ne
 
 def reference() -> str:
     """The page, as Markdown."""
-    source = SOURCE.read_text(encoding="utf-8")
+    source = "\n".join(file.read_text(encoding="utf-8") for file in sorted(SOURCE.glob("*.py")))
     tree = ast.parse(source)
     page = _Page(tree, source.splitlines())
     return _HEAD + "".join(page.section(name, title) for name, title in page.order())

@@ -11,7 +11,6 @@ and a PNG for each timestep. Text is zeros, or --text FILE: safetensors with "to
 (dim,).
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import progress_bar, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i import randomness
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.diffusion import sample
 from dico_t2i.files import write_atomically
 from evals.analysis.backbones import KINDS, Backbone, Flux, load_backbone
@@ -145,7 +144,7 @@ def table(found: dict[int, dict[str, Locality]], uniform: Locality) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id: of a diffusers pipeline, or of its network")
     add("--kind", choices=tuple(KINDS), required=True)

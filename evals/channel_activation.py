@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
 from dico_t2i.files import write_atomically
-from dico_t2i.sampling import Pipeline, load_pipeline
+from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from evals.analysis.channels import ChannelStatistics, last_mixer, watch
 from evals.analysis.samples import chunks, run_network
 
@@ -83,7 +83,7 @@ def table(results: dict[str, Result]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="runs, checkpoints or exports")
     add("--out", type=Path, required=True, help="folder of results")

@@ -22,11 +22,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config
 from dico_t2i.models import build_network
-from dico_t2i.training import checkpoint as ckpt
-from dico_t2i.training.distributed import World, join_world, leave_world
+from dico_t2i.runs import checkpoint as ckpt
+from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 from dico_t2i.training.engine import Engine
+from dico_t2i.training.ranks.distributed import World, join_world, leave_world
 
 
 class Trial:
@@ -50,10 +52,10 @@ class Trial:
         """Seconds of one training step."""
         return self._timed(self._step)
 
-    def save(self, background: bool) -> ckpt.CheckpointWriter:
+    def save(self, background: bool) -> CheckpointWriter:
         """Start a save, as the trainer does; its pause is what this call takes."""
         self.saved += 1
-        writer = ckpt.CheckpointWriter(self.folder, self.world.rank, self.world.size, ckpt.Retention(1), background)
+        writer = CheckpointWriter(self.folder, self.world.rank, self.world.size, Retention(1), background)
         if self.world.is_main:
             writer.prepare(self.saved)
         dist.barrier()
@@ -98,14 +100,14 @@ def measure(trial: Trial, background: bool, plain_step: float) -> dict[str, floa
     return {"pause_s": pause, "written_s": written, "lost_s": pause + max(0.0, slower)}
 
 
-def _busy(writer: ckpt.CheckpointWriter, world: World) -> bool:
+def _busy(writer: CheckpointWriter, world: World) -> bool:
     busy = torch.tensor(float(writer.busy), device=world.device)
     dist.all_reduce(busy)
     return bool(busy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="a new folder on the disk to measure; removed after")
     parser.add_argument("--batch", type=int, default=4, help="samples per rank and step (default: 4)")
@@ -159,4 +161,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -14,19 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from evals.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
-from evals.protocol import Protocol
-from evals.weights import find_weights
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
+from evals.quality.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
+from evals.quality.protocol import Protocol
+from evals.quality.weights import find_weights
 
 if TYPE_CHECKING:
-    from evals.evaluation import Evaluation
+    from evals.quality.evaluation import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
     """Its options, which evals/sweep.py has too."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = script_parser(__doc__)
     add_sampling_options(made)
     made.add_argument("--images", type=Path, required=True, help="folder of the annotated images, or its parent")
     made.add_argument("--captions", type=Path, required=True, help="COCO's captions_*.json")
@@ -39,9 +39,9 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
     weights = find_weights(protocol.extractor, args.extractor, args.cache) if needs_inception(args.metrics) else None
     if protocol.prompts.rule == "uniform":
         raise ValueError(f"--protocol {protocol.name}: has classes, not captions; it is for evals/imagenet_fid.py")
-    from evals.captions import draw, find_files
-    from evals.evaluation import Evaluation
-    from evals.images import ImageFiles
+    from evals.quality.captions import draw, find_files
+    from evals.quality.evaluation import Evaluation
+    from evals.quality.images import ImageFiles
 
     drawn = draw(args.captions, protocol.prompts)
     names = drawn.files if protocol.reference.images == "drawn" else drawn.all_files

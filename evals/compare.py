@@ -7,7 +7,6 @@ Takes run folders (all their results), checkpoints (the results of that step) an
 protocol hash share a curve or a grid.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from evals.report import NAMES
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
+from evals.quality.metrics import LABELS
 
 Result = dict[str, Any]
 
@@ -45,7 +44,7 @@ def _read(path: Path) -> Result:
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
         run_name = result["subject"].split(", ")[0]
-        return {**result, "path": path, "run": run_name, "values": {k: result["numbers"].get(k) for k in NAMES}}
+        return {**result, "path": path, "run": run_name, "values": {k: result["numbers"].get(k) for k in LABELS}}
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a result of an evaluation: {error!r}") from None
 
@@ -61,11 +60,11 @@ def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
 def table_of(results: Sequence[Result]) -> Table:
     """Of one protocol hash."""
     first = results[0]
-    shown = [name for name in NAMES if any(r["values"][name] is not None for r in results)]
+    shown = [name for name in LABELS if any(r["values"][name] is not None for r in results)]
     comparable = "" if all(r["comparable"] for r in results) else ", NOT COMPARABLE"
     table = Table("run", "step", title=f"{first['protocol']['name']} {first['protocol_hash']}{comparable}")
     for name in shown:
-        table.add_column(NAMES[name], justify="right")
+        table.add_column(LABELS[name], justify="right")
     for result in results:
         cells = [_cell(result["values"][name], result["standard_errors"].get(name)) for name in shown]
         table.add_row(result["run"], str(result["step"]), *cells)
@@ -82,14 +81,14 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
     """Each metric over steps, a line for each run."""
     from matplotlib.figure import Figure
 
-    shown = [name for name in NAMES if any(r["values"][name] is not None for r in results)]
+    shown = [name for name in LABELS if any(r["values"][name] is not None for r in results)]
     figure = Figure(figsize=(4 * len(shown), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for run_name in sorted({r["run"] for r in results}):
             points = [(r["step"], r["values"][name]) for r in results if r["run"] == run_name]
             points = [point for point in points if point[1] is not None]
             axes.plot(*zip(*points, strict=True), marker="o", label=run_name) if points else None
-        axes.set(xlabel="step", title=NAMES[name])
+        axes.set(xlabel="step", title=LABELS[name])
     figure.axes[0].legend()
     figure.suptitle(f"{results[0]['protocol']['name']} {results[0]['protocol_hash']}")
     figure.savefig(path, dpi=120)
@@ -135,7 +134,7 @@ def _examples(result: Result) -> list[tuple[Image.Image, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("what", type=Path, nargs="+", help="run folders, checkpoints, result files")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder of pictures (default: comparison)")
     args = parser.parse_args(argv)

@@ -9,7 +9,6 @@ with random encoders: it shows that everything works together, and nothing about
 first and of the last five steps.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,12 +21,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.shapes import make_sample
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config, parse_config
-from dico_t2i.data import ShardWriter
+from dico_t2i.data.writer import ShardWriter
 from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.runs.log import reports
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIZE, SAMPLES, BATCH, WIDTH = 32, 64, 8, 32
@@ -84,7 +84,8 @@ def train_and_sample(config: Config, runs: Path) -> dict[str, float]:
     """Losses of a small run, whose samples are saved beside it. Raises ValueError where training or sampling do."""
     import torch
 
-    from dico_t2i.sampling import load_pipeline, save_images
+    from dico_t2i.sampling.images import save_images
+    from dico_t2i.sampling.pipeline import load_pipeline
     from dico_t2i.training.trainer import train
 
     folder, condition = runs / config.name, 0 if config.model.condition == "class" else "a large red circle"
@@ -92,8 +93,7 @@ def train_and_sample(config: Config, runs: Path) -> dict[str, float]:
         train(config, runs)
     pipeline = load_pipeline(folder, None, torch.device("cpu"), torch.float32)
     save_images(pipeline.generate([condition], [0], config.sampler), [str(condition)], [0], folder / "out")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in reports(folder / "metrics.jsonl")]
     return {"first_loss": statistics.fmean(losses[:5]), "last_loss": statistics.fmean(losses[-5:])}
 
 
@@ -119,7 +119,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="default: all of configs/")
     parser.add_argument("--steps", type=int, default=20, help="of training; 0: count only (default: 20)")
     parser.add_argument("--out", type=Path, help="write the rows there, as JSON")

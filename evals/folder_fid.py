@@ -14,20 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from evals.options import add_network_options, fix_threads, metric_names, needs_inception
-from evals.protocol import STATE_DICT, TORCHSCRIPT, Extractor, Resize, Scoring, digest
-from evals.weights import Weights, find_weights
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
+from evals.quality.features import LOGITS
+from evals.quality.metrics import METRICS, networks_of
+from evals.quality.options import add_network_options, fix_threads, metric_names, needs_inception
+from evals.quality.protocol import STATE_DICT, TORCHSCRIPT, Extractor, Resize, Scoring, digest
+from evals.quality.weights import Weights, find_weights
 
 if TYPE_CHECKING:
-    from evals.evaluation import Networks
+    from evals.quality.evaluation import Networks
 
 _CHUNK = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("images", type=Path, help="folder or npz")
     parser.add_argument("reference", type=Path, help="folder, npz, or a statistics file of the cache")
     parser.add_argument("--metrics", type=metric_names, default=("fid",), metavar="A,B", help="(default: fid)")
@@ -49,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | None) -> dict[str, Any] | None:
     """The result, printed, on rank 0."""
-    from evals import report, scoring
-    from evals.evaluation import join, load_networks
-    from evals.feature_sets import FeatureCache, FeatureSet
-    from evals.images import open_images
+    from evals.quality import results, scoring
+    from evals.quality.evaluation import join, load_networks
+    from evals.quality.feature_sets import FeatureSet
+    from evals.quality.images import open_images
+    from evals.quality.references import FeatureCache
 
     settings = Scoring(metrics=args.metrics)
     images = open_images(args.images, "none")
@@ -60,16 +63,16 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
     networks = load_networks(extractor, settings, args, weights, world.device)
     cache = FeatureCache(args.cache, networks.images, world, _CHUNK)
     reference = FeatureSet(0, {})
-    if set(args.metrics) - {"is", "clip"}:
+    if any(METRICS[name].reference for name in args.metrics):
         reference = cache.of_path(args.reference, extractor)
     scoring.check_metrics(settings, args.metrics, len(images), networks.outputs, reference)
     for line in scoring.warnings(len(images), reference) if world.is_main and weights else []:
         print(f"warning: {line}", flush=True)
     generated = FeatureSet(len(images), {})
     if networks.images:
-        generated = cache.of(images, logits="is" in args.metrics)
-    if "clip" in args.metrics:
-        generated.rows |= _clip_scores(args.images, networks)
+        generated = cache.of(images, logits=any(METRICS[name].feature == LOGITS for name in args.metrics))
+    if networks.scorers:
+        generated.rows |= _caption_scores(args, networks)
     if not world.is_main:
         return None
     numbers, errors = scoring.score(settings, args.metrics, generated, reference, args.resamples)
@@ -85,31 +88,37 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
         "standard_errors": errors,
         "sources": {"images": generated.source, "reference": reference.source, "networks": networks.identities},
     }
-    report.print_result(result)
+    results.print_result(result)
     return result
 
 
-def _clip_scores(folder: Path, networks: "Networks") -> "dict[str, Any]":
+def _caption_scores(args: argparse.Namespace, networks: "Networks") -> "dict[str, Any]":
     """Of PNGs that have their prompts with them; every rank computes them all."""
     import torch
     from PIL import Image
 
-    from evals.images import ImageFiles, open_images
+    from evals.quality.extractors import CAPTION_NETWORKS
+    from evals.quality.images import ImageFiles, open_images
 
-    images = open_images(folder, "none")
-    assert networks.clip
+    images = open_images(args.images, "none")
+    asked = f"--metrics {','.join(name for name in args.metrics if networks_of([name]) & CAPTION_NETWORKS.keys())}"
     if not isinstance(images, ImageFiles):
-        raise ValueError(f"--metrics clip: {folder} has no prompts; give a folder of PNGs with theirs")
+        raise ValueError(f"{asked}: {args.images} has no prompts; give a folder of PNGs with theirs")
     prompts: list[str] = []
     for file in images.files:
         with Image.open(file) as image:
             prompts.append(getattr(image, "text", {}).get("prompt", ""))
     bare = [file.name for file, prompt in zip(images.files, prompts, strict=True) if not prompt]
     if bare:
-        raise ValueError(f"--metrics clip: {len(bare)} of {len(prompts)} images have no text entry 'prompt': {bare[0]}")
+        raise ValueError(f"{asked}: {len(bare)} of {len(prompts)} images have no text entry 'prompt': {bare[0]}")
     pieces = [range(i, min(i + _CHUNK, len(images))) for i in range(0, len(images), _CHUNK)]
-    found = [networks.clip(images.read(piece), prompts[piece.start : piece.stop])["clip"] for piece in pieces]
-    return {"clip": torch.cat(found)}
+    scores: dict[str, list[torch.Tensor]] = {}
+    for piece in pieces:
+        pixels, captions = images.read(piece), prompts[piece.start : piece.stop]
+        for scorer in networks.scorers:
+            for name, value in scorer(pixels, captions).items():
+                scores.setdefault(name, []).append(value)
+    return {name: torch.cat(parts) for name, parts in scores.items()}
 
 
 if __name__ == "__main__":

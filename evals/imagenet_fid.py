@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from evals.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
-from evals.protocol import Protocol
-from evals.weights import find_weights
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
+from evals.quality.options import add_protocol_options, add_sampling_options, chosen_protocol, needs_inception
+from evals.quality.protocol import Protocol
+from evals.quality.weights import find_weights
 
 if TYPE_CHECKING:
-    from evals.evaluation import Evaluation
+    from evals.quality.evaluation import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
     """Its options, which evals/sweep.py has too."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = script_parser(__doc__)
     add_sampling_options(made)
     made.add_argument("--reference", type=Path, required=True, help="ADM's npz, or a folder of images")
     add_protocol_options(made, "imagenet50k-adm")
@@ -40,8 +40,8 @@ def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
     import torch
 
     from dico_t2i import randomness
-    from evals.evaluation import Evaluation
-    from evals.protocol import digest
+    from evals.quality.evaluation import Evaluation
+    from evals.quality.protocol import digest
 
     reference = protocol.reference
     index = torch.arange(protocol.prompts.count)

@@ -8,7 +8,6 @@ The prompts are for combinations of colour, shape and background that data_prep/
 The table's last column is the reader's accuracy on real renderings: no model can be seen to do better.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.shapes_scene import Scene, held_out_prompts, parse, render
-from evals.shapes_reader import read
+from dico_t2i.command import run, script_parser
+from evals.shapes.reader import read
 
 PROPERTIES = ("colour", "background", "shape", "place", "size")
 
@@ -132,7 +131,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--images", type=Path, metavar="DIR", help="folder of PNG samples with their prompts")
     action.add_argument("--write-prompts", type=Path, metavar="FILE", help="write held-out prompts, one a line")

@@ -10,7 +10,6 @@ nothing. Each measurement is a process of its own, in interleaved pairs; medians
 workers included, which other programs disturb less than they do the clock.
 """
 
-import argparse
 import io
 import json
 import multiprocessing
@@ -33,9 +32,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import DataConfig
-from dico_t2i.data import Order, ShardReader, ShardWriter, load_index, make_loader
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import Order
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.writer import ShardWriter
 
 BATCH, STREAMS, SIZE = 128, 64, 256
 CAPTIONS = [f"a photograph of {n} things that stand on a table" for n in ("two", "three", "four", "five", "six")]
@@ -174,7 +177,7 @@ def compare(root: Path, workers: int, batches: int, pairs: int, console: Console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--images", type=int, default=640, help="JPEGs to make (default: 640)")
     add("--latents", type=int, default=10_000, help="latents to make (default: 10000)")
@@ -225,4 +228,4 @@ def _show(results: dict[str, dict[str, Measured]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

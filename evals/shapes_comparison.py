@@ -8,7 +8,6 @@ is that of evals/prompt_accuracy.py, on held-out combinations. Shown are means o
 their standard deviations. The loss of a run is from its last validation, its speed the median of its reports.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -20,10 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+from dico_t2i.command import run, script_parser
 from dico_t2i.config import load_config
 from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.runs.log import json_lines
 
 SHAPES = Path("configs/shapes")
 SHOWN = {"val_loss": "held-out loss", "colour": "colour", "background": "background", "shape": "shape"}
@@ -45,7 +44,7 @@ def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Seque
             command = ("-m", "dico_t2i", "sample", "--checkpoint", str(folder), "--prompts", str(prompts))
             _python(*command, "--out", str(samples), "--batch", "60")
         _python("evals/prompt_accuracy.py", "--images", str(samples), "--out", str(accuracy))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = list(json_lines(folder / "metrics.jsonl"))
     losses, speeds = ([line[key] for line in lines if key in line] for key in ("val_loss", "images_per_s"))
     if not losses or not speeds:
         raise ValueError(f"{folder}: was never validated, or reported no speed; see validation.every and log.every")
@@ -85,7 +84,7 @@ def _shown(key: str, values: Sequence[float], mean: float, deviation: float) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="default: those of configs/shapes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
-from dico_t2i.options import positive
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import positive, run
 from evals import coco_fid, imagenet_fid
-from evals.options import chosen_protocol
-from evals.protocol import load_protocol
+from evals.quality.options import chosen_protocol
+from evals.quality.protocol import load_protocol
 
 _SCRIPTS: dict[str, Any] = {"coco": coco_fid, "imagenet": imagenet_fid}
 
@@ -64,7 +63,7 @@ def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> Non
     """FID against the metric ``across``: a line for each number of steps through its guidances."""
     from matplotlib.figure import Figure
 
-    from evals.report import NAMES
+    from evals.quality.metrics import LABELS
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -76,7 +75,7 @@ def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> Non
         for r, *point in zip(line, x, y, strict=True):
             label = f"{r['protocol']['sampler']['guidance']:g}"
             axes.annotate(label, (point[0], point[1]), textcoords="offset points", xytext=(4, 4))
-    axes.set(xlabel=NAMES[across], ylabel="FID", title=f"{results[0]['subject']}: {results[0]['protocol']['name']}")
+    axes.set(xlabel=LABELS[across], ylabel="FID", title=f"{results[0]['subject']}: {results[0]['protocol']['name']}")
     axes.legend(title="labels: guidance")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -6,10 +6,10 @@
     python evals/throughput.py --networks DiCo-S DiT-S/2    # networks by name, beside what was published of them
 
 Contenders of a case take turns, round by round, on the same inputs, after a warm-up; medians and ranges are shown.
-"plain" is tests/plain_dico.py, the usual style of such code. Networks by name are all trained as DiCo is. MFU: counted
-operations that are useful, those of channel by channel convolutions included, over the rate of a large matrix product
-measured in the same run (bf16 on a GPU, fp32 on a CPU). GB/s: bytes that the operations read and write as they are
-called, where that is known. Results go to --out as table.md, throughput.png and throughput.json.
+"plain" is evals/speed/plain_dico.py, the usual style of such code. Networks by name are all trained as DiCo is. MFU:
+counted operations that are useful, those of channel by channel convolutions included, over the rate of a large matrix
+product measured in the same run (bf16 on a GPU, fp32 on a CPU). GB/s: bytes that the operations read and write as they
+are called, where that is known. Results go to --out as table.md, throughput.png and throughput.json.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.common import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i.command import run, script_parser
 from dico_t2i.files import write_atomically
 from dico_t2i.models import VARIANTS, DiCoConfig, NetworkConfig
-from dico_t2i.training.cost import product_rate
-from evals.speed_measure import Contender, compare, free_memory
-from evals.speed_networks import (
+from dico_t2i.plan.cost import product_rate
+from evals.speed.measure import SHAPES, Contender, compare, free_memory
+from evals.speed.networks import (
     Condition,
     Setting,
     contender,
@@ -40,8 +40,8 @@ from evals.speed_networks import (
     takes_text,
     text_convolutions,
 )
-from evals.speed_published import Published, published_markdown, published_rows, published_table
-from evals.speed_report import Finding, Goal, as_json, markdown, operator_table, plot, table
+from evals.speed.published import Published, published_markdown, published_rows, published_table
+from evals.speed.tables import Finding, Goal, as_json, markdown, operator_table, plot, table
 
 _NO_GOAL = Goal({})
 _TABLE_WIDTH = 160
@@ -114,7 +114,6 @@ def _convolution(batch: int, channels: int, size: int) -> Callable[[torch.device
     return lambda device: text_convolutions((batch, channels, size), device)
 
 
-_SHAPES = ((128, 32), (256, 16), (512, 8), (416, 32), (832, 16), (1664, 8))
 _SAMPLING_GOAL = Goal({"ours, kernels at each step": 1.3})
 QUICK = {
     "s-class-step": Case(
@@ -126,7 +125,7 @@ QUICK = {
     "s-sampling": Case("DiCo-S text, 50 guided steps, batch 1", _sampling("DiCo-S", 1), _SAMPLING_GOAL),
     **{
         f"text-dwconv-{C}": Case(f"text_dwconv both ways, {C}@{H}, batch 8", _convolution(8, C, H), Goal({"plain": 4}))
-        for C, H in _SHAPES
+        for C, H in SHAPES
     },
 }
 GPU = {
@@ -161,7 +160,7 @@ GPU = {
         f"text-dwconv-{C}": Case(
             f"text_dwconv both ways, {C}@{H}, batch 64", _convolution(64, C, H), Goal({"plain": 15}, tflops=20)
         )
-        for C, H in _SHAPES
+        for C, H in SHAPES
     },
 }
 
@@ -229,7 +228,7 @@ def _write(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--quick", action="store_true", help="DiCo-S at small batches, for CPUs; also runs on a GPU")
     which.add_argument("--preset", nargs="+", metavar="NAME", help="some cases, by the beginnings of their names")

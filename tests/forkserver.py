@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What the programs import, and does not start a thread on import.
 PRELOADED = (
     "dico_t2i.cli",
-    "dico_t2i.pipeline",
+    "dico_t2i.export.portable.load",
     "dico_t2i.training.trainer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.distributed.run",

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from dico_t2i.config import load_config
 from dico_t2i.diffusion import build
 from dico_t2i.models import build_network
-from dico_t2i.training.distributed import join_world, leave_world
 from dico_t2i.training.engine import Engine
+from dico_t2i.training.ranks.distributed import join_world, leave_world
 
 
 def main(path: Path) -> None:

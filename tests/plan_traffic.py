@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from dico_t2i.config import Config, load_config
 from dico_t2i.models import build_network
-from dico_t2i.training.distributed import World, join_world, leave_world
 from dico_t2i.training.engine import Engine
+from dico_t2i.training.ranks.distributed import World, join_world, leave_world
 
 # Where each has the tensor that is as large as what all ranks have together.
 WHOLE = {

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dico_t2i.data import ShardReader, load_index
+from dico_t2i.data.index import load_index
+from dico_t2i.data.reader import ShardReader
 
 
 def image_bytes(seed: int, size: tuple[int, int] = (60, 40), form: str = "JPEG", **options: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""docs/config.md says what dico_t2i/config.py says."""
+"""docs/config.md says what dico_t2i/config/ says."""
 
 import sys
 from pathlib import Path

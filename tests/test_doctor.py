@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from dico_t2i import cli
+from dico_t2i.commands.doctor import examine
 from dico_t2i.config import parse_config
-from dico_t2i.doctor import examine
 from tests.faults.harness import CONFIG, write_data
 
 ROOT = Path(__file__).resolve().parents[1]

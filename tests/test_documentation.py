@@ -167,7 +167,7 @@ def _check_values(found: argparse.Namespace, whole: bool, parser: Parser) -> Non
     if values.get("text_encoder"):
         load_config(ROOT / values["text_encoder"][0], values["text_encoder"][1:])
     if values.get("protocol"):
-        from evals.protocol import load_protocol
+        from evals.quality.protocol import load_protocol
 
         load_protocol(values["protocol"], values["set"])
     if values.get("script"):

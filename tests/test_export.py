@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dico_t2i.config import load_config
-from dico_t2i.export import export
-from dico_t2i.sampling import load_pipeline
-from dico_t2i.training.checkpoint import CheckpointError
+from dico_t2i.export.folder import export
+from dico_t2i.runs.checkpoint import CheckpointError
+from dico_t2i.sampling.pipeline import load_pipeline
 from tests.faults.harness import Run, write_data
 
 KINDS = ("weight", "ema_0.9", "ema_0.99")

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from data_prep import shapes
+from dico_t2i.commands.demo import build, generate, read_conditions, read_settings, resized
+from dico_t2i.commands.demo import launch as launch_page
 from dico_t2i.config import ConfigError
-from dico_t2i.demo import build, generate, read_conditions, read_settings, resized
-from dico_t2i.demo import launch as launch_page
 from dico_t2i.report import write_report
-from dico_t2i.sampling import load_pipeline
+from dico_t2i.sampling.pipeline import load_pipeline
 from tests import forkserver
 from tests.browser import browser
 from tests.ports import free_port

@@ -7,8 +7,8 @@ import pytest
 
 from dico_t2i.cli import main
 from dico_t2i.config import Config, load_config
-from dico_t2i.plan import make_plan
-from dico_t2i.plan_text import refusal
+from dico_t2i.plan.plan import make_plan
+from dico_t2i.plan.text import refusal
 from tests.training.conftest import launch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dico_t2i import cli
-from dico_t2i.card import model_card
 from dico_t2i.config import load_config, parse_config
-from dico_t2i.export import write_folder
-from dico_t2i.inline import InlineError, standalone
+from dico_t2i.export.card import model_card
+from dico_t2i.export.folder import write_folder
+from dico_t2i.export.inline import InlineError, standalone
 from dico_t2i.models import DiCo
 from tests.encoders.test_text import PROJECTED, save_clip
 from tests.models.test_ablations import SWITCHES
@@ -252,7 +252,7 @@ def test_this_package_runs_the_folder_with_its_own_code(pipeline, text_model, tm
     images = pipeline(PROMPTS, seed=7, output_type="np").images
     ours = sampled(text_model, tmp_path / "ours", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
     np.testing.assert_array_equal((images * 255).round().astype(np.uint8), ours)
-    assert type(pipeline.transformer).__module__ == "dico_t2i.portable.transformer"
+    assert type(pipeline.transformer).__module__ == "dico_t2i.export.portable.transformer"
 
 
 def test_the_text_tower_of_a_whole_clip_is_copied_with_its_projection(text_model, tmp_path):
@@ -420,7 +420,7 @@ def test_the_card_has_the_evaluations_and_says_what_they_are_worth(text_model):
 
 
 def test_ablated_networks_are_copied_with_their_parts(tmp_path, monkeypatch):
-    (tmp_path / "copied.py").write_text(standalone(["dico_t2i.portable.transformer.DiCoTransformer"], "doc"))
+    (tmp_path / "copied.py").write_text(standalone(["dico_t2i.export.portable.transformer.DiCoTransformer"], "doc"))
     monkeypatch.syspath_prepend(tmp_path)
     copied = importlib.import_module("copied")
     arguments = (torch.randn(1, 4, 12, 20), torch.tensor([3.0]), torch.randn(1, 77, 16), torch.randn(1, 16))
@@ -440,7 +440,7 @@ def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
     package = tmp_path / "inlinable"
     package.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("dico_t2i.inline.PACKAGE", "inlinable")
+    monkeypatch.setattr("dico_t2i.export.inline.PACKAGE", "inlinable")
     modules = {
         "__init__": "",
         "a": "def same(): return 1\ndef one(): return same()",

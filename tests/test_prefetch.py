@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dico_t2i.commands.prefetch import PrefetchError, check, prefetch
 from dico_t2i.config import parse_config
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.local import file_hash
-from dico_t2i.prefetch import PrefetchError, check, prefetch
 from tests.encoders.test_local import Hub
 from tests.small_models import save_autoencoder
 

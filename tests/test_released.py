@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from dico_t2i import cli
 from dico_t2i.config import DiTConfig, load_config
-from dico_t2i.imagenet import class_names, class_number
+from dico_t2i.export.released import variant_name
 from dico_t2i.models import VARIANTS, DiCo, DiCoConfig
 from dico_t2i.models.official import infer_config, load_official_state_dict, official_key, official_shape
-from dico_t2i.released import variant_name
+from dico_t2i.sampling.labels import class_names, class_number
 from tests.models import test_peers
 from tests.models.test_official import released_state
 from tests.small_models import save_autoencoder

@@ -6,9 +6,10 @@ import torch
 from dico_t2i.cli import _parser, _sampler
 from dico_t2i.config import SamplerConfig, parse_config
 from dico_t2i.diffusion import guided, sample
+from dico_t2i.encoders.load import load_encoders
 from dico_t2i.encoders.text import TextEncoder
 from dico_t2i.models import DiCo, DiCoConfig
-from dico_t2i.sampling import Pipeline, as_cuda_graph, load_encoders
+from dico_t2i.sampling.pipeline import Pipeline, as_cuda_graph
 
 MODEL = {"hidden_size": 8, "depths": [2, 1, 1, 0, 2], "mlp_ratio": 2, "in_channels": 3, "condition": "text"}
 TREE = {

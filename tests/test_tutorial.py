@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.state import json_lines
+from dico_t2i.runs.log import json_lines
 from tests.documents import ROOT, blocks
 
 PAGE = ROOT / "docs" / "tutorial.md"

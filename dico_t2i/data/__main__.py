@@ -3,7 +3,8 @@
 import argparse
 
 from dico_t2i.data.buckets import MAX_RATIO, assign_buckets, bucket_shapes, describe_buckets
-from dico_t2i.data.index import DataError, rebuild_index
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import rebuild_index
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from dico_t2i.config import CacheConfig
-from dico_t2i.data.index import DataError, DatasetIndex, ShardError, ShardIndex, index_path, read_index
+from dico_t2i.data.errors import DataError, ShardError
+from dico_t2i.data.index import DatasetIndex, read_index
 from dico_t2i.data.quarantine import FILE as QUARANTINE
+from dico_t2i.data.shard import ShardIndex, index_path
 from dico_t2i.files import temporary, write_atomically
 
 GIGABYTE = 10**9

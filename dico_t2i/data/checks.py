@@ -2,7 +2,7 @@
 
 from dico_t2i.config import Config, ConfigError
 from dico_t2i.data.index import DatasetIndex
-from dico_t2i.data.loader import POOLED, TEXT
+from dico_t2i.data.sample import POOLED, TEXT
 from dico_t2i.data.sources import make_order
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dico_t2i import randomness
-from dico_t2i.data.index import DataError
+from dico_t2i.data.errors import DataError
 
 NEIGHBOURS = 8  # of the replacements so many are the next ones of the stream, the others lie anywhere in the epoch
 MIXTURE_BLOCK = 256  # entries, at least, over which the weights of a mixture are exact

@@ -11,8 +11,10 @@ import numpy as np
 
 from dico_t2i.config import DataConfig
 from dico_t2i.data.cache import cached_index
-from dico_t2i.data.index import DataError, DatasetIndex, ShardIndex, load_index
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import DatasetIndex, load_index
 from dico_t2i.data.order import BucketOrder, MixtureOrder, Order, SampleOrder
+from dico_t2i.data.shard import ShardIndex
 
 MULTIPLE = 32  # pixels: of heights and widths, which an autoencoder divides by 8 and the network by 4
 

@@ -49,12 +49,7 @@ def sample_flow(
         return v
 
     times = flow_times(sampler)
-    if sampler.kind == "euler_sde":
-        steps = _euler_sde(velocity, x, times, step_noise)
-    else:
-        solve = {"euler": _euler, "heun": _heun, "dpm++": _flow_dpm_solver}[sampler.kind]
-        steps = solve(velocity, x, times)
-    return _run(steps, times, on_step)
+    return _run(_SOLVERS[sampler.kind](velocity, x, times, step_noise), times, on_step)
 
 
 def _run(steps: Steps, times: Sequence[float], on_step: StepHook | None) -> Tensor:
@@ -74,12 +69,12 @@ def flow_times(sampler: SamplerConfig) -> list[float]:
     return [shifted(float(time), sampler.shift) for time in even]
 
 
-def _euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
+def _euler(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) -> Steps:
     for now, then in pairwise(times):
         x = yield x + (then - now) * velocity(x, now)
 
 
-def _heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
+def _heun(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) -> Steps:
     """The mean of the velocities at both ends of a step, the second one found by Euler's step."""
     for now, then in pairwise(times):
         slope = velocity(x, now)
@@ -88,7 +83,7 @@ def _heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
         x = yield x + (then - now) * slope
 
 
-def _flow_dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Steps:
+def _flow_dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with alpha = 1 - t and sigma = t.
 
     A step exact for a constant estimate of x_0, which is extrapolated from the last two, linearly in
@@ -121,3 +116,6 @@ def _euler_sde(velocity: Velocity, x: Tensor, times: Sequence[float], step_noise
         if then > 0:
             x = x + math.sqrt(2 * now * (now - then)) * step_noise(k)
         x = yield x
+
+
+_SOLVERS = {"euler": _euler, "heun": _heun, "dpm++": _flow_dpm_solver, "euler_sde": _euler_sde}

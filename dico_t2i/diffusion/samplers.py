@@ -7,6 +7,7 @@ Of a flow: see ``flow_samplers``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,17 +50,27 @@ def sample(
         return sample_flow(build_flow(diffusion_config), sampler, model_fn, x, step_noise, progress, on_step)
     if sampler.kind == "dpm++":
         return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress, on_step)
+    diffusion = build(diffusion_config, learn_sigma, respacing=str(sampler.steps))
+    step = partial(_STEPS[sampler.kind], diffusion, sampler, model_fn, step_noise)
+    return reverse_loop(diffusion, step, x, progress, on_step)
+
+
+def _ancestral(
+    diffusion: IDDPM, sampler: SamplerConfig, model_fn: ModelFn, step_noise: StepNoise, x: Tensor, t: Tensor, k: int
+) -> Tensor:
+    return diffusion.p_sample(model_fn, x, t, step_noise(k))
+
+
+def _ddim(
+    diffusion: IDDPM, sampler: SamplerConfig, model_fn: ModelFn, step_noise: StepNoise, x: Tensor, t: Tensor, k: int
+) -> Tensor:
     if not 0 <= sampler.eta <= 1:
         raise ValueError(f"sampler.eta: {sampler.eta} must lie in 0..1")
-    diffusion = build(diffusion_config, learn_sigma, respacing=str(sampler.steps))
+    return diffusion.ddim_sample(model_fn, x, t, step_noise(k) if sampler.eta else None, sampler.eta)
 
-    def ancestral(x: Tensor, t: Tensor, k: int) -> Tensor:
-        return diffusion.p_sample(model_fn, x, t, step_noise(k))
 
-    def ddim(x: Tensor, t: Tensor, k: int) -> Tensor:
-        return diffusion.ddim_sample(model_fn, x, t, step_noise(k) if sampler.eta else None, sampler.eta)
-
-    return reverse_loop(diffusion, ancestral if sampler.kind == "iddpm" else ddim, x, progress, on_step)
+# The step of each sampler of iDDPM that walks down the respaced steps one by one.
+_STEPS = {"iddpm": _ancestral, "ddim": _ddim}
 
 
 def reverse_loop(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import AutoencoderConfig
-from dico_t2i.data import Batch
+from dico_t2i.data.batches import Batch
 from dico_t2i.encoders.local import config_hash, file_hash, load_diffusers, read_json, reading, resolve
 from dico_t2i.randomness import normal
 

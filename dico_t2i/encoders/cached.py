@@ -1,7 +1,8 @@
 """Whether latents and text features stored with the samples are those of a run's encoders."""
 
 from dico_t2i.config import ConfigError, DataConfig
-from dico_t2i.data import DatasetIndex, same_encoder
+from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.sources import same_encoder
 from dico_t2i.encoders.autoencoders import Autoencoder
 from dico_t2i.encoders.text import TextEncoder
 

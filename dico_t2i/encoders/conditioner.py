@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import Config, ConfigError, DiCoConfig, NetworkConfig
-from dico_t2i.data import Batch
-from dico_t2i.encoders.sizes import text_sizes
-from dico_t2i.encoders.text import FeatureSize, TextEncoder, find_text_encoder
+from dico_t2i.data.batches import Batch
+from dico_t2i.encoders.text import FeatureSize, TextEncoder, find_text_encoder, text_sizes
 
 Conditioning = dict[str, Tensor]
 

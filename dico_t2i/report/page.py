@@ -12,9 +12,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from dico_t2i.evaluations import doubts, measured, protocol_name, shown_numbers
 from dico_t2i.report.history import Curve, Event
 from dico_t2i.report.record import Record
+from dico_t2i.runs.evaluations import doubts, measured, protocol_name, shown_numbers
 
 _BAND = "val_loss_t"
 _PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "triton", "numpy", "wandb", "dico_t2i")

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from dico_t2i.config import flatten
-from dico_t2i.evaluations import read_evaluations
 from dico_t2i.report.history import History, read_history
+from dico_t2i.runs.evaluations import read_evaluations
 
 PICTURES = 40  # of a run, at most
 _WIDTH = 1024  # pixels of a picture, at most

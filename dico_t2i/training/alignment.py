@@ -19,7 +19,7 @@ from dico_t2i.diffusion.process import full_precision
 from dico_t2i.encoders import load_vision_encoder
 from dico_t2i.models import Network, build_network
 from dico_t2i.models.cost import example_inputs
-from dico_t2i.training.checkpoint import PROJECTOR
+from dico_t2i.runs.checkpoint import PROJECTOR
 
 
 class Alignment:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from dico_t2i.config import OptimizerConfig, TrainConfig
 from dico_t2i.models import Network
-from dico_t2i.training.buckets import reduce_bucket
-from dico_t2i.training.checkpoint import Piece
-from dico_t2i.training.distributed import World
-from dico_t2i.training.optimizer import MOMENTS, WEIGHT, AdamWEMA
+from dico_t2i.plan.buffers import reduce_bucket
+from dico_t2i.runs.checkpoint import Piece
+from dico_t2i.runs.kinds import MOMENTS, WEIGHT
+from dico_t2i.training.optimizer import AdamWEMA
+from dico_t2i.training.ranks.distributed import World
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import OptimizerConfig
-
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def ema_name(decay: float) -> str:
-    """The name under which an average is kept in the state and in checkpoints."""
-    return f"ema_{decay:g}"
+from dico_t2i.runs.kinds import MOMENTS, ema_name
 
 
 class AdamWEMA(torch.optim.AdamW):

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dico_t2i.config import Config
-from dico_t2i.training import checkpoint as ckpt
-from dico_t2i.training.distributed import World, any_rank, first_message
+from dico_t2i.runs import checkpoint as ckpt
+from dico_t2i.runs.folder import RunFolder
+from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
-from dico_t2i.training.metrics import Reporter
-from dico_t2i.training.run import RunFolder
+from dico_t2i.training.observers.reporter import Reporter
+from dico_t2i.training.ranks.distributed import World, any_rank, first_message
 
 
 class Saver:
@@ -28,10 +29,8 @@ class Saver:
     ) -> None:
         """data: how much there is of what, kept with each checkpoint: other data come in another order."""
         self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
-        retention = ckpt.Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
-        self.writer = ckpt.CheckpointWriter(
-            run.checkpoints, world.rank, world.size, retention, config.checkpoint.background
-        )
+        retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
+        self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.pause_s = 0.0  # seconds for which the last save held up training
         self._bytes = 0  # of the save under way

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from dico_t2i import randomness
 from dico_t2i.config import Config
-from dico_t2i.data import check_data, load_data, make_loader, make_order
+from dico_t2i.data.checks import check_data
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
-from dico_t2i.sampling import Pipeline
+from dico_t2i.sampling.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

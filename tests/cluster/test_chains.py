@@ -8,7 +8,9 @@ import numpy as np
 import yaml
 
 from cluster import slurm as commands
-from dico_t2i.data import ShardReader, ShardWriter, load_index
+from dico_t2i.data.index import load_index
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.writer import ShardWriter
 from tests.small_models import save_autoencoder
 
 from .test_launch import Workplace, job_id, state_of, until

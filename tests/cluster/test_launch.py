@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from cluster import slurm as commands
-from cluster.state import json_lines, read_state
-from dico_t2i.training.checkpoint import newest_checkpoint, read_weights
+from cluster.state import read_state
+from dico_t2i.runs.checkpoint import newest_checkpoint, read_weights
+from dico_t2i.runs.log import json_lines
 from tests import forkserver
 from tests.training.conftest import TINY, launch
 

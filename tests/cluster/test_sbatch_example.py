@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster.state import json_lines
+from dico_t2i.runs.log import json_lines
 from tests.cluster.test_launch import ROOT, state_of, until, workplace
 
 __all__ = ["workplace"]

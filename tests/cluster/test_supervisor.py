@@ -1,12 +1,13 @@
 """What a job decides after its ranks have ended; no processes here."""
 
+import os
+
 import pytest
 
 from cluster import jobs, preflight
-from cluster.rank import USER_ERROR
-from cluster.supervisor import REQUEUE_CODE, Failure, decide
+from cluster.supervisor import Failure, decide
+from dico_t2i.command import REQUEUE_EXIT_CODE, USER_ERROR
 from dico_t2i.config import ClusterConfig, ConfigError
-from dico_t2i.training.signals import REQUEUE_EXIT_CODE
 
 NODE = {"host": "n1", "python": "3.12.1", **dict.fromkeys(preflight.PACKAGES, "1.0"), "code": "abc", "gpus": 8}
 
@@ -15,13 +16,13 @@ def failure(start, step, code=1, error="boom"):
     return Failure(0.0, "7", start, step, code, 3, "n1", error)
 
 
-def test_the_requeue_code_is_the_trainers():
-    assert REQUEUE_CODE == REQUEUE_EXIT_CODE
+def test_the_requeue_code_means_try_again_later():
+    assert REQUEUE_EXIT_CODE == os.EX_TEMPFAIL
 
 
 def test_done_ends_and_a_stop_goes_on():
     assert decide(0, 0, 100, []).act == "end"
-    assert decide(REQUEUE_CODE, 5, 100, []).act == "again"
+    assert decide(REQUEUE_EXIT_CODE, 5, 100, []).act == "again"
 
 
 def test_a_failure_is_tried_again_but_not_twice_at_the_same_step():
@@ -34,7 +35,7 @@ def test_a_failure_is_tried_again_but_not_twice_at_the_same_step():
 
 
 def test_failures_of_earlier_starts_do_not_count_against_a_stop():
-    assert decide(REQUEUE_CODE, 1, 100, [failure(0, 120)]).act == "again"
+    assert decide(REQUEUE_EXIT_CODE, 1, 100, [failure(0, 120)]).act == "again"
     assert decide(0, 1, 100, [failure(0, 120)]).act == "end"
 
 
@@ -43,8 +44,8 @@ def test_what_only_the_user_can_mend_is_not_tried_again():
 
 
 def test_the_number_of_requeues_has_a_limit():
-    assert decide(REQUEUE_CODE, 2, 3, []).act == "again"
-    assert decide(REQUEUE_CODE, 3, 3, []).act == "give up"
+    assert decide(REQUEUE_EXIT_CODE, 2, 3, []).act == "again"
+    assert decide(REQUEUE_EXIT_CODE, 3, 3, []).act == "give up"
     assert decide(1, 3, 3, [failure(3, 10)]).act == "give up"
 
 

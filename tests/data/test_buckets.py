@@ -11,21 +11,16 @@ from PIL import Image
 from test_loader import tokenize
 
 from dico_t2i.config import ConfigError, DataConfig, parse_config
-from dico_t2i.data import (
-    BucketOrder,
-    DataError,
-    ShardFile,
-    ShardWriter,
-    assign_buckets,
-    bucket_shapes,
-    check_data,
-    decode_image,
-    load_index,
-    make_loader,
-    make_order,
-    nearest_bucket,
-)
 from dico_t2i.data import __main__ as command
+from dico_t2i.data.buckets import assign_buckets, bucket_shapes, nearest_bucket
+from dico_t2i.data.checks import check_data
+from dico_t2i.data.decode import decode_image
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import BucketOrder
+from dico_t2i.data.sources import make_order
+from dico_t2i.data.writer import ShardFile, ShardWriter
 
 BATCH, STREAMS = 8, 4
 

@@ -14,8 +14,12 @@ import pytest
 from test_loader import make_sample, tokenize
 
 from dico_t2i.config import CacheConfig, DataConfig
-from dico_t2i.data import DataError, SampleError, ShardReader, ShardWriter, load_data, make_loader, make_order
 from dico_t2i.data.cache import cached_index
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.sources import load_data, make_order
+from dico_t2i.data.writer import ShardWriter
 
 SAMPLES, SHARD = 80, 10
 

@@ -17,7 +17,13 @@ from test_loader import make_sample, tokenize
 from torch.utils.data import get_worker_info
 
 from dico_t2i.config import DataConfig
-from dico_t2i.data import DataError, Order, SampleError, ShardReader, ShardWriter, load_index, make_loader, reader
+from dico_t2i.data import reader
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import Order
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.writer import ShardWriter
 from tests import forkserver
 
 SAMPLES, SHARD, STREAMS, BATCH = 240, 60, 4, 8  # each stream lies in one shard

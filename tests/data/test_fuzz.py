@@ -15,21 +15,16 @@ from PIL import Image
 from test_loader import make_sample
 
 from dico_t2i.config import DataConfig
-from dico_t2i.data import (
-    DataError,
-    Order,
-    SampleError,
-    ShardError,
-    ShardIndex,
-    ShardReader,
-    ShardWriter,
-    decode_image,
-    decode_moments,
-    index,
-    index_shard,
-    load_index,
-    make_loader,
-)
+from dico_t2i.data import shard as shard_module
+from dico_t2i.data import tar
+from dico_t2i.data.decode import decode_image, decode_moments
+from dico_t2i.data.errors import DataError, SampleError, ShardError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import Order
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.shard import ShardIndex, index_shard
+from dico_t2i.data.writer import ShardWriter
 
 LIMIT_S = 60.0  # of this process's CPU, for one input; most take a millisecond
 
@@ -245,7 +240,8 @@ def tokens(captions):
 
 @pytest.mark.parametrize("kind", [b"L", b"x"])
 def test_headers_that_claim_megabytes_are_not_read_into_memory(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(index, "_CHUNK", 1 << 20)
+    for module in (shard_module, tar):
+        monkeypatch.setattr(module, "CHUNK", 1 << 20)
     header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
     header[124:136] = b"%011o\0" % (1 << 23)
     header[156:157] = kind

@@ -13,16 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dico_t2i.data import __main__ as command
-from dico_t2i.data.index import (
-    DataError,
-    ShardError,
-    ShardFile,
-    ShardIndex,
-    ShardWriter,
-    index_shard,
-    load_index,
-    write_index,
-)
+from dico_t2i.data.errors import DataError, ShardError
+from dico_t2i.data.index import load_index, write_index
+from dico_t2i.data.shard import ShardIndex, index_shard
+from dico_t2i.data.writer import ShardFile, ShardWriter
 
 
 def make_samples(count):

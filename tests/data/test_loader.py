@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dico_t2i.config import DataConfig
-from dico_t2i.data.index import DataError, ShardWriter, load_index
-from dico_t2i.data.loader import captions_of, make_loader
+from dico_t2i.data.errors import DataError, SampleError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
 from dico_t2i.data.order import Order
-from dico_t2i.data.reader import SampleError
+from dico_t2i.data.sample import captions_of
+from dico_t2i.data.writer import ShardWriter
 from tests import forkserver
 
 SAMPLES, STREAMS, BATCH = 60, 4, 8

@@ -8,7 +8,11 @@ from pydantic import ValidationError
 from test_loader import make_sample, tokenize
 
 from dico_t2i.config import DataConfig
-from dico_t2i.data import DataError, MixtureOrder, Order, ShardWriter, load_data, make_loader, make_order
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import MixtureOrder, Order
+from dico_t2i.data.sources import load_data, make_order
+from dico_t2i.data.writer import ShardWriter
 
 STREAMS, BATCH = 4, 8
 WEIGHTS = {"a": 3, "b": 1, "c": 0.5}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dico_t2i.data.index import DataError
+from dico_t2i.data.errors import DataError
 from dico_t2i.data.order import Order, rank_positions
 
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from test_loader import BATCH, SAMPLES, STREAMS, build, loader, make_sample, rows, steps
 
-from dico_t2i.data import DataError, Order, load_index
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.order import Order
 
 
 @pytest.fixture

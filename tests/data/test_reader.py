@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dico_t2i.data.index import ShardWriter, load_index
-from dico_t2i.data.reader import SampleError, ShardReader, decode_image, decode_moments
+from dico_t2i.data.decode import decode_image, decode_moments
+from dico_t2i.data.errors import SampleError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.writer import ShardWriter
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from data_prep import coco
+from dico_t2i.data.decode import decode_image
 from dico_t2i.data.index import load_index
-from dico_t2i.data.reader import ShardReader, decode_image
+from dico_t2i.data.reader import ShardReader
 
 TINY = Path(__file__).resolve().parents[3] / "shared" / "data" / "tiny_coco"
 

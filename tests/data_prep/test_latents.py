@@ -15,12 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import latents, quarantine
-from data_prep.quarantine import Entry
+from data_prep import latents
+from data_prep.checking import quarantine
+from data_prep.checking.quarantine import Entry
 from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
-from dico_t2i.data import assign_buckets, make_loader, make_order
-from dico_t2i.data.index import ShardWriter, load_index
-from dico_t2i.data.reader import ShardReader, decode_image, decode_moments
+from dico_t2i.data.buckets import assign_buckets
+from dico_t2i.data.decode import decode_image, decode_moments
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.sources import make_order
+from dico_t2i.data.writer import ShardWriter
 from dico_t2i.encoders import load_autoencoder, load_text_encoder
 from tests import forkserver
 from tests.faults.test_disk import fill, small_disk

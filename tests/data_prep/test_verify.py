@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import latents, quarantine, shapes, verify
-from data_prep.quarantine import DUPLICATE, Entry
-from dico_t2i.data.index import DataError, ShardWriter, load_index
+from data_prep import latents, shapes, verify
+from data_prep.checking import quarantine
+from data_prep.checking.quarantine import DUPLICATE, Entry
+from dico_t2i.data.errors import DataError
+from dico_t2i.data.index import load_index
+from dico_t2i.data.writer import ShardWriter
 from tests.shards import image_bytes, tar_bytes
 from tests.small_models import save_autoencoder
 

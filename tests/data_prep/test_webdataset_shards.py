@@ -17,7 +17,9 @@ import torch
 
 from data_prep import webdataset_shards
 from dico_t2i.config import DataConfig
-from dico_t2i.data import Order, load_index, make_loader
+from dico_t2i.data.index import load_index
+from dico_t2i.data.loader import make_loader
+from dico_t2i.data.order import Order
 from tests.shards import image_bytes, read_samples, tar_bytes
 
 SHARDS, EACH = 3, 8

@@ -10,13 +10,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from dico_t2i.commands.prefetch import prefetch
 from dico_t2i.config import ConfigError, DiCoConfig, TextEncoderConfig, dump_config, load_config, parse_config
 from dico_t2i.data.sources import same_encoder
 from dico_t2i.encoders import MissingModelError, TextEncoder, find_text_encoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner, check_text
-from dico_t2i.encoders.sizes import text_sizes
+from dico_t2i.encoders.text import text_sizes
 from dico_t2i.models import count_parameters
-from dico_t2i.prefetch import prefetch
 from tests.encoders.test_text import PROJECTED, held_out_accuracy, save_clip
 
 CAPTIONS = ["a red dog", "two dogs on a very large beach", ""]

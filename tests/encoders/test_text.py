@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dico_t2i.config import DiTConfig, TextEncoderConfig
 from dico_t2i.encoders import TextEncoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
-from dico_t2i.encoders.text import OpenClipTokenizer, _clip_tokenizer
+from dico_t2i.encoders.text.clip import clip_tokenizer
+from dico_t2i.encoders.text.open_clip import OpenClipTokenizer
 
 START, END = 49406, 49407
 CAPTIONS = ["a small red circle on a white background", "Two DOGS, and it's raining: 42!", "", "a dog " * 60]
@@ -67,7 +68,7 @@ def save_clip(folder: Path) -> tuple[Path, Any]:
 
 def save_tokenizer(folder: Path) -> None:
     """vocab.json and merges.txt, as CLIP was released with."""
-    model = json.loads(_clip_tokenizer()._backend.to_str())["model"]
+    model = json.loads(clip_tokenizer()._backend.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
@@ -112,7 +113,7 @@ def open_clip_folder(clip: tuple[Path, Any], tmp_path_factory: pytest.TempPathFa
 # --- tokenizers
 
 
-@pytest.mark.parametrize(("make", "pad"), [(_clip_tokenizer, END), (OpenClipTokenizer, 0)])
+@pytest.mark.parametrize(("make", "pad"), [(clip_tokenizer, END), (OpenClipTokenizer, 0)])
 def test_tokenizers_cut_and_pad(make: Any, pad: int) -> None:
     tokenize = make()
     ids = tokenize(CAPTIONS)
@@ -130,7 +131,7 @@ def test_tokenizers_cut_and_pad(make: Any, pad: int) -> None:
 
 
 def test_tokenizers_agree_up_to_the_end_token() -> None:
-    theirs, ours = OpenClipTokenizer()(CAPTIONS), _clip_tokenizer()(CAPTIONS)
+    theirs, ours = OpenClipTokenizer()(CAPTIONS), clip_tokenizer()(CAPTIONS)
     lengths = (theirs == END).int().argmax(1)
     for row in range(len(CAPTIONS)):
         assert torch.equal(theirs[row, : lengths[row] + 1], ours[row, : lengths[row] + 1])

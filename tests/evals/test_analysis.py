@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from data_prep import shapes
 from dico_t2i.config import parse_config
-from dico_t2i.export import write_folder
+from dico_t2i.export.folder import write_folder
 from dico_t2i.models import DiCo
 from evals import attention_locality, channel_activation
 from evals.analysis.backbones import KINDS, Flux, load_backbone
@@ -115,7 +115,7 @@ def test_dead_channels_are_found(exports, tmp_path, capsys):
 
 
 def test_scores_are_those_of_the_networks_own_forward_pass(exports, tmp_path):
-    from dico_t2i.sampling import load_pipeline
+    from dico_t2i.sampling.pipeline import load_pipeline
     from evals.analysis.samples import chunks, run_network
 
     data, whole, _ = exports

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from evals import compare
-from evals.extractors import POOL, Inception, _pooled, resize_images, scale_pixels
-from evals.generation import find_subject
-from evals.images import open_images
-from evals.metrics import frechet_distance, gaussian_of
-from evals.protocol import load_protocol
-from evals.weights import Weights
+from evals.quality.distances import frechet_distance, gaussian_of
+from evals.quality.extractors import Inception, _pooled, resize_images, scale_pixels
+from evals.quality.features import POOL
+from evals.quality.generation import find_subject
+from evals.quality.images import open_images
+from evals.quality.protocol import load_protocol
+from evals.quality.weights import Weights
 from tests import forkserver
 from tests.ports import free_port
 

@@ -35,7 +35,8 @@ def test_twins_train_and_sample():
 def test_the_data_has_captions_and_classes(tmp_path):
     make_data(tmp_path / "data")
     for name in ("dico_s_imagenet256.yaml", "coco_dwc.yaml"):
-        from dico_t2i.data import check_data, load_data
+        from dico_t2i.data.checks import check_data
+        from dico_t2i.data.sources import load_data
 
         config = small(load_config(CONFIGS / name), tmp_path / "data", 2)
         check_data(config, load_data(config.data))

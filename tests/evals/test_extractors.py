@@ -10,10 +10,11 @@ from cleanfid.resize import build_resizer
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from evals import extractors
-from evals.extractors import LOGITS, POOL, SPATIAL, Inception, load_inception, resize_images, seeded_inception
-from evals.protocol import STATE_DICT, TORCHSCRIPT, Extractor
-from evals.weights import MissingWeightsError, Weights, find_weights
+from evals.quality import extractors
+from evals.quality.extractors import Inception, load_inception, resize_images, seeded_inception
+from evals.quality.features import LOGITS, POOL, SPATIAL
+from evals.quality.protocol import STATE_DICT, TORCHSCRIPT, Extractor
+from evals.quality.weights import MissingWeightsError, Weights, find_weights
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from data_prep.shapes_scene import Object, Scene, held_out_prompts, is_held_out, parse, random_scene, render
 from evals import prompt_accuracy
 from evals.prompt_accuracy import accuracy, reader_accuracy
-from evals.shapes_reader import Reading, read
+from evals.shapes.reader import Reading, read
 
 SCENE = Scene("white", (Object("large", "red", "circle", "left"),))
 

@@ -13,15 +13,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dico_t2i.config import ConfigError
-from dico_t2i.training.distributed import World
-from evals import scoring, weights
-from evals.captions import draw, find_files
-from evals.extractors import LOGITS, POOL
-from evals.feature_sets import FeatureCache, FeatureSet, collect, read_adm_statistics
-from evals.images import adm_crop, open_images, write_npz
-from evals.metrics import gaussian_of
-from evals.options import add_protocol_options, chosen_protocol
-from evals.protocol import Prompts, changes_of, load_protocol, names
+from dico_t2i.training.ranks.distributed import World
+from evals.quality import scoring, weights
+from evals.quality.captions import draw, find_files
+from evals.quality.distances import gaussian_of
+from evals.quality.feature_sets import FeatureSet, collect
+from evals.quality.features import LOGITS, POOL
+from evals.quality.images import adm_crop, open_images, write_npz
+from evals.quality.options import add_protocol_options, chosen_protocol
+from evals.quality.protocol import Prompts, changes_of, load_protocol, names
+from evals.quality.references import FeatureCache, read_adm_statistics
 
 # A change here makes all numbers published under the old hash another protocol's: give it another name instead.
 HASHES = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dico_t2i.models import DiCo, DiCoConfig, Network, count_macs, count_parameters
-from dico_t2i.training.cost import product_rate
+from dico_t2i.plan.cost import product_rate
 from evals import throughput
-from evals.speed_measure import Contender, compare
-from evals.speed_networks import Setting, contender, network_of, samplers, text_convolutions
-from evals.speed_report import Goal
+from evals.speed.measure import Contender, compare
+from evals.speed.networks import Setting, contender, network_of, samplers, text_convolutions
+from evals.speed.tables import Goal
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 8, "depths": (1, 1, 1, 1, 1), "mlp_ratio": 2.0}

@@ -30,8 +30,8 @@ import torch
 import yaml
 from PIL import Image
 
-from dico_t2i.data import ShardWriter
-from dico_t2i.training import checkpoint as ckpt
+from dico_t2i.data.writer import ShardWriter
+from dico_t2i.runs import checkpoint as ckpt
 from tests.ports import free_port
 
 PATIENCE_S = 120  # for anything that should take seconds

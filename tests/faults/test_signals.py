@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dico_t2i.training.signals import REQUEUE_EXIT_CODE
+from dico_t2i.command import REQUEUE_EXIT_CODE
 
 from .harness import Report, compare
 

@@ -9,7 +9,7 @@ import torch
 from dico_t2i.config import ablated, load_config
 from dico_t2i.models import STAGES, DiCo, DiCoConfig, count_macs, count_parameters
 from dico_t2i.models.official import load_official_state_dict
-from dico_t2i.models.trace import trace_training
+from dico_t2i.plan.trace import trace_training
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))

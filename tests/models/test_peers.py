@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dico_t2i.config import DIT_VARIANTS, UVIT_VARIANTS, DiTConfig, MMDiTConfig, PixArtConfig, UViTConfig
 from dico_t2i.models import build_network, count_macs, count_parameters
 from dico_t2i.models.peers.dit_release import infer_dit_config, load_released_dit
-from dico_t2i.models.trace import trace_training
+from dico_t2i.plan.trace import trace_training
 
 TINY = {"hidden_size": 16, "depth": 3, "num_heads": 2}
 TEXT = {**TINY, "text_dim": 12, "text_tokens": 5, "latent_size": 8}

@@ -5,7 +5,7 @@ import torch
 
 from dico_t2i.models import DiCo, DiCoConfig
 from dico_t2i.ops import text_dwconv
-from tests.plain_dico import PlainDiCo, grouped_text_dwconv, load_ours
+from evals.speed.plain_dico import PlainDiCo, grouped_text_dwconv, load_ours
 
 SIZES = {"hidden_size": 8, "depths": (2, 1, 1, 1, 2), "mlp_ratio": 2.0}
 TEXT = {"condition": "text", "text_dim": 12, "pooled_dim": 6}

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dico_t2i.models import STAGES, DiCo, DiCoConfig, count_macs
-from dico_t2i.models.trace import trace_training
+from dico_t2i.plan.trace import trace_training
 
 SMALL = {"hidden_size": 32, "depths": (1, 1, 1, 1, 1), "mlp_ratio": 2.0}
 TEXT = {**SMALL, "condition": "text", "text_dim": 16}

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from dico_t2i.config import DiCoConfig, OptimizerConfig, Span, TrainConfig
 from dico_t2i.models import DiCo
-from dico_t2i.training.distributed import join_world, leave_world
 from dico_t2i.training.engine import Engine
+from dico_t2i.training.ranks.distributed import join_world, leave_world
 
 MODEL = DiCoConfig(hidden_size=8, depths=(1, 1, 1, 1, 1), mlp_ratio=2.0, num_classes=10)
 OPTIMIZER = OptimizerConfig(lr=1e-3, ema=(0.9,), clip=0.5, weight_decay=0.1)

@@ -10,8 +10,8 @@ from dico_t2i.config import ConfigError, DiCoConfig, GuardConfig, OptimizerConfi
 from dico_t2i.models import DiCo
 from dico_t2i.training.ahead import Ahead
 from dico_t2i.training.guard import Guard
+from dico_t2i.training.inputs import Inputs
 from dico_t2i.training.optimizer import AdamWEMA
-from dico_t2i.training.trainer import Inputs
 
 CPU = torch.device("cpu")
 

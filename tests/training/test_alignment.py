@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 
 from data_prep import shapes
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.data import check_data, load_data
-from dico_t2i.export import export
+from dico_t2i.data.checks import check_data
+from dico_t2i.data.sources import load_data
+from dico_t2i.export.folder import export
 from dico_t2i.models import DiCo
-from dico_t2i.sampling import load_pipeline
+from dico_t2i.runs.checkpoint import newest_checkpoint, read_weights
+from dico_t2i.runs.folder import RunFolder
+from dico_t2i.sampling.pipeline import load_pipeline
 from dico_t2i.training.alignment import Alignment, alignment_loss, as_map, feature_width, resample, token_side
-from dico_t2i.training.checkpoint import newest_checkpoint, read_weights
-from dico_t2i.training.run import RunFolder
 
 ENCODER = "{kind: timm, weights: seeded, image_size: 56, seeded: {width: 16, layers: 1, heads: 2}}"
 ALIGNED = f"alignment={{block: stages.middle.0, hidden: 24, encoder: {ENCODER}}}"

@@ -3,11 +3,9 @@ import itertools
 import pytest
 import torch
 
-from dico_t2i.training.checkpoint import (
+from dico_t2i.runs.checkpoint import (
     CheckpointError,
-    CheckpointWriter,
     Piece,
-    Retention,
     candidates,
     check_shapes,
     fill,
@@ -15,6 +13,7 @@ from dico_t2i.training.checkpoint import (
     read_weights,
     verify,
 )
+from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 
 SHAPES = {"a": torch.Size((3, 4)), "b": torch.Size((5,))}
 

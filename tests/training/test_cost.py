@@ -5,8 +5,8 @@ import torch
 
 from dico_t2i.config import DiCoConfig, parse_config
 from dico_t2i.models import count_macs, count_parameters
-from dico_t2i.training.cost import StepCost, product_rate, step_cost
-from dico_t2i.training.metrics import memory_report
+from dico_t2i.plan.cost import StepCost, product_rate, step_cost
+from dico_t2i.training.observers.memory_report import memory_report
 
 MODEL = {"hidden_size": 16, "depths": [1, 1, 1, 1, 1], "mlp_ratio": 2, "num_classes": 10}
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dico_t2i.config import TextEncoderConfig
-from dico_t2i.data import ShardWriter, assign_buckets
+from dico_t2i.data.buckets import assign_buckets
+from dico_t2i.data.writer import ShardWriter
 from dico_t2i.encoders import load_text_encoder
 
 from .conftest import TINY

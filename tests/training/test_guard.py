@@ -2,7 +2,7 @@ import json
 import math
 
 from dico_t2i.config import GuardConfig
-from dico_t2i.training.checkpoint import newest_checkpoint
+from dico_t2i.runs.checkpoint import newest_checkpoint
 from dico_t2i.training.guard import Guard
 
 

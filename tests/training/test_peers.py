@@ -4,8 +4,8 @@ import torch
 import yaml
 
 from dico_t2i.config import SamplerConfig
-from dico_t2i.export import export
-from dico_t2i.sampling import load_pipeline
+from dico_t2i.export.folder import export
+from dico_t2i.sampling.pipeline import load_pipeline
 
 UVIT = {"kind": "uvit", "hidden_size": 32, "depth": 3, "num_heads": 2, "in_channels": 3, "text_dim": 32}
 MMDIT = {**UVIT, "kind": "mmdit", "pooled_dim": 32}

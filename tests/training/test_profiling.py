@@ -6,7 +6,7 @@ import json
 import torch
 
 from dico_t2i.config import ProfileConfig
-from dico_t2i.training.profiling import Profiler
+from dico_t2i.training.observers.profiling import Profiler
 from tests.faults.harness import Run, write_data
 
 

@@ -5,9 +5,10 @@ import torch
 
 from dico_t2i.config import ConfigError, SamplerConfig, TextEncoderConfig, load_config
 from dico_t2i.encoders import load_text_encoder
-from dico_t2i.export import export
-from dico_t2i.sampling import load_encoders, load_pipeline
-from dico_t2i.training.run import RunFolder
+from dico_t2i.encoders.load import load_encoders
+from dico_t2i.export.folder import export
+from dico_t2i.runs.folder import RunFolder
+from dico_t2i.sampling.pipeline import load_pipeline
 
 from .conftest import TINY
 from .test_data_options import build

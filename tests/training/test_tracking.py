@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dico_t2i.config import load_config
-from dico_t2i.training.tracking import Tracking, log_evaluation
+from dico_t2i.training.observers.tracking import Tracking, log_evaluation
 from tests import forkserver
 
 SETTINGS = ("log.wandb=offline", "log.tensorboard=true", "log.wandb_artifacts=true", "train.duration.steps=12")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from data_prep.shapes import make_sample
+from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.data import ShardWriter
-from dico_t2i.training.checkpoint import candidates, newest_checkpoint, read_weights
-from dico_t2i.training.signals import REQUEUE_EXIT_CODE
+from dico_t2i.data.writer import ShardWriter
+from dico_t2i.runs.checkpoint import candidates, newest_checkpoint, read_weights
 
 from .conftest import launch
 

@@ -5,8 +5,11 @@ import torch.distributed as dist
 from data_prep import shapes
 from dico_t2i import randomness
 from dico_t2i.config import ConfigError, load_config
-from dico_t2i.training.distributed import World
-from dico_t2i.training.validation import Validation, band_middles
+from dico_t2i.diffusion import build
+from dico_t2i.encoders.load import load_encoders
+from dico_t2i.training.inputs import InputMaker
+from dico_t2i.training.observers.validation import Validation, band_middles
+from dico_t2i.training.ranks.distributed import World
 
 VALIDATED = ("validation.every.steps=4", "validation.samples=16", "validation.bands=4")
 
@@ -48,14 +51,12 @@ def alone():
 def test_known_answer(runs, held_out, alone):
     """A network that predicts no noise has the mean square of the noise as its loss."""
     config = load_config(runs.config, [*VALIDATED, f"validation.path={held_out}", "model.learn_sigma=false"])
-
-    def tokenize(captions):
-        return torch.zeros(len(captions), 77, dtype=torch.int64)
-
-    validation = Validation(config, alone, 2, tokenize, lambda batch, position: batch.images / 255, lambda batch: {})
+    encoders = load_encoders(config, alone.device, torch.float32)
+    inputs = InputMaker(config, alone.device, *encoders, build(config.diffusion, config.model.learn_sigma))
+    validation = Validation(config, alone, 2, inputs)
     seen = []
 
-    def network(x, t):
+    def network(x, t, cond):
         seen.extend(t.tolist())
         return torch.zeros_like(x)
 

@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from dico_t2i.training.watchdog import HANG_EXIT_CODE, Progress, Seat, judge
+from dico_t2i.command import HANG_EXIT_CODE
+from dico_t2i.training.ranks.watchdog import Progress, Seat, judge
 
 from . import watchdog_ranks as faults
 from .watchdog_ranks import AT, Ranks

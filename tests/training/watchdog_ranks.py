@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dico_t2i.training.distributed import join_world
-from dico_t2i.training.watchdog import Watchdog
+from dico_t2i.training.ranks.distributed import join_world
+from dico_t2i.training.ranks.watchdog import Watchdog
 from tests.ports import free_port
 
 TIMEOUT_S, STEPS, AT = 2.0, 40, 20  # the step at which it goes wrong

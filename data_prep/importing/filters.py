@@ -1,0 +1,137 @@
+"""Which images and captions are kept. Every reason has a name, under which the report counts it."""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from data_prep.importing.captions import clean, oddity
+from dico_t2i.data.decode import MAX_PIXELS
+
+Value = TypeVar("Value")
+
+
+class Dropped(Exception):  # noqa: N818 it is no error: a source may yield it in a sample's place
+    """A sample that is left out. reason: counted by the report; what: the sample, an example of it."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(reason, what)
+        self.reason, self.what = reason, what
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Limits, in pixels and characters; aspect is the longer side by the shorter.
+
+    min_field, max_field: limits of a sample's number fields. drop_value: text of a field that drops the sample.
+    """
+
+    min_side: int = 1
+    max_pixels: int = MAX_PIXELS
+    max_aspect: float = math.inf
+    min_caption: int = 1
+    max_caption: int = 10_000
+    odd_captions: bool = False
+    min_field: tuple[tuple[str, float], ...] = ()
+    max_field: tuple[tuple[str, float], ...] = ()
+    drop_value: tuple[tuple[str, str], ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(Filters, name)}
+
+    def check_size(self, width: int, height: int, what: str) -> None:
+        """Raises Dropped."""
+        short, long = sorted((width, height))
+        if width * height > self.max_pixels:
+            raise Dropped(f"more than {self.max_pixels} pixels", f"{what} ({width}x{height})")
+        if short < self.min_side:
+            raise Dropped(f"smaller side below {self.min_side}", f"{what} ({width}x{height})")
+        if long > self.max_aspect * short:
+            raise Dropped(f"aspect ratio above {self.max_aspect:g}", f"{what} ({width}x{height})")
+
+    def check_fields(self, about: Mapping[str, Any], what: str) -> None:
+        """Raises Dropped, also where a field that decides is missing or no number."""
+        for name, low in self.min_field:
+            if _number(about, name, what) < low:
+                raise Dropped(f"{name} below {low:g}", what)
+        for name, high in self.max_field:
+            if _number(about, name, what) > high:
+                raise Dropped(f"{name} above {high:g}", what)
+        for name, unwanted in self.drop_value:
+            if about.get(name) is None:
+                raise Dropped(f"{name} missing", what)
+            if str(about[name]).casefold() == unwanted.casefold():
+                raise Dropped(f"{name} is {unwanted}", what)
+
+    def captions(self, captions: Sequence[str], count: Callable[[str, str], None]) -> list[str]:
+        """The captions that are kept, clean; ``count`` is told of the others."""
+        kept = []
+        for caption in captions:
+            text = clean(caption)
+            reason = None if self.odd_captions and text else oddity(text)
+            if reason is None and not self.min_caption <= len(text) <= self.max_caption:
+                reason = f"not of {self.min_caption} to {self.max_caption} characters"
+            if reason:
+                count(f"captions {reason}", text[:60])
+            else:
+                kept.append(text)
+        return kept
+
+
+def add_filter_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("filters")
+    add = group.add_argument
+    add("--min-side", type=int, default=1, metavar="PX", help="smallest side of an image (default: 1)")
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"width times height (default: {MAX_PIXELS})")
+    add("--max-aspect", type=float, default=math.inf, metavar="R", help="longer side by shorter side (default: any)")
+    add("--min-caption", type=int, default=1, metavar="N", help="characters of a caption (default: 1)")
+    add("--max-caption", type=int, default=10_000, metavar="N", help="(default: 10000)")
+    add(
+        "--odd-captions",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep what is only punctuation, a URL, a file name, or repeats a character",
+    )
+    numbers, texts = _pair(float), _pair(str)
+    add("--min-field", type=numbers, nargs="+", default=[], metavar="NAME=X", help="such as aesthetic=5.0")
+    add("--max-field", type=numbers, nargs="+", default=[], metavar="NAME=X", help="such as pwatermark=0.8")
+    add("--drop-value", type=texts, nargs="+", default=[], metavar="NAME=TEXT", help="such as NSFW=NSFW NSFW=UNSURE")
+
+
+def filters_of(args: argparse.Namespace) -> Filters:
+    """The filters of a command line. Raises ValueError for limits that would keep nothing."""
+    if min(args.min_side, args.max_pixels, args.min_caption) < 1 or args.max_aspect < 1:
+        raise ValueError("--min-side, --max-pixels, --min-caption, --max-aspect: at least 1")
+    if args.max_caption < args.min_caption:
+        raise ValueError(f"--max-caption {args.max_caption}: below --min-caption {args.min_caption}")
+    if args.max_pixels > MAX_PIXELS:
+        raise ValueError(f"--max-pixels {args.max_pixels}: training reads no more than {MAX_PIXELS}")
+    given: dict[str, Any] = {limit.name: getattr(args, limit.name) for limit in fields(Filters)}
+    for name in ("min_field", "max_field", "drop_value"):
+        given[name] = tuple(given[name])
+    return Filters(**given)
+
+
+def _number(about: Mapping[str, Any], name: str, what: str) -> float:
+    try:
+        value = float(about[name])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        value = math.nan
+    if math.isnan(value):
+        raise Dropped(f"{name} missing", what)
+    return value
+
+
+def _pair(convert: Callable[[str], Value]) -> Callable[[str], tuple[str, Value]]:
+    def parse(text: str) -> tuple[str, Value]:
+        name, equals, value = text.partition("=")
+        try:
+            if name and equals:
+                return name, convert(value)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+
+    return parse

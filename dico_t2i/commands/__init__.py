@@ -1,0 +1,1 @@
+"""The subcommands of ``dico`` that have rooms of their own."""

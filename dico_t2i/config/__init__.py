@@ -1,0 +1,84 @@
+"""The typed config tree. One object, ``Config``, describes a run; it is checked as a whole before anything starts."""
+
+from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Span
+from dico_t2i.config.cluster import ClusterConfig, HardwareConfig
+from dico_t2i.config.data import CacheConfig, DataConfig
+from dico_t2i.config.encoders import (
+    AutoencoderConfig,
+    SeededTower,
+    TextEncoderConfig,
+    TextTowerConfig,
+    VisionEncoderConfig,
+)
+from dico_t2i.config.load import (
+    dump_config,
+    flatten,
+    load_config,
+    load_section,
+    parse_config,
+    parse_section,
+    read_cluster,
+)
+from dico_t2i.config.networks import (
+    DIT_VARIANTS,
+    UVIT_VARIANTS,
+    VARIANTS,
+    DiCoConfig,
+    DiTConfig,
+    MMDiTConfig,
+    NetworkConfig,
+    PixArtConfig,
+    SizedConfig,
+    TransformerConfig,
+    UViTConfig,
+    ablated,
+)
+from dico_t2i.config.process import SAMPLER_NAMES, SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
+from dico_t2i.config.training import GuardConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from dico_t2i.config.tree import Config
+
+__all__ = [
+    "DIT_VARIANTS",
+    "SAMPLERS",
+    "SAMPLER_NAMES",
+    "UVIT_VARIANTS",
+    "VARIANTS",
+    "AutoencoderConfig",
+    "CacheConfig",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DiCoConfig",
+    "DiTConfig",
+    "DiffusionConfig",
+    "GuardConfig",
+    "HardwareConfig",
+    "MMDiTConfig",
+    "NetworkConfig",
+    "NonNegative",
+    "OptimizerConfig",
+    "PixArtConfig",
+    "Positive",
+    "ProfileConfig",
+    "SamplerConfig",
+    "Section",
+    "SeededTower",
+    "SizedConfig",
+    "Span",
+    "TextEncoderConfig",
+    "TextTowerConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "UViTConfig",
+    "VisionEncoderConfig",
+    "ablated",
+    "check_sampler",
+    "dump_config",
+    "flatten",
+    "load_config",
+    "load_section",
+    "parse_config",
+    "parse_section",
+    "read_cluster",
+]

@@ -1,0 +1,64 @@
+"""Turns validation errors into lines that name the key and suggest what was meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+
+from dico_t2i.config.base import Section
+from dico_t2i.config.networks import NetworkConfig
+
+
+def explain(error: ValidationError, root: type[Section]) -> str:
+    """One line for each error, with the key's path in ``root`` and the remedy."""
+    lines = []
+    for item in error.errors():
+        loc, section = _resolve(item["loc"], root)
+        key = ".".join(str(part) for part in loc)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key" + _suggestion(str(loc[-1]), section)
+        elif item["type"] == "union_tag_invalid":
+            key, message = f"{key}.kind", f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
+        elif item["type"] != "missing" and item["type"] != "value_error":
+            message = f"{message}, found {item['input']!r}"
+        lines.append(f"  {key}: {message}" if key else f"  {message}")
+    return "\n".join(lines)
+
+
+def _resolve(loc: tuple[int | str, ...], section: type[Section]) -> tuple[list[int | str], type[Section]]:
+    """The keys of an error's place, without the kinds that stand among them, and the section of the last one."""
+    keys: list[int | str] = []
+    kinds: dict[str, type[Section]] = {}  # that the next part may name: of a choice by kind
+    for number, part in enumerate(loc):
+        if part in kinds:
+            section, kinds = kinds[str(part)], {}
+            continue
+        keys.append(part)
+        if isinstance(part, str) and part in section.model_fields and number + 1 < len(loc):
+            options = _sections(section.model_fields[part].annotation)
+            kinds = {
+                o.model_fields["kind"].default: o for o in options if "kind" in o.model_fields and len(options) > 1
+            }
+            section = options[0] if options else section
+    return keys, section
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections in a field's type: one, one or None, several, or a list of one."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for part in getattr(annotation, "__args__", ()) for section in _sections(part)]
+
+
+def _suggestion(key: str, section: type[Section]) -> str:
+    """The known key nearest to an unknown one."""
+    import difflib
+
+    named = issubclass(section, NetworkConfig) and section.variants
+    known = list(section.model_fields) + (["variant"] if named else [])
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"

@@ -1,0 +1,154 @@
+"""Reading configs: YAML files with ``extends:``, dotted overrides, and their way back to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from dico_t2i.config.base import AnySection, ConfigError, Span
+from dico_t2i.config.cluster import ClusterConfig
+from dico_t2i.config.errors import explain
+from dico_t2i.config.tree import Config
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, follow ``extends:``, apply ``key.path=value`` overrides, validate.
+
+    Raises ConfigError with the file, the key's path and the remedy.
+    """
+    return load_section(Path(path), Config, overrides)
+
+
+def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: ClusterConfig | None = None) -> ClusterConfig:
+    """A cluster from a profile file, under what ``below`` sets itself, under ``changes``.
+
+    Raises ConfigError with the file and the key.
+    """
+    own = below.model_dump(include=below.model_fields_set) if below else {}
+    tree = {**(_read_tree(profile, ()) if profile else {}), **own, **changes}
+    return parse_section(tree, ClusterConfig, str(profile or "cluster"))
+
+
+def load_section(path: Path, section: type[AnySection], overrides: Iterable[str] = ()) -> AnySection:
+    """Any section from a file of its own, with ``extends:`` and overrides as ``load_config`` has them.
+
+    Raises ConfigError with the file, the key's path and the remedy.
+    """
+    tree = _read_tree(path, ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_section(tree, section, str(path))
+
+
+def parse_section(tree: Mapping[str, Any], section: type[AnySection], source: str) -> AnySection:
+    """Validate a plain tree as any section; ``source`` is named in errors."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n{explain(error, section)}") from None
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Validate a plain tree; ``source`` is named in errors."""
+    return parse_section(tree, Config, source)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of sections, and of lists of sections, as {"key.path": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            value = {str(number): entry for number, entry in enumerate(value)}
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
+    try:
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a config file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that is given twice is an error; YAML's own rule would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, yaml.Node] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key != "<<" and key in seen:
+                first = seen[key].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice, first in line {first}", key_node.start_mark
+                )
+            seen[str(key)] = key_node
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+# Keys that exclude each other: a file that extends another replaces a section of them as a whole.
+_SPAN_KEYS = set(Span.model_fields)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not (_is_span(old) and _is_span(value)):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _is_span(section: Mapping[str, Any]) -> bool:
+    return bool(section) and set(section) <= _SPAN_KEYS
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    try:
+        value = _read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    if last in _SPAN_KEYS and _is_span(node):
+        node.clear()
+    node[last] = value

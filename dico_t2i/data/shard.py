@@ -1,0 +1,172 @@
+"""One shard: where each member of each sample lies, how long it is, and its checksum.
+
+Beside ``shard-000000.tar`` lies ``shard-000000.tar.index`` (safetensors). With it a sample is read by position, without
+walking the tar.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dico_t2i.data.errors import ShardError
+from dico_t2i.data.tar import CHUNK, split_name, tar_members
+from dico_t2i.files import write_atomically
+
+Kind = Literal["images", "latents"]
+
+
+MOMENTS = "moments.npy"
+VERSION = 1  # of indexes
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The members of one shard of n samples.
+
+    extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two
+    in bytes; -1 where a sample lacks that extension. key_bytes: uint8, all keys joined; key_bounds: int64
+    (n + 1,). tar_bytes: size of the tar. damage: one line for each place of the tar that could not be read. bucket:
+    int16 (n,), the number of each sample's shape in the dataset's ``buckets``, if they were assigned.
+    """
+
+    extensions: tuple[str, ...]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crc32: np.ndarray
+    key_bytes: np.ndarray
+    key_bounds: np.ndarray
+    tar_bytes: int
+    damage: tuple[str, ...] = ()
+    bucket: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def key(self, member: int) -> str:
+        low, high = self.key_bounds[member], self.key_bounds[member + 1]
+        return self.key_bytes[low:high].tobytes().decode("utf-8", "replace")
+
+    def save(self, path: Path) -> None:
+        """Write to ``path``, atomically."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.bucket is not None:
+            arrays["bucket"] = self.bucket
+        meta = {
+            "version": str(VERSION),
+            "extensions": json.dumps(self.extensions),
+            "tar_bytes": str(self.tar_bytes),
+            "damage": json.dumps(self.damage),
+        }
+        write_atomically(path, save(arrays, metadata=meta))
+
+    @staticmethod
+    def load(path: Path) -> ShardIndex:
+        """Read what ``save`` wrote. Raises ShardError if it is missing, damaged or of a newer version."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                meta = file.metadata() or {}
+                names = [*_ARRAYS, "bucket"] if "bucket" in file.keys() else _ARRAYS  # noqa: SIM118
+                arrays = {name: file.get_tensor(name) for name in names}
+            index = ShardIndex(
+                **arrays,
+                extensions=tuple(map(str, json.loads(meta["extensions"]))),
+                tar_bytes=int(meta["tar_bytes"]),
+                damage=tuple(json.loads(meta["damage"])),
+            )
+            version = int(meta["version"])
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            raise ShardError(f"{path}: not a readable shard index ({error}); {rebuild_remedy(path.parent)}") from None
+        if version != VERSION:
+            raise ShardError(f"{path}: index version {version}, expected {VERSION}; {rebuild_remedy(path.parent)}")
+        index._check(path)
+        return index
+
+    def _check(self, path: Path) -> None:
+        table = (self.offsets, self.sizes, self.crc32)
+        good = self.offsets.ndim == 2 and all(a.shape == (len(self), len(self.extensions)) for a in table)
+        good = good and all(a.dtype == np.int64 for a in (*table, self.key_bounds)) and self.key_bytes.dtype == np.uint8
+        good = good and self.key_bounds.shape == (len(self) + 1,) and self.key_bytes.ndim == 1
+        if not good or not self._within_bounds():
+            raise ShardError(f"{path}: inconsistent shard index; {rebuild_remedy(path.parent)}")
+
+    def _within_bounds(self) -> bool:
+        lowest, bounds = -1 if self.offsets.size else 0, self.key_bounds
+        low = all(a.min(initial=0) >= lowest for a in (self.offsets, self.sizes))
+        inside = low and self.sizes.max(initial=0) <= self.tar_bytes
+        inside = inside and bool(np.all(self.offsets <= self.tar_bytes - self.sizes))  # a sum could wrap
+        keys = bounds[0] == 0 and bounds[-1] == len(self.key_bytes) and bool(np.all(bounds[1:] >= bounds[:-1]))
+        buckets = self.bucket is None or (self.bucket.shape == (len(self),) and self.bucket.dtype == np.int16)
+        return inside and keys and buckets
+
+
+_ARRAYS = ("offsets", "sizes", "crc32", "key_bytes", "key_bounds")
+
+
+def index_shard(tar_path: str | Path) -> ShardIndex:
+    """Read a tar once and index its samples; only regular files with plain relative names count.
+
+    A member's key is its name up to the first dot of the base name, its extension the rest, in lower case;
+    neighbours with one key make a sample (webdataset's rule). Unreadable stretches are skipped and listed in
+    ``damage``; a sample with a cut member is left out. Raises ShardError if the file cannot be opened.
+    """
+    tar_path = Path(tar_path)
+    damage: list[str] = []
+    samples: list[tuple[str, dict[str, tuple[int, int, int]]]] = []
+    try:
+        with tar_path.open("rb") as file:
+            for info, whole in tar_members(file, damage):
+                name = split_name(info.name)
+                if name is None or not info.isreg() or info.issparse():
+                    continue
+                key, extension = name
+                if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+                    samples.append((key, {}))
+                if not whole:
+                    samples.pop()
+                    continue
+                crc = _crc32(file, info.offset_data, info.size)
+                samples[-1][1][extension] = (info.offset_data, info.size, crc)
+            tar_bytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ShardError(f"{tar_path}: cannot be read: {error}") from error
+    return _to_arrays(samples, tar_bytes, damage)
+
+
+def _to_arrays(
+    samples: list[tuple[str, dict[str, tuple[int, int, int]]]], tar_bytes: int, damage: list[str]
+) -> ShardIndex:
+    extensions = tuple(sorted({name for _, members in samples for name in members}))
+    table = np.full((len(samples), len(extensions), 3), -1, dtype=np.int64)
+    for row, (_, members) in enumerate(samples):
+        for name, entry in members.items():
+            table[row, extensions.index(name)] = entry
+    keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
+    bounds = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+    offsets, sizes, crc32 = np.ascontiguousarray(table.transpose(2, 0, 1))
+    joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
+    return ShardIndex(extensions, offsets, sizes, crc32, joined, bounds, tar_bytes, tuple(damage))
+
+
+def index_path(tar: Path) -> Path:
+    """The index that belongs to a shard."""
+    return tar.with_name(tar.name + ".index")
+
+
+def _crc32(file: BinaryIO, offset: int, size: int) -> int:
+    crc = 0
+    for start in range(offset, offset + size, CHUNK):
+        crc = zlib.crc32(os.pread(file.fileno(), min(CHUNK, offset + size - start), start), crc)
+    return crc
+
+
+def rebuild_remedy(root: Path) -> str:
+    return f"index the folder anew: python -m dico_t2i.data {root}"

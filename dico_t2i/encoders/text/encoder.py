@@ -1,0 +1,75 @@
+"""Frozen text towers: captions to token features, and one pooled feature of CLIP's; one tower, or several at once.
+
+Two libraries give the same features of CLIP for the same weights and token ids, but they pad differently: after the
+end token open_clip writes 0, transformers repeats the end token. The network sees those positions, so
+tokenizer and pad id are part of an encoder's identity. T5's towers do not look at their padding, and their features are
+zeros there, by which a network can tell it from tokens.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dico_t2i.encoders.local import quiet_transformers
+from dico_t2i.encoders.text.clip import TransformersTokenizer
+from dico_t2i.encoders.text.features import FeatureSize, TextFeatures, joined
+from dico_t2i.encoders.text.tokenizers import JointTokenizer, Tokenizer
+from dico_t2i.encoders.text.tower import Tower
+
+
+class TextEncoder:
+    """Frozen text towers, one or several, and their tokenizers.
+
+    tokenize: captions -> (N, T) int64; hand it to data workers by itself, it does not hold the towers.
+    sizes: of each tower's features; width, pooled_dim: of all together. seeded: a tower is random, not pretrained.
+    description: one line, to be printed with results.
+    """
+
+    def __init__(self, towers: Sequence[Tower], device: torch.device, dtype: torch.dtype) -> None:
+        self.seeded = any(tower.seeded for tower in towers)
+        self.description = " + ".join(tower.description for tower in towers)
+        parts = [tower.tokenize for tower in towers]
+        self.tokenize: Tokenizer = JointTokenizer(parts) if len(parts) > 1 else parts[0]
+        self._towers, self._device = towers, device
+        for tower in towers:
+            tower.module.to(device, dtype).eval().requires_grad_(False)
+        nulls = self._encode_each(self.tokenize([""]))
+        self.sizes = [FeatureSize(n.tokens.shape[1], n.tokens.shape[2], n.pooled.shape[1]) for n in nulls]
+        self._null = joined(nulls)
+        self.width, self.pooled_dim = self._null.tokens.shape[-1], self._null.pooled.shape[-1]
+
+    def encode(self, ids: Tensor) -> TextFeatures:
+        """Features of token ids, in the towers' dtype. (N, T) int64 on any device."""
+        return joined(self._encode_each(ids))
+
+    @torch.no_grad()
+    def _encode_each(self, ids: Tensor) -> list[TextFeatures]:
+        parts = ids.to(self._device, non_blocking=True).split([tower.tokenize.tokens for tower in self._towers], dim=1)
+        return [tower.encode(part) for tower, part in zip(self._towers, parts, strict=True)]
+
+    def null(self) -> TextFeatures:
+        """Features of the empty caption, which guidance starts from; N = 1."""
+        return self._null
+
+    def save(self, tower: Path, tokenizer: Path) -> str:
+        """Write tower and tokenizer as transformers reads them. Returns the tower's class.
+
+        Raises ValueError for all but one CLIP of transformers.
+        """
+        if not isinstance(self.tokenize, TransformersTokenizer):
+            raise ValueError("text_encoder: only one CLIP of transformers can be written in its format")
+        module: Any = self._towers[0].module
+        with quiet_transformers():
+            module.save_pretrained(tower)
+        self.tokenize.save(tower)  # for us, who want a model in one place
+        self.tokenize.save(tokenizer)
+        return type(module).__name__
+
+    def identity(self) -> dict[str, str]:
+        """What features depend on, weights, tokenizer and padding among it. Reads the weights files."""
+        first, *others = self._towers
+        also = {f"also.{n}.{key}": v for n, tower in enumerate(others) for key, v in tower.identity().items()}
+        return {**first.identity(), **also}

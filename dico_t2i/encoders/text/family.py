@@ -1,0 +1,47 @@
+"""A family of text encoders: a module of this folder with the functions of ``Family``."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from dico_t2i.config import TextTowerConfig
+from dico_t2i.encoders.text.features import TextFeatures, TowerSize
+from dico_t2i.encoders.text.tokenizers import TowerTokenizer
+from dico_t2i.encoders.text.tower import Tower
+
+_MODULES = {"transformers": "clip"}  # of kinds that do not bear the module's name
+
+
+class Family(Protocol):
+    """What a module of a family has."""
+
+    def files(self, config: TextTowerConfig) -> list[Path]:
+        """The files of a pretrained tower. Raises MissingModelError when one is not here."""
+
+    def source(self, config: TextTowerConfig) -> str:
+        """The folder, hub id or file that a pretrained tower comes from."""
+
+    def load(self, config: TextTowerConfig) -> Tower:
+        """A pretrained tower. Raises ValueError if the files are those of another family."""
+
+    def features(self, tower: Tower, ids: Tensor) -> TextFeatures:
+        """The features of token ids (N, T)."""
+
+    def settings_of(self, config: TextTowerConfig) -> Any:
+        """The architecture of a pretrained tower, also where its weights are not here. Raises MissingModelError."""
+
+    def size(self, config: TextTowerConfig, settings: Any) -> TowerSize:
+        """The sizes of a pretrained tower. Raises KeyError for settings of another family."""
+
+    def seeded(self, config: TextTowerConfig) -> tuple[nn.Module, TowerTokenizer]:
+        """A tower of the wished size, whose weights are filled afterwards."""
+
+    def seeded_size(self, config: TextTowerConfig) -> TowerSize:
+        """The sizes of a seeded tower."""
+
+
+def family(kind: str) -> Family:
+    """The family that ``text_encoder.kind`` names."""
+    return cast(Family, import_module(f"dico_t2i.encoders.text.{_MODULES.get(kind, kind)}"))

@@ -1,0 +1,43 @@
+"""One text tower as loaded, whatever its family."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dico_t2i.encoders.local import file_hash
+from dico_t2i.encoders.text.features import TextFeatures
+from dico_t2i.encoders.text.tokenizers import TowerTokenizer
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A text tower and its tokenizer.
+
+    features: the module's features of token ids (N, T). sources: parts of its identity; a path stands for the hash of
+    its file.
+    """
+
+    module: nn.Module
+    tokenize: TowerTokenizer
+    features: Callable[["Tower", Tensor], TextFeatures]
+    description: str
+    sources: dict[str, str | Path]
+    kind: str
+    seeded: bool = False
+
+    def encode(self, ids: Tensor) -> TextFeatures:
+        return self.features(self, ids)
+
+    def identity(self) -> dict[str, str]:
+        """What the features depend on. Reads the files of weights."""
+        sources = {key: file_hash(v) if isinstance(v, Path) else v for key, v in self.sources.items()}
+        return {
+            "kind": self.kind,
+            "seeded": str(self.seeded).lower(),
+            "tokenizer": self.tokenize.name,
+            "pad_id": str(self.tokenize.pad_id),
+            **({"tokens": str(self.tokenize.tokens)} if self.kind == "t5" else {}),
+            **sources,
+        }

@@ -1,0 +1,176 @@
+"""One folder with a model's weights, config and code, for sampling here and for diffusers.
+
+config.yaml, model.safetensors    what `dico sample` reads
+export.json, README.md            where the weights come from; the model card
+model_index.json, pipeline.py     the pipeline of diffusers, as code that needs nothing of this package
+transformer/                      config.json, model.py, and the weights themselves
+scheduler/ vae/ text_encoder/ tokenizer/
+
+Of a peer (models/peers) the folder is without pipeline, transformer/ and scheduler/: `dico sample` reads it.
+"""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
+from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder, load_text_encoder
+from dico_t2i.export.card import model_card, one_clip
+from dico_t2i.export.inline import standalone
+from dico_t2i.runs.checkpoint import read_weights, verify
+from dico_t2i.runs.evaluations import read_evaluations
+from dico_t2i.runs.log import last_report
+from dico_t2i.runs.safetensors_writer import write_safetensors
+from dico_t2i.runs.weights import WEIGHTS_FILE, chosen_weights, locate_checkpoint
+from dico_t2i.sampling.labels import CLASSES, class_names
+
+_TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SOURCE_NOTE = (
+    "{what} of DiCo, as one file that needs diffusers, transformers and torch alone.\n\n"
+    "Copied by `dico export` from the modules of dico_t2i that are named below (Apache-2.0); change it there.\n"
+)
+
+Component = tuple[str, str] | tuple[None, None]  # library and class, as in model_index.json
+
+
+def export(path: Path, weights: str | None, out: Path, encoders: bool = True) -> None:
+    """Write the new folder ``out``; weights are fp32. One parameter is in memory at a time.
+
+    weights: "weight" or an average such as "ema_0.9999"; None is the config's first average. encoders: copy
+    autoencoder and text encoder into it; those of open_clip stay out, diffusers could not read them.
+    Raises ValueError when ``out`` is there already, or with encoders other than one CLIP; MissingModelError when an
+    encoder is not here, CheckpointError when the checkpoint is not whole.
+    """
+    check_new(out)
+    if (path / WEIGHTS_FILE).exists():
+        raise ValueError(f"{path}: is an exported folder already")
+    run, checkpoint = locate_checkpoint(path)
+    config = load_config(run / "config.yaml")
+    if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
+        raise ValueError(
+            "text_encoder: an exported pipeline takes one CLIP; export with --no-encoders, and sample the folder with"
+            " dico sample, which loads the text encoders that its config.yaml names"
+        )
+    kind = chosen_weights(weights, config, checkpoint)
+    parameters = read_weights(checkpoint, kind)
+    verify(checkpoint)
+    origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
+    metrics = last_report(run / "metrics.jsonl", checkpoint.step)
+    arrays = (parameter.numpy() for _, parameter in parameters)
+    results = [
+        result
+        for result in read_evaluations(run)
+        if result["step"] == checkpoint.step and result.get("weights", kind) == kind
+    ]
+    write_folder(out, config, checkpoint.network_shapes, arrays, origin, metrics, encoders, results)
+
+
+def check_new(out: Path) -> None:
+    """Raises ValueError when the folder is there."""
+    if out.exists():
+        raise ValueError(f"--out {out}: exists; nothing is overwritten, give a new folder")
+
+
+def write_folder(
+    out: Path,
+    config: Config,
+    shapes: Mapping[str, Sequence[int]],
+    arrays: Iterable[np.ndarray],
+    origin: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    encoders: bool = True,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """The folder of a model whose fp32 parameters are ``arrays``, in the order of ``shapes``.
+
+    It gets its name when everything is in it. origin goes to export.json; metrics, the last reported numbers, and
+    evaluations, results of evals/, to the model card.
+    """
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    parts: dict[str, Component] = dict.fromkeys(("vae", "text_encoder", "tokenizer"), (None, None))
+    if encoders:
+        parts |= _save_encoders(config, temporary)
+    (temporary / "config.yaml").write_text(dump_config(config))
+    _write_json(temporary / "export.json", origin)
+    if isinstance(config.model, DiCoConfig):
+        (temporary / "transformer").mkdir()
+        write_safetensors(temporary / "transformer" / _TRANSFORMER_WEIGHTS, shapes, arrays)
+        (temporary / WEIGHTS_FILE).symlink_to(Path("transformer", _TRANSFORMER_WEIGHTS))  # the same parameters
+        _write_pipeline(temporary, config, parts)
+    else:
+        write_safetensors(temporary / WEIGHTS_FILE, shapes, arrays)
+    inside = [name for name, part in parts.items() if part[0]]
+    (temporary / "README.md").write_text(model_card(config, origin, metrics, inside, evaluations))
+    temporary.rename(out)
+
+
+def _save_encoders(config: Config, folder: Path) -> dict[str, Component]:
+    parts: dict[str, Component] = {}
+    autoencoder = load_autoencoder(config.autoencoder, "cpu")
+    if isinstance(autoencoder, DiffusersAutoencoder):
+        autoencoder.save(folder / "vae")
+        parts["vae"] = ("diffusers", autoencoder.class_name)
+    if config.model.condition == "text" and config.text_encoder.kind != "open_clip":
+        text = load_text_encoder(config.text_encoder, "cpu")
+        parts["text_encoder"] = ("transformers", text.save(folder / "text_encoder", folder / "tokenizer"))
+        parts["tokenizer"] = ("transformers", "CLIPTokenizer")
+    return parts
+
+
+def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]) -> None:
+    """Code and configs of the pipeline, the network and the scheduler."""
+    version = {"_diffusers_version": importlib.metadata.version("diffusers")}
+    index = {
+        "_class_name": ["pipeline", "DiCoPipeline"],
+        **version,
+        "transformer": ["model", "DiCoTransformer"],
+        "scheduler": ["diffusers", _scheduler(config)["_class_name"]],
+        **parts,
+        "diffusion": config.diffusion.model_dump(),
+        "sampler": config.sampler.model_dump(),
+        "image_size": config.data.image_size,
+        "downscale": config.downscale,
+        "latent_scale": config.autoencoder.scale,
+    }
+    if config.model.condition == "class" and config.model.num_classes == CLASSES:
+        index["id2label"] = {str(number): name for number, name in enumerate(class_names())}
+    network = {"_class_name": "DiCoTransformer", **version, "network": config.model.model_dump()}
+    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "transformer" / "config.json", network)
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", {**version, **_scheduler(config)})
+    for file, what, name in (
+        ("pipeline.py", "The pipeline", "pipeline.DiCoPipeline"),
+        ("transformer/model.py", "The network", "transformer.DiCoTransformer"),
+    ):
+        (folder / file).write_text(standalone([f"dico_t2i.export.portable.{name}"], _SOURCE_NOTE.format(what=what)))
+
+
+def _scheduler(config: Config) -> dict[str, Any]:
+    """The noise schedule as diffusers' DDPMScheduler has it: it takes the learned variances, and must not clip."""
+    steps = config.diffusion.steps
+    if config.diffusion.kind == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": steps}
+    betas: dict[str, dict[str, Any]] = {
+        "linear": {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps},
+        "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    }
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": steps,
+        **betas[config.diffusion.schedule],
+        "variance_type": "learned_range" if config.model.learn_sigma else "fixed_large",
+        "prediction_type": {"epsilon": "epsilon", "x0": "sample"}[config.diffusion.prediction],
+        "clip_sample": False,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

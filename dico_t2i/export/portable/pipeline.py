@@ -1,0 +1,283 @@
+"""The pipeline as diffusers users expect one."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dico_t2i.config import SAMPLERS, DiffusionConfig, SamplerConfig
+from dico_t2i.diffusion.flow_samplers import StepHook
+from dico_t2i.diffusion.guidance import guided
+from dico_t2i.diffusion.process import ModelFn
+from dico_t2i.diffusion.samplers import sample
+from dico_t2i.encoders.autoencoders import DECODE_CHUNK, to_uint8
+from dico_t2i.encoders.text.clip import TOKENS, clip_features
+from dico_t2i.encoders.text.features import TextFeatures
+from dico_t2i.randomness import normal
+
+Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class DiCoPipeline(DiffusionPipeline):
+    """Images from prompts or classes.
+
+    Noise is a function of an image's seed alone, the same numbers on every device. The samplers are DiCo's own, in
+    float32; ``scheduler`` describes the noise schedule to diffusers, and another one put in its place is used instead.
+    A model of pixels has no vae, one of classes neither text encoder nor tokenizer.
+
+    diffusion, sampler: the fields of DiffusionConfig and of SamplerConfig, which hold the defaults of a call.
+    image_size: pixels trained on. downscale: pixels to one of the network's, 1 without a vae. latent_scale: what the
+    vae's latents are multiplied by for the network. id2label: names of the classes, by number.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        diffusion: dict[str, Any] | None = None,
+        sampler: dict[str, Any] | None = None,
+        image_size: int = 256,
+        downscale: int = 8,
+        latent_scale: float = 1.0,
+        id2label: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            diffusion=diffusion or {},
+            sampler=sampler or {},
+            image_size=image_size,
+            downscale=downscale,
+            latent_scale=latent_scale,
+            id2label=id2label,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        sampler: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Make images of prompts, or of class_labels (numbers or names).
+
+        seed: of the first image, from which the others count up, or one for each image. Without, each image's seed is
+        drawn from ``generator``, one or one for each image, or from torch's own. sampler: iddpm, ddim or dpm++; of a
+        flow euler, heun, dpm++ or euler_sde. output_type: pil, np (N, H, W, 3) or pt (N, 3, H, W) in 0..1, or latent.
+        guidance_scale: w of uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep,
+        {"latents": ...}) may return other latents. Raises ValueError for arguments that do not fit the model.
+        """
+        given = self._given(prompt, class_labels)
+        repeated = [one for one in given for _ in range(num_images_per_prompt)]
+        negatives = self._negatives(negative_prompt, len(given), num_images_per_prompt)
+        config = self._sampler(sampler, num_inference_steps, guidance_scale)
+        device = self._execution_device
+        index = torch.tensor(_seeds(seed, generator, len(repeated)), device=device)
+        shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
+        cond = self._conditioning(repeated, device)
+        null = self._null(negatives, device) if config.guidance != 1 else {}
+        steps = DiffusionConfig(**self.config.diffusion).steps
+        interval = (config.guidance_interval[0], config.guidance_interval[1])  # a list, out of JSON
+        model_fn = guided(self.transformer, cond, null, config.guidance, config.guidance_channels, interval, steps)
+        self._num_timesteps = config.steps
+        with self.progress_bar(total=config.steps) as bar:
+
+            def on_step(step: int, timestep: float, latents: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return latents
+                tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                return (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
+
+            own = sampler is not None or isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler)
+            latents = (self._sample if own else self._sample_by_scheduler)(model_fn, config, index, shape, on_step)
+        images = latents if output_type == "latent" else self._images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(
+        self, model_fn: ModelFn, config: SamplerConfig, index: Tensor, shape: Sequence[int], on_step: StepHook
+    ) -> Tensor:
+        return sample(
+            DiffusionConfig(**self.config.diffusion),
+            config,
+            model_fn,
+            normal(0, "initial noise", index, shape),
+            lambda step: normal(0, f"step noise {step}", index, shape),
+            self.transformer.config.learn_sigma,
+            on_step=on_step,
+        )
+
+    def _sample_by_scheduler(
+        self, model_fn: ModelFn, config: SamplerConfig, index: Tensor, shape: Sequence[int], on_step: StepHook
+    ) -> Tensor:
+        """With a scheduler of diffusers, on the prediction channels; its own noise comes from the images' seeds."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(config.steps, device=index.device)
+        options: dict[str, Any] = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            options["generator"] = [torch.Generator(index.device).manual_seed(s) for s in index.tolist()]
+        x = normal(0, "initial noise", index, shape) * scheduler.init_noise_sigma
+        for step, t in enumerate(scheduler.timesteps):
+            prediction = model_fn(scheduler.scale_model_input(x, t), t.expand(len(x)))[:, : shape[0]]
+            x = on_step(step, int(t), scheduler.step(prediction, t, x, **options).prev_sample)
+        return x
+
+    def _given(self, prompt: str | Sequence[str] | None, labels: Any) -> list[str] | list[int]:
+        """The prompts, or the numbers of the classes."""
+        if self.transformer.config.condition == "text":
+            if prompt is None or labels is not None:
+                raise ValueError("this model takes prompt, and no class_labels")
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(
+                    "no text encoder: give from_pretrained text_encoder=... and tokenizer=...; see README.md"
+                )
+            return [prompt] if isinstance(prompt, str) else list(prompt)
+        if labels is None or prompt is not None:
+            raise ValueError("this model takes class_labels, and no prompt")
+        return [self._class(one) for one in ([labels] if isinstance(labels, int | str) else labels)]
+
+    def _class(self, label: int | str) -> int:
+        classes = self.transformer.config.num_classes
+        names = self.config.id2label or {}
+        found = [int(n) for n, name in names.items() if str(label).lower() == name.lower()]
+        if isinstance(label, str) and not label.isdecimal():
+            if len(found) != 1:
+                several = f"several classes ({', '.join(map(str, found))}); give a number" if found else "no class here"
+                raise ValueError(f"class_labels: {label!r} is {several}; names are in pipeline.config.id2label")
+            return found[0]
+        if not 0 <= int(label) < classes:
+            raise ValueError(f"class_labels: {label} must lie in 0..{classes - 1}")
+        return int(label)
+
+    def _negatives(self, negative: str | Sequence[str] | None, prompts: int, each: int) -> list[str] | None:
+        """One for each image, or None."""
+        if negative is None:
+            return None
+        if self.transformer.config.condition == "class":
+            raise ValueError("negative_prompt: a model of classes has none")
+        listed = [negative] * prompts if isinstance(negative, str) else list(negative)
+        if len(listed) != prompts:
+            raise ValueError(f"negative_prompt: {len(listed)} for {prompts} prompts; give one, or as many")
+        return [one for one in listed for _ in range(each)]
+
+    def _sampler(self, kind: str | None, steps: int | None, guidance: float | None) -> SamplerConfig:
+        changes = {"kind": kind, "steps": steps, "guidance": guidance}
+        known = SAMPLERS[DiffusionConfig(**self.config.diffusion).kind]
+        if kind is not None and kind not in known:
+            raise ValueError(f"sampler: {kind!r} is not one of {', '.join(known)}")
+        return SamplerConfig(**{**self.config.sampler, **{k: v for k, v in changes.items() if v is not None}})
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        size = self.config.image_size
+        downscale = self.config.downscale
+        height, width = height or size, width or size
+        if height % (4 * downscale) or width % (4 * downscale):
+            raise ValueError(f"height and width: {height}x{width} must be divisible by {4 * downscale}")
+        return height // downscale, width // downscale
+
+    def _conditioning(self, given: list[str | int], device: torch.device) -> dict[str, Any]:
+        """Each different prompt is encoded, and its kernels are made, once."""
+        if self.transformer.config.condition == "class":
+            return {"cond": torch.tensor(given, device=device)}
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, given)))}
+        prepared = self._prepared(self._encode(list(numbers), device))
+        if len(numbers) == len(given):
+            return prepared
+        rows = torch.tensor([numbers[str(prompt)] for prompt in given], device=device)
+        return tree_map(lambda values: values[rows], prepared)
+
+    def _null(self, negatives: list[str] | None, device: torch.device) -> dict[str, Any]:
+        """Of one sample, for all of them, or of each one's negative prompt."""
+        if self.transformer.config.condition == "class":
+            if not self.transformer.config.dropout_prob:
+                raise ValueError("guidance_scale: must be 1, this model has no null class (dropout_prob: 0)")
+            return {"cond": torch.full((1,), self.transformer.config.num_classes, device=device)}
+        return self._conditioning(list(negatives or [""]), device)
+
+    def _prepared(self, features: TextFeatures) -> dict[str, Any]:
+        """With all work on the text done that is the same at every step.
+
+        An offloaded network is on the device in its forward only, and does that work there, each time.
+        """
+        offloaded = hasattr(self.transformer, "_hf_hook")
+        cond = features.tokens if offloaded else self.transformer.text_kernels(features.tokens)
+        return {"cond": cond, "pooled": features.pooled} if self.transformer.config.pooled_text else {"cond": cond}
+
+    def _encode(self, texts: list[str], device: torch.device) -> TextFeatures:
+        ids = self.tokenizer(
+            texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        features = clip_features(self.text_encoder(input_ids=ids.to(device)))
+        network = self.transformer.config
+        if features.tokens.shape[1:] != (network.text_tokens, network.text_dim):
+            raise ValueError(
+                f"this network takes {network.text_tokens} tokens of width {network.text_dim}, the text encoder gives"
+                f" {tuple(features.tokens.shape[1:])}; models of several text encoders are sampled by dico sample"
+            )
+        return features
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        if self.vae is None and self.config.downscale != 1:
+            raise ValueError("no vae: give from_pretrained vae=...; see README.md. output_type='latent' needs none")
+        images = torch.cat([self._decode(part) for part in latents.split(DECODE_CHUNK)]).cpu().float() / 255
+        return VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.vae is None:
+            return to_uint8(latents)
+        return to_uint8(self.vae.decode((latents / self.config.latent_scale).to(self.vae.dtype)).sample.float())
+
+
+def _seeds(
+    seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[int]:
+    """One for each image."""
+    if seed is not None:
+        seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    elif isinstance(generator, Sequence):
+        seeds = [_draw(one, 1)[0] for one in generator]
+    else:
+        seeds = _draw(generator, count)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds or generators for {count} images; give one, or as many")
+    return seeds
+
+
+def _draw(generator: torch.Generator | None, count: int) -> list[int]:
+    device = generator.device if generator is not None else "cpu"
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()

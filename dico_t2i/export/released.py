@@ -1,0 +1,96 @@
+"""Released class-conditional checkpoints as exported folders of ours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dico_t2i.config import Config, NetworkConfig, parse_config
+from dico_t2i.encoders.local import file_hash
+from dico_t2i.export.folder import check_new, write_folder
+from dico_t2i.models import DiCo, Network
+from dico_t2i.models.official import infer_config, load_official_state_dict, read_official
+from dico_t2i.models.peers.dit import DiT
+from dico_t2i.models.peers.dit_release import infer_dit_config, is_released_dit, load_released_dit
+
+# Steps, batch, learning rate and betas of the paper's table 11, and of DiT's paper; the XLs are those for 256 pixels,
+# at 512 both took 3M steps.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "DiCo-S": {"steps": 400_000},
+    "DiCo-B": {"steps": 400_000},
+    "DiCo-L": {"steps": 400_000},
+    "DiCo-XL": {"steps": 3_750_000},
+    "DiCo-H": {"steps": 1_000_000, "batch": 1024, "lr": 2e-4, "betas": (0.99, 0.99), "warmup": {"steps": 5000}},
+    **{name: {"steps": 400_000, "guidance": 1.5} for name in ("DiT-S/2", "DiT-B/2", "DiT-L/2")},
+    "DiT-XL/2": {"steps": 7_000_000, "guidance": 1.5},
+}
+
+
+def import_official(file: Path, out: Path, image_size: int, autoencoder: str | None, encoders: bool) -> str:
+    """Write the folder ``out`` from a file of released DiCo or DiT weights. Returns the variant's name, if it has one.
+
+    file: a torch file, of which nothing is executed, or safetensors; the EMA weights are taken if it has several.
+    image_size: what it was trained on, which weights do not tell. autoencoder: a folder or hub id instead of
+    sd-vae-ft-ema. encoders: copy the autoencoder. Raises ValueError (MissingModelError) saying what does not fit.
+    """
+    check_new(out)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    model = _load(read_official(file), image_size)
+    name = variant_name(model.config)
+    parameters = dict(model.named_parameters())
+    write_folder(
+        out,
+        _config(name, model.config, image_size, autoencoder),
+        {key: parameter.shape for key, parameter in parameters.items()},
+        (parameter.detach().numpy() for parameter in parameters.values()),
+        {"file": file.name, "sha256": file_hash(file), "weights": "as released"},
+        {},
+        encoders,
+    )
+    return name
+
+
+def _load(state: Mapping[str, Tensor], image_size: int) -> Network:
+    """The network that a released state dict belongs to, told by its keys and shapes, with its weights."""
+    if not is_released_dit(state):
+        with torch.device("meta"):
+            model = DiCo(infer_config(state))
+        load_official_state_dict(model.to_empty(device="cpu"), state)
+        return model
+    with torch.device("meta"):
+        dit = DiT(infer_dit_config(state))
+    pixels = 8 * load_released_dit(dit.to_empty(device="cpu"), state)
+    if pixels != image_size:
+        raise ValueError(f"--image-size {image_size}: its positions are those of {pixels}; give --image-size {pixels}")
+    return dit
+
+
+def variant_name(model: NetworkConfig) -> str:
+    """The named size that a network has, such as "DiCo-XL"; "DiCo" or "DiT" if it has another."""
+    sizes = type(model).variants.items()
+    named = (name for name, size in sizes if all(getattr(model, key) == value for key, value in size.items()))
+    return next(named, type(model).__name__.removesuffix("Config"))
+
+
+def _config(name: str, model: NetworkConfig, image_size: int, autoencoder: str | None) -> Config:
+    """What the paper says of the released model; of another size, nothing but the network is known."""
+    recipe = _RECIPES.get(name, {"steps": 1})
+    optimizer = {key: recipe[key] for key in ("lr", "betas", "warmup") if key in recipe}
+    steps = 3_000_000 if name in ("DiCo-XL", "DiT-XL/2") and image_size == 512 else recipe["steps"]
+    tree: Mapping[str, Any] = {
+        "name": f"{name}-{image_size}".lower().replace("/", "-"),
+        "model": model.model_dump(),
+        "autoencoder": {"path": autoencoder} if autoencoder else {},
+        "data": {"path": f"imagenet{image_size}", "image_size": image_size},
+        "optimizer": optimizer,
+        "train": {
+            "duration": {"steps": steps},
+            "global_batch": recipe.get("batch", 256),
+            "precision": "fp32",
+        },
+        "sampler": {key: recipe[key] for key in ("guidance",) if key in recipe},
+    }
+    return parse_config(tree, "import-official")

@@ -1,0 +1,101 @@
+"""The arithmetic and the memory traffic of a config's training step, traced without computing it."""
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dico_t2i.config import Config, DiffusionConfig, NetworkConfig
+from dico_t2i.diffusion import build
+from dico_t2i.models import build_network
+from dico_t2i.models.cost import example_inputs
+from dico_t2i.plan.trace import Pass, trace_training
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One rank's step as it is counted, and what its device can do.
+
+    flops: useful ones, two for each multiply-accumulate of products and of convolutions channel by channel, forward and
+    backward; what is computed a second time to save memory does not count. traffic: bytes that the operations of the
+    network and of the optimizer read and write. peak: operations a second of one large matrix product, measured.
+    """
+
+    flops: float
+    traffic: float
+    peak: float
+
+    def rates(self, step_s: float) -> dict[str, float]:
+        """For the metrics of a step that took so many seconds."""
+        return {
+            "flops_utilization": self.flops / step_s / self.peak,
+            "flops_per_s": self.flops / step_s,
+            "bytes_per_s": self.traffic / step_s,
+        }
+
+
+def step_cost(config: Config, ranks: int, parameters: int, device: torch.device) -> StepCost:
+    """Count a step of the config on so many ranks, without the frozen encoders, and measure the device; seconds."""
+    micro, passes = config.batching(ranks)
+    keeping = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_stages": ()})})
+    useful, done = traced_pass(keeping, micro), traced_pass(config, micro)
+    share = 1 / ranks if config.train.zero_stage > 0 else 1.0
+    update = share * optimizer_traffic(parameters, len(config.optimizer.ema))
+    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return StepCost(
+        flops=passes * float(useful.products.sum() + useful.others.sum()),
+        traffic=passes * float(done.traffic.sum()) + update,
+        peak=product_rate(device, precision),
+    )
+
+
+def traced_pass(config: Config, micro_batch: int) -> Pass:
+    """One pass forward and backward of a rank's micro-batch, the loss included, the frozen encoders not."""
+    return _trace(config.model, config.diffusion, config.latent_size, micro_batch, autocast(config), _dtype(config))
+
+
+def autocast(config: Config) -> bool:
+    return config.train.precision == "bf16" and config.train.zero_stage == 0
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product: the best of a few tries, well under a second of work."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def optimizer_traffic(parameters: int, averages: int) -> int:
+    """Bytes of AdamW's update: gradient, weight and moments read, three written, and each average read and written."""
+    return (28 + 12 * averages) * parameters
+
+
+@cache
+def _trace(
+    model: NetworkConfig, diffusion: DiffusionConfig, size: int, micro: int, autocast: bool, dtype: torch.dtype
+) -> Pass:
+    with torch.device("meta"):
+        network = build_network(model).to(dtype).train()
+        objective = build(diffusion, model.learn_sigma)
+
+    def loss() -> Tensor:
+        with torch.device("meta"):
+            x, t, cond, pooled = example_inputs(model, (micro, model.in_channels, size, size), dtype)
+            noise = torch.empty_like(x)
+            return objective.training_losses(lambda a, b: network(a, b, cond, pooled), x, t, noise)["loss"].mean()
+
+    return trace_training(network, loss, autocast=autocast)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    """Of the weights in the forward pass; ZeRO-0 trains fp32 weights under autocast."""
+    return torch.bfloat16 if config.train.precision == "bf16" and not autocast(config) else torch.float32

@@ -1,0 +1,394 @@
+"""What a run will need, before it is started: memory, time, communication, data, checkpoints. No GPU is needed.
+
+The network is traced on the meta device (``models.trace``); around it stands what DeepSpeed keeps and sends at the
+settings of ``training.engine``. Time is a roofline: every operation takes as long as its arithmetic at the device's
+peak or its bytes at the memory's rate, whichever is longer; nothing hides communication. Real kernels reach less of
+either, data and Python are taken to be hidden: the time is a lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dico_t2i.config import Config, HardwareConfig
+from dico_t2i.data.index import DatasetIndex
+from dico_t2i.data.sources import load_data
+from dico_t2i.encoders import MissingModelError, find_autoencoder
+from dico_t2i.encoders.text import TowerSize, text_sizes
+from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.plan.buffers import reduce_bucket
+from dico_t2i.plan.cost import optimizer_traffic, traced_pass
+from dico_t2i.plan.trace import Pass
+
+CONTEXT_BYTES = 2e9  # of CUDA, NCCL and the libraries' workspaces; an assumption
+USABLE = 0.95  # of memory; the rest is lost to fragmentation; an assumption
+PLAIN_SHARE = 1 / 16  # of the peak of bf16 products: what fp32 and convolutions channel by channel get; an assumption
+# DeepSpeed's defaults for ZeRO-3, in weights: those it gathers ahead, and those it keeps from the forward pass to the
+# backward pass, which is half of its "maximal reuse distance": that counts both ways.
+GATHERED = 50_000_000
+KEPT = 500_000_000
+_KNOWN_BYTES = {"stabilityai/sd-vae-ft-ema": 335e6}  # fp32
+_CAPTION_BYTES = 500.0  # of a sample's captions and tar headers; for data that are not there yet
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the moment when they are most: in the backward pass, or in the optimizer's step."""
+
+    weights: float
+    gradients: float
+    master_weights: float
+    moments: float
+    averages: float
+    communication: float
+    encoders: float
+    activations: float
+    temporary: float
+    context: float = CONTEXT_BYTES
+
+    @property
+    def tensors(self) -> float:
+        """All but the context: what torch.cuda.max_memory_allocated tells."""
+        return self.total - self.context
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that one device sends in a step, and the seconds it takes where they have to go."""
+
+    sent: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A config's memory and time. Seconds of a step."""
+
+    memory: Memory
+    fits: bool
+    network_s: float
+    text_encoder_s: float
+    optimizer_s: float
+    communication_s: float
+    images_per_s: float
+
+    @property
+    def step_s(self) -> float:
+        return self.network_s + self.text_encoder_s + self.optimizer_s + self.communication_s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything in bytes, seconds and plain counts; None where it is unknown, ``notes`` say why."""
+
+    name: str
+    hardware: HardwareConfig
+    nodes: int
+    ranks: int
+    micro_batch: int
+    accumulation: int
+    zero_stage: int
+    parameters: int
+    macs_per_image: float  # forward
+    flops_per_image: float  # forward and backward
+    estimate: Estimate
+    recomputing: Mapping[str, Estimate]  # the same with the activations of no or all stages recomputed
+    communication: Mapping[int, Communication]  # by ZeRO stage
+    sample_bytes: float | None
+    checkpoint_bytes: float
+    checkpoint_s: float
+    steps: int | None
+    remedies: Mapping[str, Estimate]  # overrides with which it fits
+    notes: tuple[str, ...]
+
+    @property
+    def days(self) -> float | None:
+        return self.steps * self.estimate.step_s / 86400 if self.steps else None
+
+
+def make_plan(config: Config) -> Plan:
+    """Plan a run on its cluster. Raises ConfigError if its ranks do not fit its batch."""
+    ranks = config.cluster.ranks
+    micro, accumulation = config.batching(ranks)
+    parameters = count_parameters(config.model)
+    notes: list[str] = []
+    index = _index(config, notes)
+    traced = traced_pass(config, micro)
+    estimate = _estimate(config)
+    if _encoder_bytes(config) is None:
+        notes.append("the size of the frozen encoders is not known here: left out")
+    if config.alignment:
+        notes.append("alignment: its encoder and its projector are left out")
+    checkpoint_bytes = 4.0 * parameters * (3 + len(config.optimizer.ema))
+    every = (("no stage", ()), ("all stages", config.model.stages))
+    stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
+    return Plan(
+        name=config.name,
+        hardware=config.cluster.hardware,
+        nodes=config.cluster.nodes,
+        ranks=ranks,
+        micro_batch=micro,
+        accumulation=accumulation,
+        zero_stage=config.train.zero_stage,
+        parameters=parameters,
+        macs_per_image=float(count_macs(config.model, (1, config.model.in_channels, *[config.latent_size] * 2))),
+        flops_per_image=float((traced.products + traced.others).sum() / micro),
+        estimate=estimate,
+        recomputing=stages,
+        communication={stage: _communication(config, stage) for stage in range(4)},
+        sample_bytes=_sample_bytes(config, index),
+        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_s=checkpoint_bytes / config.cluster.nodes / (1e9 * config.cluster.hardware.disk_gb_s),
+        steps=_steps(config, index, notes),
+        remedies={} if estimate.fits else _remedies(config),
+        notes=tuple(notes),
+    )
+
+
+def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
+    """Bytes of a rank by part, whatever cluster the config names; for training to tell beside what it measures."""
+    tasks = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
+    here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
+    memory = asdict(_estimate(here).memory)
+    kept = ("weights", "master_weights", "moments", "averages")
+    rest = sum(size for part, size in memory.items() if part not in (*kept, "context"))
+    return {**{part: memory[part] for part in kept}, "the rest": rest}
+
+
+def _estimate(config: Config) -> Estimate:
+    ranks, hardware = config.cluster.ranks, config.cluster.hardware
+    micro, accumulation = config.batching(ranks)
+    traced = traced_pass(config, micro)
+    memory = _memory(config, traced, accumulation)
+    network_s = accumulation * _roofline(config, traced)
+    text_s = accumulation * micro * _text_flops(config) / _rates(config)[0]
+    optimizer_s = _optimizer_traffic(config) / (1e9 * hardware.memory_gb_s)
+    communication_s = _communication(config, config.train.zero_stage).seconds
+    return Estimate(
+        memory=memory,
+        fits=memory.total <= USABLE * 1e9 * hardware.memory_gb,
+        network_s=network_s,
+        text_encoder_s=text_s,
+        optimizer_s=optimizer_s,
+        communication_s=communication_s,
+        images_per_s=config.train.global_batch / (network_s + text_s + optimizer_s + communication_s),
+    )
+
+
+class _Moment(NamedTuple):
+    """Bytes that come and go within a step."""
+
+    gradients: float
+    communication: float
+    activations: float
+    temporary: float
+
+
+def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
+    """Where DeepSpeed keeps what: held against measurements in tests/test_plan.py."""
+    stage, ranks, parameters = config.train.zero_stage, config.cluster.ranks, count_parameters(config.model)
+    share = 1 / ranks if stage > 0 else 1.0
+    working = _working_bytes(config, stage)
+    moments = (
+        _last_pass(traced, parameters, stage, ranks, working, accumulation > 1),
+        _sending(parameters, stage, ranks, working, accumulation > 1),
+        _updating(parameters, stage, share, working),
+    )
+    return Memory(
+        weights=working * parameters * (share if stage == 3 else 1),
+        master_weights=4 * parameters * share if stage > 0 else 0,
+        moments=8 * parameters * share,
+        averages=4 * parameters * share * len(config.optimizer.ema),
+        encoders=_encoder_bytes(config) or 0.0,
+        **max(moments, key=sum)._asdict(),
+    )
+
+
+def _working_bytes(config: Config, stage: int) -> int:
+    """Of a number in the weights of the forward pass, and in their gradients; ZeRO-0 trains fp32 weights."""
+    return 4 if stage == 0 or config.train.precision == "fp32" else 2
+
+
+def _last_pass(traced: Pass, parameters: int, stage: int, ranks: int, working: int, again: bool) -> _Moment:
+    """The worst moment of a step's last pass. again: earlier passes have left their gradients."""
+    none, begun = np.zeros_like(traced.live), traced.gradients > 0
+    bucket, part = working * reduce_bucket(parameters), working * parameters / ranks
+    emptied = traced.gradients // reduce_bucket(parameters)
+    copied = bucket * (np.diff(emptied, prepend=0) > 0)  # a full bucket is sent from a copy
+    own = none + working * (parameters if again else traced.gradients)
+    gathered = working * (min(parameters, KEPT) + min(parameters, GATHERED)) if ranks > 1 else 0.0
+    gradients = (own, own, part * (again + (emptied > 0)), none + part)[stage]
+    buffers = (none, bucket * (begun | again), bucket * begun + copied, none + bucket + gathered + copied)[stage]
+    at = int((traced.live + gradients + buffers).argmax())
+    activations = min(float(traced.live[at]), traced.activations)
+    return _Moment(float(gradients[at]), float(buffers[at]), activations, float(traced.live[at]) - activations)
+
+
+def _sending(parameters: int, stage: int, ranks: int, working: int, again: bool) -> _Moment:
+    """After the last pass, when the gradients that are left are sent."""
+    whole, bucket = working * parameters, working * reduce_bucket(parameters)
+    gradients = (whole, whole, whole / ranks * (1 + again), whole / ranks)[stage]
+    buffers = (bucket if ranks > 1 else 0, bucket, 2 * bucket, 2 * bucket)[stage]
+    return _Moment(gradients, buffers, 0.0, 0.0)
+
+
+def _updating(parameters: int, stage: int, share: float, working: int) -> _Moment:
+    """In the optimizer's step ZeRO copies a rank's gradients into one tensor, and that to fp32."""
+    part = working * parameters * share
+    copies = part + (4 * parameters * share if working < 4 else 0) if stage > 0 else 0.0
+    return _Moment(part, working * reduce_bucket(parameters) if stage == 3 else 0.0, 0.0, copies)
+
+
+def _roofline(config: Config, traced: Pass) -> float:
+    """Seconds of one pass forward and backward."""
+    products, plain = _rates(config)
+    work = traced.products / products + traced.others / plain
+    return float(np.maximum(work, traced.traffic / (1e9 * config.cluster.hardware.memory_gb_s)).sum())
+
+
+def _rates(config: Config) -> tuple[float, float]:
+    """Operations a second of matrix products, and of all else; CPUs have one kind of core."""
+    peak = 1e12 * config.cluster.hardware.peak_tflops
+    plain = peak * (PLAIN_SHARE if config.cluster.gpus_per_node else 1)
+    return (peak if config.train.precision == "bf16" else plain), plain
+
+
+def _optimizer_traffic(config: Config) -> float:
+    share = 1 / config.cluster.ranks if config.train.zero_stage > 0 else 1.0
+    return share * optimizer_traffic(count_parameters(config.model), len(config.optimizer.ema))
+
+
+def _communication(config: Config, stage: int) -> Communication:
+    """Of ring collectives: an all-reduce sends the data twice, a gather or scatter once, less one rank's share.
+
+    ZeRO-1 reduces once a step, ZeRO-2 and 3 after each pass; 1 and 2 reduce by all-reduce and then gather the weights,
+    ZeRO-3 gathers them in each pass forward, and those that it does not keep for the pass backward again.
+    """
+    ranks, hardware = config.cluster.ranks, config.cluster.hardware
+    _, accumulation = config.batching(ranks)
+    parameters = count_parameters(config.model)
+    gathers = 1 + max(0.0, 1 - KEPT / parameters)
+    times = (2, 3, 2 * accumulation + 1, (1 + gathers) * accumulation)[stage]
+    sent = times * _working_bytes(config, stage) * parameters * (ranks - 1) / ranks
+    network = hardware.network_gb_s * config.cluster.ranks_per_node  # each of a node's devices carries its share
+    rate = hardware.link_gb_s if config.cluster.nodes == 1 else min(network, hardware.link_gb_s)
+    return Communication(sent, sent / (1e9 * rate))
+
+
+def _remedies(config: Config) -> dict[str, Estimate]:
+    """The nearest settings that fit, of each kind, with what they give."""
+    everything = _smaller(config, _recomputing(config.model.stages))
+    kinds = (_recompute(config), _smaller(config), _sharded(config), _spread(config), everything)
+    found = {}
+    for changes in kinds:
+        for change in changes:
+            estimate = _estimate(_with(config, dict(line.split("=", 1) for line in change)))
+            if estimate.fits:
+                found[" ".join(change)] = estimate
+                break
+    return found
+
+
+def _recomputing(stages: tuple[str, ...]) -> list[str]:
+    return [f"model.checkpoint_stages=[{', '.join(stages)}]"]
+
+
+def _recompute(config: Config) -> Iterator[list[str]]:
+    for count in range(1, len(config.model.stages) + 1):
+        yield _recomputing(config.model.stages[:count])
+
+
+def _smaller(config: Config, more: list[str] | None = None) -> Iterator[list[str]]:
+    micro, _ = config.batching(config.cluster.ranks)
+    while micro > 1:
+        micro = math.ceil(micro / 2)
+        yield [f"train.micro_batch={micro}", *(more or [])]
+
+
+def _sharded(config: Config) -> Iterator[list[str]]:
+    for stage in range(config.train.zero_stage + 1, 4):
+        yield [f"train.zero_stage={stage}"]
+
+
+def _spread(config: Config) -> Iterator[list[str]]:
+    """More nodes, as far as their ranks divide the streams."""
+    nodes, ranks = 2 * config.cluster.nodes, config.cluster.ranks_per_node
+    while config.data.streams % (nodes * ranks) == 0:
+        yield [f"cluster.nodes={nodes}"]
+        nodes *= 2
+
+
+def _with(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with the values of some keys, checked as a whole."""
+    import yaml
+
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree[section][name] = yaml.safe_load(value) if isinstance(value, str) else value
+    return Config.model_validate(tree)
+
+
+def _encoder_bytes(config: Config) -> float | None:
+    """Of the frozen encoders in the dtype of training; None if the autoencoder is neither here nor known by name."""
+    share = 0.5 if config.train.precision == "bf16" else 1.0
+    try:
+        autoencoder = sum(float(path.stat().st_size) for path in find_autoencoder(config.autoencoder)[1:])
+    except MissingModelError:
+        if config.autoencoder.path not in _KNOWN_BYTES:
+            return None
+        autoencoder = _KNOWN_BYTES[config.autoencoder.path]
+    towers = _text_towers(config)
+    if towers is None:
+        return None
+    return share * (autoencoder + 4 * sum(tower.layers + tower.table for tower in towers))
+
+
+def _text_towers(config: Config) -> list[TowerSize] | None:
+    """None where a text encoder is neither here nor known by name."""
+    try:
+        return text_sizes(config.text_encoder) if config.model.condition == "text" else []
+    except MissingModelError:
+        return None
+
+
+def _text_flops(config: Config) -> float:
+    """Of the frozen towers for one caption: two for each weight of a layer and token."""
+    return sum(2.0 * tower.features.tokens * tower.layers for tower in _text_towers(config) or ())
+
+
+def _index(config: Config, notes: list[str]) -> DatasetIndex | None:
+    folders = [path for path in config.data.paths if "://" not in path]
+    absent = [path for path in folders if not (Path(path) / "index.json").exists()]
+    if absent:
+        notes.append(f"{absent[0]}: no data there yet; latents are assumed, and their size estimated")
+        return None
+    index = load_data(config.data)
+    if index.kind != "latents" and config.autoencoder.kind != "pixels":
+        notes.append("raw images: the time of the autoencoder is not counted; data_prep/latents.py saves it")
+    return index
+
+
+def _sample_bytes(config: Config, index: DatasetIndex | None) -> float | None:
+    if index:
+        return float(index.bytes.sum()) / len(index)
+    if config.autoencoder.kind == "pixels":
+        return None
+    return 2 * 2 * 2 * config.model.in_channels * config.latent_size**2 + _CAPTION_BYTES  # two mirror images, fp16
+
+
+def _steps(config: Config, index: DatasetIndex | None, notes: list[str]) -> int | None:
+    if config.train.duration.epochs is not None and index is None:
+        notes.append("the duration is in epochs and the data is not there: days and GPU-hours are unknown")
+        return None
+    return config.train.duration.in_steps(config.train.global_batch, len(index) if index else 0)

@@ -1,0 +1,85 @@
+"""A plan in words and tables, for the terminal."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from dico_t2i.plan.plan import USABLE, Plan
+
+
+def render(plan: Plan) -> RenderableType:
+    """Everything a plan holds; for rich's console."""
+    return Group(*_head(plan), _memory(plan), _time(plan), _communication(plan), *_rest(plan))
+
+
+def refusal(plan: Plan) -> str:
+    """Why a run that does not fit is refused, and what would fit."""
+    need, have = plan.estimate.memory.total, USABLE * 1e9 * plan.hardware.memory_gb
+    lines = [f"{plan.name} needs {_gb(need)} on each {plan.hardware.name}, {_gb(have)} of it can be used. What fits:"]
+    for change, estimate in plan.remedies.items():
+        lines.append(f"  {change}: {_gb(estimate.memory.total)}, {estimate.images_per_s:,.0f} images/s")
+    if not plan.remedies:
+        lines.append("  no micro-batch, recomputation or ZeRO stage: take more or larger GPUs")
+    return "\n".join(lines)
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    yield f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.macs_per_image / 1e9:,.1f} GMACs an image"
+    batch = plan.ranks * plan.micro_batch * plan.accumulation
+    passes = "pass" if plan.accumulation == 1 else "passes"
+    yield (
+        f"{plan.nodes} nodes, {plan.ranks} x {plan.hardware.name}: batch {batch} = {plan.ranks} ranks x"
+        f" {plan.micro_batch} x {plan.accumulation} {passes}, ZeRO-{plan.zero_stage}"
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table("memory of a GPU", "GB", title=None)
+    for part, size in asdict(plan.estimate.memory).items():
+        table.add_row(part.replace("_", " "), f"{size / 1e9:.2f}")
+    table.add_row(f"all (of {plan.hardware.memory_gb:g})", f"{plan.estimate.memory.total / 1e9:.2f}", style="bold")
+    for stages, estimate in plan.recomputing.items():
+        table.add_row(f"all, recomputing {stages}", f"{estimate.memory.total / 1e9:.2f}")
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    estimate = plan.estimate
+    table = Table("time of a step, at the least", "ms")
+    for name in ("network_s", "text_encoder_s", "optimizer_s", "communication_s"):
+        table.add_row(name.removesuffix("_s").replace("_", " "), f"{1e3 * getattr(estimate, name):.1f}")
+    table.add_row("all", f"{1e3 * estimate.step_s:.1f}", style="bold")
+    for stages, other in plan.recomputing.items():
+        table.add_row(f"all, recomputing {stages}", f"{1e3 * other.step_s:.1f}")
+    return table
+
+
+def _communication(plan: Plan) -> Table:
+    where = "between nodes" if plan.nodes > 1 else "in the node"
+    table = Table("ZeRO stage", "each GPU sends, GB a step", f"{where}, ms")
+    for stage, part in plan.communication.items():
+        style = "bold" if stage == plan.zero_stage else ""
+        table.add_row(str(stage), f"{part.sent / 1e9:.2f}", f"{1e3 * part.seconds:.1f}", style=style)
+    return table
+
+
+def _rest(plan: Plan) -> Iterator[str]:
+    estimate = plan.estimate
+    rate = estimate.images_per_s
+    flops = f"{plan.flops_per_image / 1e9:,.0f} GFLOP an image"
+    yield f"{rate:,.0f} images/s at the most, {rate / plan.ranks:,.0f} a GPU; {flops}"
+    if plan.sample_bytes:
+        a_node = rate / plan.nodes
+        yield f"data: {a_node:,.0f} samples/s and {a_node * plan.sample_bytes / 1e6:,.1f} MB/s for each node"
+    disk = f"{plan.checkpoint_s:.1f} s at {plan.hardware.disk_gb_s:g} GB/s a node"
+    yield f"checkpoint: {_gb(plan.checkpoint_bytes)}, written in {disk}"
+    if plan.days and plan.steps:
+        hours = 24 * plan.days * plan.ranks
+        yield f"{plan.steps:,} steps: {plan.days:,.1f} days, {hours:,.0f} GPU-hours at the least"
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

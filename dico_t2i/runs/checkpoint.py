@@ -1,0 +1,247 @@
+"""Checkpoints: parameter-keyed fp32 pieces in safetensors, valid once their manifest is there.
+
+    checkpoints/
+      step-00001000/
+        shard-00000.safetensors   what rank 0 owned: "<kind>:<parameter>:<start>" -> (numel,) fp32
+        shard-00000.json          its size and hash, written after it
+        manifest.json             written last, by rank 0: the mark that makes the checkpoint valid
+      latest                      the name of the newest complete one, switched by atomic rename: for people and tools;
+                                  resuming tries the folders themselves, newest first
+
+Any number of ranks under any ZeRO stage reads the ranges it needs. Saving copies the pieces to host memory and
+writes them in a thread while training goes on.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dico_t2i.runs.folder import MANIFEST
+from dico_t2i.runs.kinds import WEIGHT
+
+VERSION = 1
+
+
+PROJECTOR = "alignment"  # parameters below this name train with the network and are no part of it
+
+
+LATEST = "latest"
+
+
+_MANIFEST_KEYS = {"version", "step", "position", "optimizer_steps", "world", "shapes", "kinds", "files"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The range [start, start + numel) of a flattened parameter, in fp32, as views of what this rank holds."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq", "ema_<decay>": (numel,)
+
+    @property
+    def numel(self) -> int:
+        return self.tensors[WEIGHT].numel()
+
+    def narrow(self, start: int, stop: int) -> "Piece":
+        """The part of this piece from ``start`` to ``stop``, relative to its own start."""
+        return Piece(self.name, self.start + start, {k: v[start:stop] for k, v in self.tensors.items()})
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest has been read."""
+
+    path: Path
+    step: int  # optimizer steps tried, skipped ones included
+    position: int  # samples consumed: where the data goes on
+    optimizer_steps: int  # updates made
+    state: dict[str, Any]  # the rest of what was given to ``save``
+    world: int
+    shapes: dict[str, tuple[int, ...]]
+    kinds: tuple[str, ...]
+    files: dict[str, dict[str, Any]]
+    pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
+
+    @property
+    def network_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the network alone."""
+        return {name: shape for name, shape in self.shapes.items() if not name.startswith(f"{PROJECTOR}.")}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a manifest. Raises CheckpointError if it is missing, damaged, or of a newer version than this code."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        digest = manifest.pop("sha256")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST}, so this checkpoint was never completed") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: not readable: {error!r}") from None
+    if digest != manifest_hash(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: content does not match its hash")
+    if manifest["version"] > VERSION:
+        raise CheckpointError(f"{path}: written by a newer version ({manifest['version']}); update dico_t2i")
+    pieces: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for file, entry in manifest["files"].items():
+        for name, start, numel in entry["pieces"]:
+            pieces[name].append((file, start, numel))
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        position=manifest["position"],
+        optimizer_steps=manifest["optimizer_steps"],
+        state={key: manifest[key] for key in manifest if key not in _MANIFEST_KEYS},
+        world=manifest["world"],
+        shapes={name: tuple(shape) for name, shape in manifest["shapes"].items()},
+        kinds=tuple(manifest["kinds"]),
+        files={file: {"size": e["size"], "sha256": e["sha256"]} for file, e in manifest["files"].items()},
+        pieces=dict(pieces),
+    )
+
+
+def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
+    """Compare sizes and hashes of some or all files. Raises CheckpointError naming the first that differs."""
+    for file in checkpoint.files if files is None else files:
+        expected, path = checkpoint.files[file], checkpoint.path / file
+        if not path.exists():
+            raise CheckpointError(f"{path}: missing")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{path}: {size} bytes, should be {expected['size']}")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: content does not match its hash")
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All checkpoint folders, complete or not, newest first."""
+    return checkpoint_folders(folder)[::-1]
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint:
+    """The newest complete checkpoint; its shards are not verified. Raises CheckpointError if there is none."""
+    for path in candidates(folder):
+        if (path / MANIFEST).exists():
+            return open_checkpoint(path)
+    raise CheckpointError(f"{folder.parent}: this run has no complete checkpoint yet")
+
+
+def ever_saved(folder: Path) -> bool:
+    """Whether a save was ever completed here."""
+    return (folder / LATEST).exists()
+
+
+def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
+    """Read into each piece what the checkpoint holds of its range.
+
+    Raises CheckpointError when a parameter, a range or a kind is missing. An average that was not kept before
+    starts from the checkpoint's weights.
+    """
+    with _Shards(checkpoint) as shards:
+        for piece in pieces:
+            if piece.name not in checkpoint.shapes:
+                raise CheckpointError(f"{checkpoint.path}: has no parameter {piece.name}")
+            for kind, tensor in piece.tensors.items():
+                source = kind if kind in checkpoint.kinds else WEIGHT
+                shards.read(source, piece.name, piece.start, tensor)
+
+
+def check_shapes(checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> None:
+    """Raise CheckpointError when the checkpoint is not one of this model, naming the first differences."""
+    ours = {name: tuple(shape) for name, shape in shapes.items()}
+    differences = [
+        f"{name}: {checkpoint.shapes.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the config"
+        for name in sorted(ours.keys() | checkpoint.shapes.keys())
+        if checkpoint.shapes.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model ({len(differences)} parameters differ):"
+            f" {'; '.join(differences[:3])}. Use the config it was trained with, or another run name"
+        )
+
+
+def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """The network's whole fp32 parameters of one kind ("weight", "ema_0.9999"), one at a time.
+
+    Raises CheckpointError when the kind is not there, naming those that are.
+    """
+    if kind not in checkpoint.kinds:
+        raise CheckpointError(f"{checkpoint.path}: no {kind}; it holds {', '.join(checkpoint.kinds)}")
+    return _whole_parameters(checkpoint, kind)
+
+
+def _whole_parameters(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
+    with _Shards(checkpoint) as shards:
+        for name, shape in checkpoint.network_shapes.items():
+            whole = torch.empty(shape)
+            shards.read(kind, name, 0, whole.view(-1))
+            yield name, whole
+
+
+class _Shards:
+    """Open shard files of a checkpoint, and reading ranges that may span several."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.open: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Shards":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.open.clear()
+
+    def read(self, kind: str, name: str, start: int, target: Tensor) -> None:
+        """Fill target (numel,) with the parameter's elements from ``start`` on."""
+        stop, filled = start + target.numel(), 0
+        for file, piece_start, numel in self.checkpoint.pieces.get(name, ()):
+            begin, end = max(start, piece_start), min(stop, piece_start + numel)
+            if begin < end:
+                piece = self._file(file).get_slice(f"{kind}:{name}:{piece_start}")
+                target[begin - start : end - start].copy_(piece[begin - piece_start : end - piece_start])
+                filled += end - begin
+        if filled != target.numel():
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {kind} of {name} has {filled} of the {target.numel()} elements from {start}"
+            )
+
+    def _file(self, file: str) -> Any:
+        if file not in self.open:
+            self.open[file] = safe_open(self.checkpoint.path / file, framework="pt")
+        return self.open[file]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, complete or not, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)

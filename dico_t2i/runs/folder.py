@@ -1,0 +1,126 @@
+"""The run folder: what is in it, who may use it, and which changes of config it allows.
+
+runs/<name>/
+  config.yaml        resolved; the previous ones are kept as config.1.yaml, ...
+  checkpoints/       see training.checkpoint
+  metrics.jsonl      one line for each report and event
+  samples/           grids made during training
+  profile/           traces of some steps, with train.profile
+  starts/            command, commit, changes, packages and machine of each start
+"""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any
+
+from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_config
+
+# What must not change within a run: the weights, the data order or the noise would no longer be the run's own.
+FIXED = (
+    "name",
+    "seed",
+    "model",
+    "diffusion",
+    "autoencoder",
+    "text_encoder",
+    "alignment",
+    "data.image_size",
+    "data.crop",
+    "data.flip",
+    "data.streams",
+    "data.shuffle_block",
+    "data.mixture",
+    "data.buckets",
+    "train.global_batch",
+)
+FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")
+
+
+MANIFEST = "manifest.json"  # of a checkpoint; it is complete when this file is there
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.path = root / name
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
+        self.samples = self.path / "samples"
+        self.profile = self.path / "profile"
+        self.starts = self.path / "starts"
+
+    def changes(self, config: Config) -> list[str]:
+        """What differs from the config the run was last started with, one line a key.
+
+        Raises ConfigError when something of it may not change.
+        """
+        if not self.config.exists():
+            return []
+        old, new = _flat(load_config(self.config)), _flat(config)
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        forbidden = [key for key in changed if _within(key, FIXED) and not _within(key, FREE_WITHIN_FIXED)]
+        lines = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+        if forbidden:
+            shown = "\n  ".join(line for line in lines if line.split(":")[0] in forbidden)
+            raise ConfigError(
+                f"{self.path} holds a run with another config; these keys cannot change within a run:\n  {shown}\n"
+                "Give the new run another name (name=...), or remove the folder"
+            )
+        return lines
+
+    def write_config(self, config: Config) -> None:
+        """Save the resolved config; a different one that was there is kept under a number."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = dump_config(config)
+        if self.config.exists():
+            if self.config.read_text() == text:
+                return
+            number = 1 + len(list(self.path.glob("config.*.yaml")))
+            self.config.rename(self.path / f"config.{number}.yaml")
+        temporary = self.path / ".config.yaml"
+        temporary.write_text(text)
+        temporary.replace(self.config)
+
+    @contextmanager
+    def locked(self, patience_s: float = 0.0) -> Iterator[None]:
+        """Hold the folder for one job. Raises ConfigError, naming the holder, if another keeps it for longer."""
+        deadline = time.monotonic() + patience_s
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            while not _lock(file):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip()
+                    raise ConfigError(
+                        f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
+                    )
+                time.sleep(0.5)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data workers
+    except OSError:
+        return False
+    return True
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return flatten(config.model_dump(mode="json", exclude_none=True))
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, section) or key.startswith(section + ".") for section in sections)

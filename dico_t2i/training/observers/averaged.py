@@ -1,0 +1,20 @@
+"""The network with averaged weights, for what looks at a run from inside: previews and validation."""
+
+import torch
+
+from dico_t2i.config import Config
+from dico_t2i.models import Network, build_network
+from dico_t2i.runs.weights import default_weights
+from dico_t2i.training.engine import Engine
+from dico_t2i.training.ranks.distributed import World
+
+
+@torch.no_grad()
+def averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dtype) -> Network:
+    """A network of its own on every rank, in eval mode, with the first average of the weights; collective."""
+    model = build_network(config.model).to(world.device)
+    parameters = dict(model.named_parameters())
+    for name, value in engine.gather(default_weights(config)):
+        if name in parameters:  # not the projector of an alignment
+            parameters[name].copy_(value)
+    return model.to(dtype).eval()

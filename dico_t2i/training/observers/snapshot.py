@@ -1,0 +1,57 @@
+"""What a run was started with: command, code, packages, machine. One file a start, in runs/<name>/starts/."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dico_t2i.files import write_atomically
+from dico_t2i.training.ranks.distributed import World
+
+_VARIABLES = ("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE", "TORCH_", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART")
+_LAUNCHER = "DICO_LAUNCHED_BY"  # set by cluster/: what the user typed there
+
+
+def write_snapshot(folder: Path, world: World) -> None:
+    """Write <number>.json and, if the code differs from its commit, <number>.patch. Rank 0 only."""
+    folder.mkdir(exist_ok=True)
+    number = f"{len(list(folder.glob('*.json'))):04d}"
+    source = Path(__file__).resolve().parents[2]
+    patch = _git(source, "diff", "HEAD")
+    if patch:
+        write_atomically(folder / f"{number}.patch", patch.encode())
+    cuda = world.device.type == "cuda"
+    started = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": os.environ.get(_LAUNCHER) or shlex.join(sys.argv),
+        "commit": _git(source, "rev-parse", "HEAD"),
+        "changed": bool(patch),
+        "untracked": (_git(source, "ls-files", "--others", "--exclude-standard") or "").splitlines(),
+        "host": socket.gethostname(),
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
+        "packages": dict(sorted({d.name: d.version for d in importlib.metadata.distributions()}.items())),
+    }
+    write_atomically(folder / f"{number}.json", json.dumps(started, indent=1).encode())
+
+
+def _git(source: Path, *arguments: str) -> str | None:
+    """What git says of the source; None where there is no git or no repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.rstrip("\n") if answer.returncode == 0 else None

@@ -1,0 +1,39 @@
+"""What of the training comes from which data set of a mixture."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dico_t2i.training.ranks.distributed import mean_over_ranks
+
+
+class SourceLosses:
+    """Means of the loss over each source, between two reports."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self._sums = torch.zeros(2, len(self.names), device=device)  # losses, samples
+
+    def add(self, sources: Tensor | None, losses: Tensor) -> None:
+        """The losses (n,) of a micro-batch from these sources (n,); None: no mixture."""
+        if sources is None:
+            return
+        values = torch.stack((losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)))
+        self._sums.index_add_(1, sources.to(losses.device, non_blocking=True), values)
+
+    def report(self, counts: np.ndarray) -> dict[str, float]:
+        """Loss since the last report, and samples so far and their fraction, of each source; collective.
+
+        counts: int64 (sources,), samples so far.
+        """
+        losses, samples = mean_over_ranks(self._sums).tolist()
+        self._sums.zero_()
+        values: dict[str, float] = {}
+        for number, name in enumerate(self.names):
+            values[f"samples/{name}"] = int(counts[number])
+            values[f"fraction/{name}"] = float(counts[number] / max(1, counts.sum()))
+            if samples[number]:
+                values[f"loss/{name}"] = losses[number] / samples[number]
+        return values

@@ -1,0 +1,98 @@
+"""Which captions of COCO are sampled: a rule that depends on nothing but the annotation file.
+
+Image and annotation ids are keyed by 64 bits of Philox: the key of an image is that of (prompts.seed, "evaluation
+image", image id), of a caption (prompts.seed, "evaluation caption", annotation id). An image's caption is the one
+with the smallest key. ``drawn`` takes the images with the smallest keys, in order of keys, so that the first 10,000 of
+30,000 are the draw of 10,000; ``in_order`` takes them by id. Blank captions do not count.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_prep.coco import read_annotations
+from dico_t2i import randomness
+from evals.quality.protocol import Prompts, digest
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Drawn captions in order of sampling, and what they were drawn from."""
+
+    image_ids: tuple[int, ...]
+    captions: tuple[str, ...]
+    files: tuple[str, ...]  # of the drawn images
+    all_files: tuple[str, ...]  # of all annotated images, by id
+    source: dict[str, str]  # sha256 of the annotation file and of the drawn ids
+
+
+def draw(file: Path, prompts: Prompts) -> Draw:
+    """The captions of a protocol. Raises ValueError if the file is of another split or has too few images."""
+    images, annotations = read_annotations([file])
+    names = {int(image["id"]): str(image["file_name"]) for image in images}
+    if prompts.annotated_images not in (None, len(names)):
+        raise ValueError(
+            f"--captions {file}: annotates {len(names)} images, such as {next(iter(names.values()))}; this protocol's"
+            f" captions are of a split of {prompts.annotated_images}. To evaluate on another one, not comparably:"
+            " --set prompts.annotated_images=null"
+        )
+    captions = _one_an_image(annotations, names, prompts.seed)
+    order = np.array(sorted(captions), dtype=np.int64)
+    if prompts.rule == "drawn":
+        order = order[np.argsort(_keys(order, prompts.seed, "evaluation image"), kind="stable")]
+    if len(order) < prompts.count:
+        raise ValueError(
+            f"--captions {file}: {len(order)} images have captions, this protocol draws {prompts.count}; for fewer, not"
+            f" comparably: --set prompts.count={len(order)}"
+        )
+    chosen = [int(i) for i in order[: prompts.count]]
+    ids = tuple(captions[i][0] for i in chosen)
+    source = {"captions_sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "drawn_sha256": digest([chosen, ids])}
+    return Draw(
+        tuple(chosen),
+        tuple(captions[i][1] for i in chosen),
+        tuple(names[i] for i in chosen),
+        tuple(names[i] for i in sorted(names)),
+        source,
+    )
+
+
+def find_files(names: tuple[str, ...], folder: Path) -> list[Path]:
+    """Image files by name, in the folder or one of the folders in it.
+
+    Raises ValueError, with numbers, if any is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder}: no such folder")
+    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    found = {path.name: path for place in reversed(places) for path in place.iterdir()}
+    missing = [name for name in names if name not in found]
+    if missing:
+        hint = "; the folder is of another split, or empty" if len(missing) == len(names) else ""
+        raise ValueError(
+            f"--images {folder}: {len(missing)} of {len(names)} reference images are missing"
+            f" ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}){hint}"
+        )
+    return [found[name] for name in names]
+
+
+def _one_an_image(annotations: list[dict[str, Any]], names: dict[int, str], seed: int) -> dict[int, tuple[int, str]]:
+    """Image id -> annotation id and caption, the one with the smallest key."""
+    texts = {int(a["id"]): (int(a["image_id"]), " ".join(str(a.get("caption", "")).split())) for a in annotations}
+    ids = np.array(sorted(i for i, (image, text) in texts.items() if text and image in names), dtype=np.int64)
+    chosen: dict[int, tuple[int, str]] = {}
+    for i in ids[np.argsort(_keys(ids, seed, "evaluation caption"), kind="stable")]:
+        image, text = texts[int(i)]
+        chosen.setdefault(image, (int(i), text))
+    return chosen
+
+
+def _keys(ids: NDArray[np.int64], seed: int, purpose: str) -> NDArray[np.uint64]:
+    high, low = randomness.words(seed, purpose, torch.from_numpy(ids), 2).numpy().astype(np.uint64).T
+    keys: NDArray[np.uint64] = (high << np.uint64(32)) | low
+    return keys

@@ -1,0 +1,153 @@
+"""Sets of images to compare with: files, or an npz in the layout of ADM's evaluation."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pil
+
+from dico_t2i.data.decode import IMAGE_FORMATS, decode_image
+from dico_t2i.data.errors import SampleError
+from dico_t2i.files import temporary
+
+Image = NDArray[np.uint8]
+Crop = Literal["center", "adm", "none"]
+
+_EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order."""
+
+    def __len__(self) -> int: ...
+    def read(self, index: range) -> list[Image]: ...
+    def identity(self) -> dict[str, str]: ...
+
+
+class ImageFiles:
+    """Files, each decoded to ``size`` pixels square; crop "none" takes them as they are, of any size."""
+
+    def __init__(self, files: Sequence[Path], crop: Crop, size: int | None = None) -> None:
+        self.files, self.crop, self.size = files, crop, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: range) -> list[Image]:
+        """Raises ValueError, with the path, for one that cannot be decoded."""
+        return [self._decode(self.files[i]) for i in index]
+
+    def identity(self) -> dict[str, str]:
+        """sha256 of the files' contents, in order, and what is done with them. Reads them all."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return {"images_sha256": digest.hexdigest(), "crop": f"{self.crop} {self.size or ''}".strip()}
+
+    def _decode(self, file: Path) -> Image:
+        try:
+            if self.crop == "center" and self.size:
+                return decode_image(file.read_bytes(), self.size, "center").permute(1, 2, 0).numpy()
+            with Pil.open(file, formats=IMAGE_FORMATS) as image:
+                rgb = image.convert("RGB")
+        except (OSError, SampleError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        if self.crop == "adm" and self.size:
+            return adm_crop(rgb, self.size)
+        if self.size and rgb.size != (self.size, self.size):
+            raise ValueError(f"{file}: {rgb.width}x{rgb.height} pixels, expected {self.size}x{self.size}")
+        return np.asarray(rgb)
+
+
+class NpzImages:
+    """``arr_0`` of an npz, (N, H, W, 3) uint8, mapped from the file where that is not compressed."""
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        self.path, self._array = path, _map_member(path, "arr_0")
+        shape = self._array.shape
+        if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"{path}: arr_0 is {self._array.dtype} {shape}, expected uint8 (N, height, width, 3)")
+        if size and shape[1:3] != (size, size):
+            raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels, expected {size}x{size}")
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def read(self, index: range) -> list[Image]:
+        return list(np.array(self._array[index.start : index.stop]))
+
+    def identity(self) -> dict[str, str]:
+        """sha256 of the file."""
+        with self.path.open("rb") as file:
+            return {"images_sha256": hashlib.file_digest(file, "sha256").hexdigest(), "crop": "none"}
+
+
+def open_images(path: Path, crop: Crop, size: int | None = None) -> ImageSet:
+    """An npz's images, or all image files under a folder, by name. Raises ValueError if there is none."""
+    if path.suffix == ".npz" and path.is_file():
+        return NpzImages(path, size)
+    if not path.is_dir():
+        raise ValueError(f"{path}: neither a folder nor an npz file")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _EXTENSIONS and file.is_file())
+    files = [file for file in files if file.name != "grid.png"]  # of `dico sample`
+    if not files:
+        raise ValueError(f"{path}: no images in it ({', '.join(sorted(_EXTENSIONS))})")
+    return ImageFiles(files, crop, size)
+
+
+def adm_crop(image: Pil.Image, size: int) -> Image:
+    """ADM's preparation of ImageNet: halved by box filter while twice too large, bicubic, centre square."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Pil.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Pil.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def npz_members(path: Path) -> set[str]:
+    """Names of an npz's arrays. Raises ValueError if it is not one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path}: not an npz file: {error}") from None
+
+
+def _map_member(path: Path, name: str) -> np.ndarray:
+    if name not in npz_members(path):
+        raise ValueError(f"{path}: has no images ({name}); it holds {', '.join(sorted(npz_members(path)))}")
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        with np.load(path, allow_pickle=False) as arrays:
+            array: np.ndarray = arrays[name]
+        return array
+    with path.open("rb") as file:
+        file.seek(entry.header_offset + 26)  # the lengths of the name and of the extra field end the local header
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2")
+        file.seek(int(name_length) + int(extra_length), 1)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError(f"{path}: {name} holds objects, not numbers")
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def write_npz(path: Path, shape: tuple[int, int, int, int], chunks: Iterable[np.ndarray]) -> None:
+    """ADM's layout: ``arr_0`` of ``shape`` (N, H, W, 3) uint8, from chunks in order, one in memory at a time."""
+    part = temporary(path)
+    with (
+        zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk).tobytes())
+    part.replace(path)
