@@ -125,7 +125,7 @@ class Job:
             if time.monotonic() > deadline:
                 self.kill()
                 raise TimeoutError(f"did not happen:\n{self.output}")
-            time.sleep(0.003)
+            time.sleep(0.01)
 
     @property
     def output(self) -> str:
@@ -194,6 +194,10 @@ class Run:
         """Whether the last line of metrics with a loss is of this step or a later one."""
         lines = [line for line in _json_lines(self.path / "metrics.jsonl", tail=4096) if "loss" in line]
         return bool(lines) and lines[-1]["step"] >= step
+
+    def saves(self) -> int:
+        """How many checkpoints have their manifest, which is written last; none is read."""
+        return len(list(self.checkpoints.glob("step-*/manifest.json")))
 
     def valid_steps(self) -> list[int]:
         """The steps of the checkpoints that are whole, oldest first; every file is read."""
