@@ -42,8 +42,8 @@ A key without a default must be given. `model.kind` chooses the network (docs/ne
 
 ## How values are read
 
-Files, `key.path=value`, cluster profiles and sweeps are read by the rules of YAML 1.2, in UTF-8 (or as a byte-order mark
-says), and a key that is given twice is an error.
+Files, `key.path=value`, cluster profiles and sweeps are read by the rules of YAML 1.2, in UTF-8 (or as a byte-order
+mark says), and a key that is given twice is an error.
 
 | written | what it is |
 | --- | --- |
@@ -54,8 +54,8 @@ says), and a key that is given twice is an error.
 | `null`, `~`, nothing | none |
 
 A key that takes text keeps a number as it is written: `name=0123`, `cluster.time=90`, `data.path=1e5`. The entries of
-`cluster.env` are text whatever they look like. What SLURM gets is what you typed: the value of `--sbatch KEY=VALUE` is not
-read as YAML at all; in a profile's `sbatch:`, `true` is an option without a value and `false` leaves an option out.
+`cluster.env` are text whatever they look like. What SLURM gets is what you typed: the value of `--sbatch KEY=VALUE`
+is not read as YAML at all; in a profile's `sbatch:`, `true` is an option without a value and `false` leaves one out.
 On the command line ` #` begins no comment.
 """
 
