@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.filters import Dropped
-from data_prep.pipeline import Raw, add_options, options_of, read_image_file, run_pipeline
+from data_prep.importing.conversion import Raw, add_options, options_of, read_image_file, run_pipeline
+from data_prep.importing.filters import Dropped
 from dico_t2i.command import run, script_parser
 
 

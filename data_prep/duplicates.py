@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep import quarantine
-from data_prep.common import alone, in_parallel, progress_bar
-from data_prep.hashes import HashFile, equal, near
-from data_prep.quarantine import DUPLICATE, Entry
-from dico_t2i.command import run, script_parser
+from data_prep.checking import quarantine
+from data_prep.checking.hashes import HashFile, equal, near
+from data_prep.checking.quarantine import DUPLICATE, Entry
+from data_prep.common import alone, in_parallel
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.data.decode import decode_image
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import DatasetIndex, load_index

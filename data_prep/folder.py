@@ -19,13 +19,21 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.captions import check_encoding, decode
-from data_prep.filters import Dropped
-from data_prep.pipeline import Raw, Unit, Unreadable, add_options, options_of, read_image_file, run_pipeline
-from data_prep.tables import Row, Stretch, columns, stretches
+from data_prep.importing.captions import check_encoding, decode
+from data_prep.importing.conversion import (
+    EXTENSIONS,
+    Raw,
+    Unit,
+    Unreadable,
+    add_options,
+    options_of,
+    read_image_file,
+    run_pipeline,
+)
+from data_prep.importing.filters import Dropped
+from data_prep.importing.tables import Row, Stretch, columns, stretches
 from dico_t2i.command import run, script_parser
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 PATHS = ("path", "file_name", "filename", "image", "file")
 CAPTIONS = ("captions", "caption", "text")
 

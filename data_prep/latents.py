@@ -24,9 +24,9 @@ import torch
 from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.common import claim, progress_bar, remove_leftovers
+from data_prep.common import claim, remove_leftovers
 from data_prep.encoding import Batch, Clock, Image, batches_of
-from dico_t2i.command import part, run, script_parser
+from dico_t2i.command import part, progress_bar, run, script_parser
 from dico_t2i.config import AutoencoderConfig, load_config
 from dico_t2i.data import quarantine
 from dico_t2i.data.errors import DataError, SampleError

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.common import finished_or_absent, is_finished, progress_bar
+from data_prep.common import finished_or_absent, is_finished
 from data_prep.shapes_scene import captions, random_scene, render
-from dico_t2i.command import run, script_parser
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.data.writer import ShardWriter
 
 

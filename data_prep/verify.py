@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep import latents, quarantine
-from data_prep.common import alone, in_parallel, progress_bar
-from data_prep.hashes import HashFile, equal
-from data_prep.quarantine import Entry
-from dico_t2i.command import run, script_parser
+from data_prep import latents
+from data_prep.checking import quarantine
+from data_prep.checking.hashes import HashFile, equal
+from data_prep.checking.quarantine import Entry
+from data_prep.common import alone, in_parallel
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.data.decode import decode_image, decode_moments
 from dico_t2i.data.errors import SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex, load_index, write_index

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.captions import check_encoding, decode
-from data_prep.filters import Dropped
-from data_prep.pipeline import MAX_FILE, Raw, Unreadable, add_options, run_pipeline
+from data_prep.importing.captions import check_encoding, decode
+from data_prep.importing.conversion import MAX_FILE, Raw, Unreadable, add_options, run_pipeline
+from data_prep.importing.filters import Dropped
 from dico_t2i.command import run, script_parser
 from dico_t2i.data.errors import ShardError
 from dico_t2i.data.shard import ShardIndex, index_shard

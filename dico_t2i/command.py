@@ -4,6 +4,10 @@ import argparse
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 USER_ERROR = 2  # something that only the user can correct; argparse ends with it as well
 HANG_EXIT_CODE = 74  # EX_IOERR of sysexits.h: a rank hangs or has died
@@ -57,3 +61,10 @@ def part(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise ArgumentTypeError(f"{text!r} is not K/N with K from 0 to N - 1")
     return int(number), int(parts)
+
+
+def progress_bar() -> "Progress":
+    """A rich progress bar with counts and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "left")

@@ -24,9 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.common import progress_bar
 from dico_t2i import randomness
-from dico_t2i.command import run, script_parser
+from dico_t2i.command import progress_bar, run, script_parser
 from dico_t2i.diffusion import sample
 from dico_t2i.files import write_atomically
 from evals.analysis.backbones import KINDS, Backbone, Flux, load_backbone

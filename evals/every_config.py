@@ -27,6 +27,7 @@ from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config, parse_config
 from dico_t2i.data.writer import ShardWriter
 from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.runs.log import reports
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIZE, SAMPLES, BATCH, WIDTH = 32, 64, 8, 32
@@ -92,8 +93,7 @@ def train_and_sample(config: Config, runs: Path) -> dict[str, float]:
         train(config, runs)
     pipeline = load_pipeline(folder, None, torch.device("cpu"), torch.float32)
     save_images(pipeline.generate([condition], [0], config.sampler), [str(condition)], [0], folder / "out")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in reports(folder / "metrics.jsonl")]
     return {"first_loss": statistics.fmean(losses[:5]), "last_loss": statistics.fmean(losses[-5:])}
 
 

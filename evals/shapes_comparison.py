@@ -22,6 +22,7 @@ from rich.table import Table
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import load_config
 from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.runs.log import json_lines
 
 SHAPES = Path("configs/shapes")
 SHOWN = {"val_loss": "held-out loss", "colour": "colour", "background": "background", "shape": "shape"}
@@ -43,7 +44,7 @@ def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Seque
             command = ("-m", "dico_t2i", "sample", "--checkpoint", str(folder), "--prompts", str(prompts))
             _python(*command, "--out", str(samples), "--batch", "60")
         _python("evals/prompt_accuracy.py", "--images", str(samples), "--out", str(accuracy))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = list(json_lines(folder / "metrics.jsonl"))
     losses, speeds = ([line[key] for line in lines if key in line] for key in ("val_loss", "images_per_s"))
     if not losses or not speeds:
         raise ValueError(f"{folder}: was never validated, or reported no speed; see validation.every and log.every")

@@ -30,7 +30,7 @@ from dico_t2i.command import run, script_parser
 from dico_t2i.files import write_atomically
 from dico_t2i.models import VARIANTS, DiCoConfig, NetworkConfig
 from dico_t2i.plan.cost import product_rate
-from evals.speed.measure import Contender, compare, free_memory
+from evals.speed.measure import SHAPES, Contender, compare, free_memory
 from evals.speed.networks import (
     Condition,
     Setting,
@@ -114,7 +114,6 @@ def _convolution(batch: int, channels: int, size: int) -> Callable[[torch.device
     return lambda device: text_convolutions((batch, channels, size), device)
 
 
-_SHAPES = ((128, 32), (256, 16), (512, 8), (416, 32), (832, 16), (1664, 8))
 _SAMPLING_GOAL = Goal({"ours, kernels at each step": 1.3})
 QUICK = {
     "s-class-step": Case(
@@ -126,7 +125,7 @@ QUICK = {
     "s-sampling": Case("DiCo-S text, 50 guided steps, batch 1", _sampling("DiCo-S", 1), _SAMPLING_GOAL),
     **{
         f"text-dwconv-{C}": Case(f"text_dwconv both ways, {C}@{H}, batch 8", _convolution(8, C, H), Goal({"plain": 4}))
-        for C, H in _SHAPES
+        for C, H in SHAPES
     },
 }
 GPU = {
@@ -161,7 +160,7 @@ GPU = {
         f"text-dwconv-{C}": Case(
             f"text_dwconv both ways, {C}@{H}, batch 64", _convolution(64, C, H), Goal({"plain": 15}, tflops=20)
         )
-        for C, H in _SHAPES
+        for C, H in SHAPES
     },
 }
 

@@ -1,16 +1,17 @@
 """The pages of the package's classes and functions."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_module_has_a_page_with_its_docstrings(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "docs" / "make_api.py"), str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forkserver.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     files = [file.relative_to(ROOT / "dico_t2i").with_suffix("") for file in (ROOT / "dico_t2i").rglob("*.py")]
     modules = [file.parent if file.name == "__init__" else file for file in files if file.name != "__main__"]

@@ -1,15 +1,16 @@
 """docs/config.md says what dico_t2i/config/ says."""
 
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_is_up_to_date():
     script = ROOT / "docs" / "make_config_reference.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    done = forkserver.run([sys.executable, str(script), "--check"], check=False)
     assert done.returncode == 0, "run: python docs/make_config_reference.py"
 
 

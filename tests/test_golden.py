@@ -1,11 +1,12 @@
 """Parity with the released DiCo and its diffusion, through the golden numbers' own checker."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forkserver
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -19,7 +20,7 @@ CANCELLED = {"diffusion_xstart/vb": 1e-6}
 def test_every_golden_number_is_exact():
     checker = [sys.executable, str(GOLDEN / "check.py"), "--dir", str(GOLDEN)]
     adapter = Path(__file__).with_name("golden_adapter.py")
-    result = subprocess.run([*checker, "--adapter", str(adapter)], capture_output=True, text=True, check=False)
+    result = forkserver.run([*checker, "--adapter", str(adapter)], capture_output=True, text=True, check=False)
     counts = {k: int(v) for k, v in re.findall(r"'(EXACT|LOOSE|FAIL|SKIP)': (\d+)", result.stdout)}
     assert counts.pop("EXACT", 0) > 300, result.stdout + result.stderr
     loose = {name: float(error) for name, error in re.findall(r"LOOSE +(\S+) rel=(\S+)", result.stdout)}

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from urllib.request import urlopen
@@ -20,6 +19,7 @@ from dico_t2i.commands.demo import launch as launch_page
 from dico_t2i.config import ConfigError
 from dico_t2i.report import write_report
 from dico_t2i.sampling.pipeline import load_pipeline
+from tests import forkserver
 from tests.browser import browser
 from tests.ports import free_port
 from tests.training.conftest import Runs, launch, shapes_data
@@ -174,7 +174,7 @@ def test_what_cannot_be_asked_for_is_said(pipeline, classes):
 def test_a_missing_package_is_said_before_anything_is_loaded(run):
     code = "import sys; sys.modules['gradio'] = None; from dico_t2i.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "demo", "--checkpoint", str(run)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = forkserver.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert "pip install 'dico_t2i[demo]'" in ended.stderr
 

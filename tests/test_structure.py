@@ -60,7 +60,7 @@ def test_every_room_stands_on_a_floor_of_the_picture():
     rooms = {room(module) for _, module in modules() if module != "__init__"}
     assert rooms == set().union(*FLOORS)
     page = (ROOT / "docs" / "architecture.md").read_text()
-    drawn = re.search(r"```text\n(.*?)```", page, re.DOTALL).group(1).splitlines()
+    drawn = re.search(r"```\n(\d: .*?)```", page, re.DOTALL).group(1).splitlines()
     lines = [set(line.split(":", 1)[1].split()) for line in drawn if re.match(r"\s*\d+:", line)]
     assert lines == [set(rooms) for rooms in reversed(FLOORS)]
     assert [name for name in rooms if f"**{name}" not in page] == []

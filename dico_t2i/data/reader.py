@@ -21,7 +21,7 @@ LOOK_AGAIN_S = 60.0  # before a shard that was lost is tried again
 _MAX_GAP = 4096  # bytes between the members of a sample that are read along; a tar header takes 512
 
 
-class _Span(NamedTuple):
+class _ByteRange(NamedTuple):
     """Where a member of a sample lies in the tar."""
 
     extension: str
@@ -37,13 +37,13 @@ class _Open:
         self.file, self.table = file, table
         columns = [c for c, name in enumerate(table.extensions) if wanted is None or name in wanted]
         self._names = [table.extensions[column] for column in columns]
-        self._spans = np.stack((table.offsets, table.sizes, table.crc32), axis=-1)[:, columns]
+        self._table_rows = np.stack((table.offsets, table.sizes, table.crc32), axis=-1)[:, columns]
         self._rows: dict[int, np.ndarray] = {}  # of each bucket asked for
 
-    def spans(self, row: int) -> list[_Span]:
+    def ranges(self, row: int) -> list[_ByteRange]:
         """Where the wanted members of a sample lie."""
-        found = zip(self._names, self._spans[row].tolist(), strict=True)
-        return [_Span(name, *span) for name, span in found if span[0] >= 0]
+        found = zip(self._names, self._table_rows[row].tolist(), strict=True)
+        return [_ByteRange(name, *part) for name, part in found if part[0] >= 0]
 
     def row(self, member: int, bucket: int | None) -> int:
         """The row in the table of a member of the shard, or of a bucket in it. Raises IndexError."""
@@ -125,12 +125,12 @@ class ShardReader:
         if self._quarantine and key in (self._quarantine.get(shard) or ()):
             raise QuarantinedError(name, key, "is in quarantine")
         sample: dict[str, Any] = {"__key__": key}
-        spans = opened.spans(row)
-        for span, data in zip(spans, _read_spans(opened.file, spans), strict=True):
-            if len(data) != span.size or zlib.crc32(data) != span.crc32:
+        ranges = opened.ranges(row)
+        for part, data in zip(ranges, _read_ranges(opened.file, ranges), strict=True):
+            if len(data) != part.size or zlib.crc32(data) != part.crc32:
                 self._forget(shard)  # the next read opens what has this name then
-                raise SampleError(name, key, f"checksum of {span.extension} at byte {span.offset} is wrong")
-            sample[span.extension] = data
+                raise SampleError(name, key, f"checksum of {part.extension} at byte {part.offset} is wrong")
+            sample[part.extension] = data
         return sample
 
     def close(self) -> None:
@@ -153,13 +153,13 @@ class ShardReader:
             self._open.pop(shard).file.close()
 
 
-def _read_spans(file: BinaryIO, spans: list[_Span]) -> list[bytes]:
+def _read_ranges(file: BinaryIO, ranges: list[_ByteRange]) -> list[bytes]:
     """The bytes of each, in one read where they lie close together."""
-    if not spans:
+    if not ranges:
         return []
-    low = min(span.offset for span in spans)
-    high = max(span.offset + span.size for span in spans)
-    if high - low > sum(span.size for span in spans) + _MAX_GAP * len(spans):
-        return [os.pread(file.fileno(), span.size, span.offset) for span in spans]
+    low = min(part.offset for part in ranges)
+    high = max(part.offset + part.size for part in ranges)
+    if high - low > sum(part.size for part in ranges) + _MAX_GAP * len(ranges):
+        return [os.pread(file.fileno(), part.size, part.offset) for part in ranges]
     data = os.pread(file.fileno(), high - low, low)
-    return [data[span.offset - low : span.offset - low + span.size] for span in spans]
+    return [data[part.offset - low : part.offset - low + part.size] for part in ranges]

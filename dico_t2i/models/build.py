@@ -1,29 +1,19 @@
 """The network that a config describes."""
 
-from dico_t2i.config import DiCoConfig, DiTConfig, MMDiTConfig, NetworkConfig, PixArtConfig, UViTConfig
+from importlib import import_module
+
+from dico_t2i.config import DiCoConfig, NetworkConfig
 from dico_t2i.models.dico import DiCo
 from dico_t2i.models.network import Network
 
 
 def build_network(config: NetworkConfig) -> Network:
-    """A fresh network on the current device; peers are imported when they are asked for."""
-    match config:
-        case DiCoConfig():
-            return DiCo(config)
-        case DiTConfig():
-            from dico_t2i.models.peers.dit import DiT
+    """A fresh network on the current device.
 
-            return DiT(config)
-        case UViTConfig():
-            from dico_t2i.models.peers.uvit import UViT
-
-            return UViT(config)
-        case PixArtConfig():
-            from dico_t2i.models.peers.pixart import PixArt
-
-            return PixArt(config)
-        case MMDiTConfig():
-            from dico_t2i.models.peers.mmdit import MMDiT
-
-            return MMDiT(config)
-    raise TypeError(f"{type(config).__name__} describes no network")
+    A peer is the class NETWORK of the module of ``models.peers`` that bears the name of its kind; it is imported when
+    it is asked for.
+    """
+    if isinstance(config, DiCoConfig):
+        return DiCo(config)
+    network: Network = import_module(f"dico_t2i.models.peers.{config.kind}").NETWORK(config)
+    return network

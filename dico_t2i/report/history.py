@@ -19,8 +19,8 @@ _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "f
 
 
 @dataclass(slots=True)
-class Bucket:
-    """Reports in a row."""
+class Stretch:
+    """Reports in a row, as one point of a curve."""
 
     first: int  # step
     last: int
@@ -46,51 +46,51 @@ class Curve:
 
     def __init__(self, points: int = POINTS) -> None:
         self._points, self._width = points, 1
-        self._buckets: list[Bucket] = []
+        self._stretches: list[Stretch] = []
 
     def add(self, step: int, value: float) -> None:
         """One report; what is not finite is left out."""
         if not math.isfinite(value):
             return
-        while self._buckets and self._buckets[-1].first >= step:
-            self._buckets.pop()
-        if self._buckets and self._buckets[-1].count < self._width:
-            self._buckets[-1].add(step, value, value, value, 1)
+        while self._stretches and self._stretches[-1].first >= step:
+            self._stretches.pop()
+        if self._stretches and self._stretches[-1].count < self._width:
+            self._stretches[-1].add(step, value, value, value, 1)
         else:
-            self._buckets.append(Bucket(step, step, value, value, value, 1))
-        if len(self._buckets) > self._points:
+            self._stretches.append(Stretch(step, step, value, value, value, 1))
+        if len(self._stretches) > self._points:
             self._halve()
 
     def rows(self) -> list[list[float]]:
         """[step, mean], or where reports were put together [step, mean, lowest, highest]; six digits."""
-        merged = any(bucket.count > 1 for bucket in self._buckets)
+        merged = any(stretch.count > 1 for stretch in self._stretches)
         return [
             [(b.first + b.last) / 2, *map(_rounded, (b.total / b.count, *((b.low, b.high) if merged else ())))]
-            for b in self._buckets
+            for b in self._stretches
         ]
 
     @property
     def is_zero(self) -> bool:
-        return all(bucket.low == bucket.high == 0 for bucket in self._buckets)
+        return all(stretch.low == stretch.high == 0 for stretch in self._stretches)
 
     @property
     def newest(self) -> float | None:
-        return self._buckets[-1].total / self._buckets[-1].count if self._buckets else None
+        return self._stretches[-1].total / self._stretches[-1].count if self._stretches else None
 
     @property
     def lowest(self) -> float | None:
-        return min((bucket.low for bucket in self._buckets), default=None)
+        return min((stretch.low for stretch in self._stretches), default=None)
 
     @property
     def median(self) -> float | None:
-        means = sorted(bucket.total / bucket.count for bucket in self._buckets)
+        means = sorted(stretch.total / stretch.count for stretch in self._stretches)
         return means[len(means) // 2] if means else None
 
     def _halve(self) -> None:
-        pairs = self._buckets[::2]
-        for first, second in zip(pairs, self._buckets[1::2], strict=False):
+        pairs = self._stretches[::2]
+        for first, second in zip(pairs, self._stretches[1::2], strict=False):
             first.add(second.last, second.total, second.low, second.high, second.count)
-        self._buckets, self._width = pairs, 2 * self._width
+        self._stretches, self._width = pairs, 2 * self._width
 
 
 @dataclass

@@ -25,7 +25,6 @@ class Draw:
     """Drawn captions in order of sampling, and what they were drawn from."""
 
     image_ids: tuple[int, ...]
-    annotation_ids: tuple[int, ...]
     captions: tuple[str, ...]
     files: tuple[str, ...]  # of the drawn images
     all_files: tuple[str, ...]  # of all annotated images, by id
@@ -56,7 +55,6 @@ def draw(file: Path, prompts: Prompts) -> Draw:
     source = {"captions_sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "drawn_sha256": digest([chosen, ids])}
     return Draw(
         tuple(chosen),
-        ids,
         tuple(captions[i][1] for i in chosen),
         tuple(names[i] for i in chosen),
         tuple(names[i] for i in sorted(names)),

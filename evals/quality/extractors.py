@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dico_t2i.encoders.local import file_hash, reading, resolve
-from evals.quality.features import CLIP, DINO, LOGITS, POOL, SPATIAL
-from evals.quality.metrics import POOL_DIMENSION
+from evals.quality.features import CLIP, DINO, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION
 from evals.quality.protocol import TORCHSCRIPT, Extractor, Resize
 from evals.quality.weights import Weights
 
 Image = NDArray[np.uint8]
 
-SPATIAL_DIMENSION = 7 * 17 * 17
 
 _SIZE = 299
 _CLASSES = 1008

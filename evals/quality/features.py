@@ -12,6 +12,8 @@ from dico_t2i.config import Section
 
 POOL, SPATIAL, LOGITS, DINO, CLIP = "pool", "spatial", "logits", "dinov2", "clip"
 INCEPTION = "inception"
+POOL_DIMENSION = 2048
+SPATIAL_DIMENSION = 7 * 17 * 17
 
 
 class Feature(NamedTuple):
@@ -33,7 +35,10 @@ FEATURES = {
 
 
 class Models(Section):
-    """Hub ids or folders of the networks beside the FID Inception; each is an option of the command lines, too."""
+    """Hub ids or folders of the networks beside the FID Inception; each is an option of the command lines, too.
+
+    Protocols hold these keys. One that is added is excluded at its default (``exclude_if``), so that their hashes stay.
+    """
 
     clip: str = Field(default="timm/vit_large_patch14_clip_224.openai", description="the CLIP model of the CLIP score")
     dinov2: str = Field(default="facebook/dinov2-large", description="DINOv2")

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from evals.quality.features import CLIP, DINO, FEATURES, LOGITS, POOL, SPATIAL
+from evals.quality.features import CLIP, DINO, FEATURES, LOGITS, POOL, POOL_DIMENSION, SPATIAL
 
 if TYPE_CHECKING:
     from evals.quality.feature_sets import FeatureSet
     from evals.quality.protocol import Scoring
 
-POOL_DIMENSION = 2048  # of the FID Inception's pooled features
 _ENOUGH = 5 * POOL_DIMENSION  # samples for a line through FIDs of part of them: fewer bend it
 
 Numbers = dict[str, float]

@@ -18,11 +18,10 @@ from dico_t2i.files import write_atomically
 from dico_t2i.training.ranks.distributed import World
 from evals.quality.chunks import Chunks, meet
 from evals.quality.distances import Gaussian
-from evals.quality.extractors import SPATIAL_DIMENSION, Features
+from evals.quality.extractors import Features
 from evals.quality.feature_sets import FeatureSet, collect
-from evals.quality.features import FEATURES, LOGITS, POOL, SPATIAL
+from evals.quality.features import FEATURES, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION
 from evals.quality.images import Crop, ImageSet, npz_members, open_images
-from evals.quality.metrics import POOL_DIMENSION
 from evals.quality.protocol import Extractor, digest
 
 _PATIENCE_S = 86400.0  # for another job that makes the same reference

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from evals.quality.feature_sets import FeatureSet
-from evals.quality.features import FEATURES, INCEPTION
-from evals.quality.metrics import METRICS, POOL_DIMENSION, Numbers, Sets
+from evals.quality.features import FEATURES, INCEPTION, POOL_DIMENSION
+from evals.quality.metrics import METRICS, Numbers, Sets
 from evals.quality.protocol import Scoring
 
 

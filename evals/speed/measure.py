@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dico_t2i.plan.trace import Pass
 
+SHAPES = ((128, 32), (256, 16), (512, 8), (416, 32), (832, 16), (1664, 8))  # channels, side: of DiCo-S and DiCo-XL
 _WARM_UPS = {"cuda": 3, "cpu": 1}  # to compile, to choose kernels, to make the optimizer's state
 _SHORTEST_ROUND_S = 0.2  # of a GPU: short work is repeated, so that launches and clocks even out
 

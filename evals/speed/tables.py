@@ -1,5 +1,6 @@
 """What evals/throughput.py found, as tables for the terminal and for docs/performance.md, a picture, and JSON."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,14 +59,16 @@ def rows(findings: Sequence[Finding], peak: float) -> Iterator[tuple[str, ...]]:
 
 def _ratio(finding: Finding, other: Result) -> str:
     each = sorted(ratios(finding, other))
-    return f"{_median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
+    return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
 
 
 def _goal(finding: Finding, result: Result, is_ours: bool) -> str:
     goal = finding.goal
     if not is_ours:
         wanted = goal.ratio.get(result.name)
-        return "" if wanted is None else _verdict(f"{wanted:.3g}x", _median(ratios(finding, result)) >= wanted)
+        return (
+            "" if wanted is None else _verdict(f"{wanted:.3g}x", statistics.median(ratios(finding, result)) >= wanted)
+        )
     told = []
     if goal.images_per_s:
         told.append(_verdict(f"{goal.images_per_s:,.0f} images/s", result.images_per_s >= goal.images_per_s))
@@ -82,12 +85,6 @@ def _short(value: float) -> str:
 
 def _verdict(goal: str, reached: bool) -> str:
     return f"{goal}: {'reached' if reached else 'not reached'}"
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def table(findings: Sequence[Finding], peak: float) -> Table:
@@ -137,7 +134,7 @@ def as_json(setting: dict[str, Any], findings: Sequence[Finding], peak: float) -
                 **asdict(r),
                 "images_per_s": r.images_per_s,
                 "median_s": r.median,
-                "times_ours": _median(ratios(finding, r)),
+                "times_ours": statistics.median(ratios(finding, r)),
             }
             for r in finding.results
         ]

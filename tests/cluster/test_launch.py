@@ -16,6 +16,7 @@ from cluster import slurm as commands
 from cluster.state import read_state
 from dico_t2i.runs.checkpoint import newest_checkpoint, read_weights
 from dico_t2i.runs.log import json_lines
+from tests import forkserver
 from tests.training.conftest import TINY, launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ class Workplace:
 
     def call(self, script: str, *arguments: str, code: int = 0, **environment: str) -> str:
         """The output of a script of cluster/; asserts its exit code."""
-        answer = subprocess.run(
+        answer = forkserver.run(
             [sys.executable, str(ROOT / "cluster" / script), *arguments],
             capture_output=True,
             text=True,
@@ -61,7 +62,7 @@ class Workplace:
     def train_undisturbed(self, name: str) -> None:
         """The same run under torchrun, on as many ranks."""
         arguments = ["--config", str(self.config), "--runs", str(self.runs), f"name={name}"]
-        process = launch(2, "-m", "dico_t2i", "train", *arguments)
+        process = launch(2, "-m", "dico_t2i", "train", *arguments, fork=False)
         output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, output
 

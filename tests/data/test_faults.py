@@ -24,6 +24,7 @@ from dico_t2i.data.loader import make_loader
 from dico_t2i.data.order import Order
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.writer import ShardWriter
+from tests import forkserver
 
 SAMPLES, SHARD, STREAMS, BATCH = 240, 60, 4, 8  # each stream lies in one shard
 
@@ -248,6 +249,7 @@ def test_a_worker_that_stalls_is_named_with_what_it_owes(index, monkeypatch):
 
 ORPHANS = """
 import sys, time
+sys.path[:0] = sys.argv[2:]
 from test_faults import loader
 from dico_t2i.data import load_index
 
@@ -259,9 +261,8 @@ time.sleep(60)
 
 
 def test_a_worker_does_not_outlive_a_parent_that_is_killed(index):
-    paths = os.pathsep.join((str(Path(__file__).parent), *sys.path))
-    command = [sys.executable, "-c", ORPHANS, str(index.root)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
+    command = [sys.executable, "-c", ORPHANS, str(index.root), str(Path(__file__).parent), *sys.path]
+    parent = forkserver.Popen(command, stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()

@@ -21,6 +21,7 @@ from dico_t2i.data.loader import make_loader
 from dico_t2i.data.order import Order
 from dico_t2i.data.sample import captions_of
 from dico_t2i.data.writer import ShardWriter
+from tests import forkserver
 
 SAMPLES, STREAMS, BATCH = 60, 4, 8
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -310,7 +311,7 @@ next(batches)
 print(*children(), flush=True)
 {end}
 """
-    ended = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=120)
+    ended = forkserver.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=120)
     workers = [int(worker) for worker in ended.stdout.split()]
     assert len(workers) == 2
     for _ in range(600):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from data_prep import duplicates, hashes, quarantine
-from data_prep.quarantine import Entry
+from data_prep import duplicates
+from data_prep.checking import hashes, quarantine
+from data_prep.checking.quarantine import Entry
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.writer import ShardWriter
 from tests.shards import image_bytes

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from data_prep import captions
-from data_prep.filters import Dropped, Filters, add_filter_options, filters_of
+from data_prep.importing import captions
+from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import latents, quarantine
-from data_prep.quarantine import Entry
+from data_prep import latents
+from data_prep.checking import quarantine
+from data_prep.checking.quarantine import Entry
 from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
 from dico_t2i.data.buckets import assign_buckets
 from dico_t2i.data.decode import decode_image, decode_moments
@@ -26,6 +27,7 @@ from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.sources import make_order
 from dico_t2i.data.writer import ShardWriter
 from dico_t2i.encoders import load_autoencoder, load_text_encoder
+from tests import forkserver
 from tests.faults.test_disk import fill, small_disk
 from tests.shards import tar_bytes
 from tests.small_models import save_autoencoder
@@ -223,12 +225,12 @@ def many(tmp_path: Path) -> Path:
 def test_killed_in_the_middle_and_started_again_the_shards_are_the_same(many: Path, autoencoder: Path) -> None:
     # Processes all: in this one, with what other tests have left behind, torch may add up in another order.
     command = [sys.executable, "data_prep/latents.py", *_arguments(many, autoencoder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    forkserver.run(command, check=True, stdout=subprocess.DEVNULL)
     out = many.parent / "latents"
     whole = tar_bytes(out)
     out.rename(many.parent / "undisturbed")
     for kill_at in (2, 5):
-        job = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        job = forkserver.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while len(list(out.glob("*.tar"))) < kill_at and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -238,7 +240,7 @@ def test_killed_in_the_middle_and_started_again_the_shards_are_the_same(many: Pa
         assert kill_at <= len(made)
         assert made.items() <= whole.items()  # finished shards are whole
     assert len(made) < len(whole)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    forkserver.run(command, check=True, stdout=subprocess.DEVNULL)
     assert tar_bytes(out) == whole
     assert not list(out.glob(".*"))
     assert load_index(out).meta == load_index(many.parent / "undisturbed").meta

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from data_prep import pipeline
-from data_prep.filters import Filters
 from data_prep.folder import Listed
-from data_prep.pipeline import Options, convert
-from data_prep.report import Report
-from data_prep.tables import stretches
+from data_prep.importing import conversion
+from data_prep.importing.conversion import Options, convert
+from data_prep.importing.filters import Filters
+from data_prep.importing.report import Report
+from data_prep.importing.tables import stretches
 from data_prep.webdataset_shards import Archive
 from dico_t2i.data.shard import index_shard
 from tests.shards import image_bytes
@@ -67,7 +67,7 @@ def check(unit: Any, number: int, out: Path, least: int) -> Report:
     assert isinstance(report, Report)
     samples = {name: n for name, n in report.counts.items() if not name.startswith("captions ")}
     assert report.kept + sum(samples.values()) == report.seen >= least
-    written = index_shard(out / pipeline.shard_name(number))
+    written = index_shard(out / conversion.shard_name(number))
     assert (len(written), written.damage) == (report.kept, ())
     return report
 

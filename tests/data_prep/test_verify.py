@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import latents, quarantine, shapes, verify
-from data_prep.quarantine import DUPLICATE, Entry
+from data_prep import latents, shapes, verify
+from data_prep.checking import quarantine
+from data_prep.checking.quarantine import DUPLICATE, Entry
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import load_index
 from dico_t2i.data.writer import ShardWriter

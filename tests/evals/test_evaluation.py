@@ -23,6 +23,7 @@ from evals.quality.generation import find_subject
 from evals.quality.images import open_images
 from evals.quality.protocol import load_protocol
 from evals.quality.weights import Weights
+from tests import forkserver
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ NUMBERS = {"fid", "sfid", "is", "is_std", "precision", "recall", "kid", "kid_std
 
 
 def python(*arguments: str | Path) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forkserver.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -114,7 +115,7 @@ def test_two_ranks_killed_half_way_give_the_same_numbers(
     _, _, alone = evaluated
     cache, out = tmp_path / "cache", tmp_path / "results"
     command = [sys.executable, *ranks(2), *coco_command(run, cache, out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = forkserver.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not list(out.rglob("chunk-*.safetensors")):
         assert process.poll() is None
         time.sleep(0.1)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from data_prep import shapes
+from tests.forkserver import Popen
 from tests.ports import free_port
 
 TINY = {
@@ -35,12 +36,13 @@ TINY = {
 }
 
 
-def launch(ranks: int, *command: str, **options) -> subprocess.Popen:
-    """Start a module or script on several ranks under torchrun, output to a pipe."""
+def launch(ranks: int, *command: str, fork: bool = True, **options) -> subprocess.Popen:
+    """Start a module or script on several ranks under torchrun, output to a pipe; forked, or as a user starts it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     torchrun += ["--master-port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    start = Popen if fork else subprocess.Popen
+    return start(
         [*(torchrun if ranks > 1 else [sys.executable]), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -62,9 +64,9 @@ class Runs:
         base = ["-m", "dico_t2i", "train", "--config", str(self.config), "--runs", str(self.folder)]
         return [*base, f"name={name}", *overrides]
 
-    def train(self, name: str, *overrides: str, ranks: int = 1, code: int = 0) -> str:
+    def train(self, name: str, *overrides: str, ranks: int = 1, code: int = 0, fork: bool = True) -> str:
         """Train to the end; returns the output. Asserts the exit code."""
-        process = launch(ranks, *self.command(name, *overrides))
+        process = launch(ranks, *self.command(name, *overrides), fork=fork)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == code, output
         return output

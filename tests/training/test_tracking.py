@@ -1,6 +1,5 @@
 import json
 import struct
-import subprocess
 import sys
 import time
 
@@ -8,6 +7,7 @@ import pytest
 
 from dico_t2i.config import load_config
 from dico_t2i.training.observers.tracking import Tracking, log_evaluation
+from tests import forkserver
 
 SETTINGS = ("log.wandb=offline", "log.tensorboard=true", "log.wandb_artifacts=true", "train.duration.steps=12")
 PREVIEW = ("preview.every.steps=6", "preview.prompts=[a red circle]", "preview.sampler.steps=2")
@@ -187,7 +187,7 @@ def test_a_tracker_that_fails_is_turned_off_and_the_others_go_on(runs, capsys):
 def test_tensorboard_missing_is_an_error_before_anything_else(runs):
     code = "import sys; sys.modules['tensorboard'] = None; from dico_t2i.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *runs.command("tiny", "log.tensorboard=true")[2:]]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = forkserver.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert "pip install 'dico_t2i[tensorboard]'" in ended.stderr
     assert not (runs.folder / "tiny").exists()

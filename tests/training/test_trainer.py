@@ -54,7 +54,8 @@ def test_bf16_trains_on_two_ranks(runs):
 
 
 def test_metrics_previews_and_config_are_in_the_run_folder(runs):
-    runs.train("full", "preview.every.steps=4", "preview.prompts=[a red circle, a blue square, a green cross]", ranks=2)
+    preview = ("preview.every.steps=4", "preview.prompts=[a red circle, a blue square, a green cross]")
+    runs.train("full", *preview, ranks=2, fork=False)
     folder = runs.folder / "full"
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step-00000004.png", "step-00000008.png"]
     assert load_config(folder / "config.yaml").name == "full"

@@ -56,3 +56,6 @@ class DiT(Transformer):
             x = self.run(block, x, condition)
         shift, scale = self.head_modulation(condition).chunk(2, dim=-1)
         return unpatch(self.head(norm_modulate(x, shift, scale)), self.config.patch_size)
+
+
+NETWORK = DiT

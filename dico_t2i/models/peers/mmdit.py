@@ -28,3 +28,6 @@ class MMDiT(OfDiffusers):
         return self.transformer(
             x.to(dtype), encoder_hidden_states=cond, pooled_projections=pooled, timestep=t, return_dict=False
         )[0]
+
+
+NETWORK = MMDiT

@@ -32,3 +32,6 @@ class PixArt(OfDiffusers):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
+
+
+NETWORK = PixArt

@@ -71,3 +71,6 @@ class UViT(Transformer):
                 skips.append(x)
         x = self.head(self.norm(x)[:, -H * W :])
         return self.smooth(unpatch(x.reshape(N, H, W, -1), self.config.patch_size))
+
+
+NETWORK = UViT

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from data_prep.captions import clean, oddity
+from data_prep.importing.captions import clean, oddity
 from dico_t2i.data.decode import MAX_PIXELS
 
 Value = TypeVar("Value")

@@ -20,17 +20,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from data_prep.captions import clean
-from data_prep.common import claim, in_parallel, progress_bar, remove_leftovers
-from data_prep.filters import Dropped, Filters, add_filter_options, filters_of
-from data_prep.report import Report, draw_histograms, draw_samples
-from dico_t2i.command import part
+from data_prep.common import claim, in_parallel, remove_leftovers
+from data_prep.importing.captions import clean
+from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
+from data_prep.importing.report import Report, draw_histograms, draw_samples
+from dico_t2i.command import part, progress_bar
 from dico_t2i.data.decode import IMAGE_FORMATS, MAX_PIXELS, decode_image
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import write_index
 from dico_t2i.data.writer import ShardFile
 
 Crop = Literal["center", "resize", "none"]
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of image files to look for
 MAX_FILE = 1 << 28  # bytes of an image file
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte with --crop none, under these names
 _LOOKED_AT = 64  # pixels
