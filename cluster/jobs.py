@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,15 @@ def executor(
         stderr_to_stdout=True,
         use_srun=False,
         setup=setup,
-        additional_parameters={
-            "requeue": True,
-            **{key.replace("-", "_"): value for key, value in cluster.sbatch.items()},
-        },
+        additional_parameters=_further({"requeue": True, **cluster.sbatch}),
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return made
+
+
+def _further(options: Mapping[str, str | bool]) -> dict[str, str | bool]:
+    """Options of sbatch as submitit takes them; one that is false is left out."""
+    return {key.replace("-", "_"): value for key, value in options.items() if value is not False}
 
 
 def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -> list[Submitted]:

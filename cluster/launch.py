@@ -30,7 +30,8 @@ from cluster.preflight import problems
 from cluster.state import holder, measured_pause
 from cluster.supervisor import TrainJob
 from dico_t2i.command import run, script_parser
-from dico_t2i.config import ClusterConfig, Config, dump_config, load_config
+from dico_t2i.config import ClusterConfig, Config, dump_config, load_config, read_yaml
+from dico_t2i.text_lines import read_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +72,27 @@ def _configs(arguments: argparse.Namespace) -> list[Config]:
     """Of the run, or of each run of the sweep."""
     if arguments.sweep is None:
         return [_config(arguments, [])]
-    try:
-        entries = yaml.safe_load(arguments.sweep.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--sweep {arguments.sweep}: not valid YAML: {error}") from None
-    if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
-        raise ValueError(f"--sweep {arguments.sweep}: expected names with lists of key.path=value each")
     base = load_config(arguments.config, arguments.overrides).name
-    return [_config(arguments, [f"name={base}-{key}", *map(str, entry)]) for key, entry in entries.items()]
+    entries = _sweep(arguments.sweep)
+    configs = [_config(arguments, [f"name={base}-{key}", *entry]) for key, entry in entries.items()]
+    names = [config.name for config in configs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"--sweep {arguments.sweep}: two entries make the run {twice}; leave name= out of them")
+    return configs
+
+
+def _sweep(file: Path) -> dict[str, list[str]]:
+    """The overrides of each run by its name. Raises ValueError for anything else, and for no runs."""
+    try:
+        entries = read_yaml(read_text(file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--sweep {file}: not valid YAML: {error}") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
+        raise ValueError(f"--sweep {file}: expected names with lists of key.path=value each")
+    if not entries:
+        raise ValueError(f"--sweep {file}: no runs in it; expected names with lists of key.path=value each")
+    return {str(key): [str(change) for change in entry] for key, entry in entries.items()}
 
 
 def _config(arguments: argparse.Namespace, more: list[str]) -> Config:

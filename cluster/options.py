@@ -3,11 +3,9 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from dico_t2i.config import ClusterConfig, read_cluster
+from dico_t2i.text_lines import check_text
 
 _PROFILE_VARIABLE = "DICO_CLUSTER"
 
@@ -46,11 +44,12 @@ def chosen_cluster(arguments: argparse.Namespace, below: ClusterConfig | None = 
     return read_cluster(None, {"sbatch": {**cluster.sbatch, **_pairs(arguments.sbatch)}}, cluster)
 
 
-def _pairs(texts: list[str]) -> dict[str, Any]:
-    pairs = {}
+def _pairs(texts: list[str]) -> dict[str, str | bool]:
+    """Each value is text as typed; an option without one is True."""
+    pairs: dict[str, str | bool] = {}
     for text in texts:
-        key, equals, value = text.partition("=")
+        key, equals, value = check_text(text, "--sbatch").partition("=")
         if not key:
             raise ValueError(f"--sbatch {text!r}: expected KEY=VALUE, such as reservation=lab")
-        pairs[key.lstrip("-")] = yaml.safe_load(value) if equals else True
+        pairs[key.lstrip("-")] = value if equals else True
     return pairs

@@ -24,6 +24,9 @@ _WORDS = {
     "StrictBool": "true or false",
     "StrictInt": "integer",
     "StrictStr": "text",
+    "Text": "text",
+    "AnyText": "text",
+    "Flag": "true or false",
     "str": "text",
     "None": "none",
 }
@@ -36,6 +39,24 @@ A config is a YAML file; `extends: other.yaml` takes another's keys first. `key.
 any key. An unknown key, a wrong type or an impossible combination is an error that names it, before anything starts.
 A key without a default must be given. `model.kind` chooses the network (docs/networks.md): DiCo where it is left out.
 `model.variant: DiCo-S` (or B, L, XL, H) stands for width, depths and FFN ratio, `DiT-XL/2` and the like for a peer's.
+
+## How values are read
+
+Files, `key.path=value`, cluster profiles and sweeps are read by the rules of YAML 1.2, in UTF-8 (or as a byte-order
+mark says), and a key that is given twice is an error.
+
+| written | what it is |
+| --- | --- |
+| `12`, `-3`, `1.5`, `1e-4`, `.inf` | a number; numbers are decimal |
+| `010`, `0x1F`, `1_000`, `1:30`, `2026-12-01` | text; an error where a key takes a whole number |
+| `true`, `false` (also `True`, `TRUE`, ...) | true, false |
+| `on`, `off`, `yes`, `no` | text: `train.compile=off`; where a key takes true or false they mean these |
+| `null`, `~`, nothing | none |
+
+A key that takes text keeps a number as it is written: `name=0123`, `cluster.time=90`, `data.path=1e5`. The entries of
+`cluster.env` are text whatever they look like. What SLURM gets is what you typed: the value of `--sbatch KEY=VALUE`
+is not read as YAML at all; in a profile's `sbatch:`, `true` is an option without a value and `false` leaves one out.
+On the command line ` #` begins no comment.
 """
 
 

@@ -36,6 +36,7 @@ from dico_t2i.config.networks import (
 from dico_t2i.config.process import SAMPLER_NAMES, SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import GuardConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from dico_t2i.config.tree import Config
+from dico_t2i.config.yaml12 import AnyText, Text, read_yaml
 
 __all__ = [
     "DIT_VARIANTS",
@@ -43,6 +44,7 @@ __all__ = [
     "SAMPLER_NAMES",
     "UVIT_VARIANTS",
     "VARIANTS",
+    "AnyText",
     "AutoencoderConfig",
     "CacheConfig",
     "ClusterConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "SeededTower",
     "SizedConfig",
     "Span",
+    "Text",
     "TextEncoderConfig",
     "TextTowerConfig",
     "TrainConfig",
@@ -81,4 +84,5 @@ __all__ = [
     "parse_config",
     "parse_section",
     "read_cluster",
+    "read_yaml",
 ]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import (
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import StrictBool, model_validator
 
 from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Section
+from dico_t2i.config.yaml12 import AnyText, Flag, Text
 
 
 class HardwareConfig(Section):
     """What `dico plan` reckons with: one device, and the wires between them. Decimal units."""
 
-    name: str = "H100"
+    name: Text = "H100"
     memory_gb: PositiveFloat = 80.0
     peak_tflops: PositiveFloat = 650.0  # of bf16 matrix products, as measured rather than as advertised
     memory_gb_s: PositiveFloat = 2900.0
@@ -34,31 +27,25 @@ class ClusterConfig(Section):
     gpus_per_node: NonNegative = 8  # 0: train on CPUs
     tasks_per_node: Positive | None = None  # none: one per GPU, or one on a node without
     cpus_per_task: Positive = 8
-    mem: str | None = None  # of a node, as sbatch understands it: 400G; 0 is all
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time: str = "24:00:00"  # limit, as sbatch understands it: minutes, H:M:S or days-H:M:S
-    exclusive: StrictBool = False
-    sbatch: dict[str, StrictStr | StrictInt | StrictBool] = {}  # further options: {reservation: lab, mail-user: me}
-    srun: tuple[str, ...] = ()  # further options of srun: [--mpi=none]
-    cpu_bind: str | None = None  # of srun: cores, none, ...
-    setup: tuple[str, ...] = ()  # lines of shell before anything else: module load, source ...
-    env: dict[str, StrictStr | StrictInt] = {}  # of every rank: {NCCL_SOCKET_IFNAME: ib0}
-    container: str | None = None  # an image for srun --container-image (pyxis)
-    container_mounts: tuple[str, ...] = ()
-    python: str | None = None  # on the nodes; none: the one that launches
+    mem: Text | None = None  # of a node, as sbatch understands it: 400G; 0 is all
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
+    time: Text = "24:00:00"  # limit, as sbatch understands it: minutes, H:M:S or days-H:M:S
+    exclusive: Flag = False
+    # Further options, as typed: {reservation: lab, mail-user: me}; true: one without a value, false: left out.
+    sbatch: dict[str, AnyText | StrictBool] = {}
+    srun: tuple[Text, ...] = ()  # further options of srun: [--mpi=none]
+    cpu_bind: Text | None = None  # of srun: cores, none, ...
+    setup: tuple[Text, ...] = ()  # lines of shell before anything else: module load, source ...
+    env: dict[str, AnyText] = {}  # of every rank, as typed: {NCCL_SOCKET_IFNAME: ib0}
+    container: Text | None = None  # an image for srun --container-image (pyxis)
+    container_mounts: tuple[Text, ...] = ()
+    python: Text | None = None  # on the nodes; none: the one that launches
     signal_lead_s: Positive | None = None  # before the time limit; none: from measured saves and steps
     max_requeues: NonNegative = 100
     hardware: HardwareConfig = HardwareConfig()
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _quoted(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError(f'put it in quotes, "24:00:00" or "90" (minutes): YAML has made the number {value} of it')
-        return value
 
     @property
     def ranks_per_node(self) -> int:

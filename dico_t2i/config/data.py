@@ -4,42 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    StrictBool,
-    StrictStr,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from dico_t2i.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from dico_t2i.config.yaml12 import Flag, Text
 
 
 class SourceConfig(Section):
     """One of the data sets of a mixture."""
 
-    path: str
-    name: Annotated[StrictStr, Field(pattern=r"^[\w.-]+$")]  # in metrics and messages
+    path: Text
+    name: Annotated[Text, Field(pattern=r"^[\w.-]+$")]  # in metrics and messages
     weight: PositiveFloat = 1.0  # its share of the samples is this over the sum of all, exactly
 
 
 class CacheConfig(Section):
     """Local copies of the shards that are read, the least recently used ones deleted first; shared by a node."""
 
-    path: str
+    path: Text
     max_gb: PositiveFloat  # of 1e9 bytes
 
 
 class DataConfig(Section):
     """Shards to train on, and the order of their samples."""
 
-    path: str | None = None  # a folder, or a URL that fsspec reads: http://..., s3://...
+    path: Text | None = None  # a folder, or a URL that fsspec reads: http://..., s3://...
     mixture: tuple[SourceConfig, ...] = ()  # instead of path
     cache: CacheConfig | None = None  # needed for URLs; useful for slow network folders
-    buckets: StrictBool = False  # batches of the shapes that the index gives, instead of squares
-    cached_text: StrictBool = False  # text features stored with the samples, instead of encoding captions
+    buckets: Flag = False  # batches of the shapes that the index gives, instead of squares
+    cached_text: Flag = False  # text features stored with the samples, instead of encoding captions
     image_size: Positive = 256  # pixels; of images and of the images behind latents
     crop: Literal["center", "resize"] = "center"  # raw images: centre crop, or squeeze to a square
-    flip: StrictBool = True
+    flip: Flag = True
     streams: Positive = 64  # fixed for a run: any number of ranks dividing it sees the same batches
     shuffle_block: Positive = 1024  # samples of a stream shuffled together
     workers: NonNegative = 4  # reader processes per rank

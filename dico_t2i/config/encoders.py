@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import (
-    StrictStr,
-    model_validator,
-)
+from pydantic import model_validator
 
 from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Section
+from dico_t2i.config.yaml12 import Text
 
 
 class AutoencoderConfig(Section):
     """The frozen map between images and latents."""
 
     kind: Literal["kl", "tiny", "pixels"] = "kl"
-    path: str = "stabilityai/sd-vae-ft-ema"  # a local folder or a hub id
+    path: Text = "stabilityai/sd-vae-ft-ema"  # a local folder or a hub id
     scale: PositiveFloat = 0.18215  # latents times this are what the network sees; 1 for tiny and pixels
 
     @model_validator(mode="before")
@@ -43,10 +41,10 @@ class TextTowerConfig(Section):
 
     kind: Literal["open_clip", "transformers", "t5"] = "transformers"  # the first two are CLIP's, by library
     # t5 and transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
-    model: str = "openai/clip-vit-large-patch14"
+    model: Text = "openai/clip-vit-large-patch14"
     # pretrained, or seeded: random frozen weights, for machines without any.
     weights: Literal["pretrained", "seeded"] = "pretrained"
-    pretrained: str = "openai"  # open_clip only: a tag it knows, or a file of weights
+    pretrained: Text = "openai"  # open_clip only: a tag it knows, or a file of weights
     tokens: Positive = 77  # to which captions are cut or padded; t5 alone takes other numbers than 77
     seeded: SeededTower = SeededTower()
 
@@ -71,7 +69,7 @@ class VisionEncoderConfig(Section):
     """A frozen image encoder, of which the features of patches are used."""
 
     kind: Literal["transformers", "timm"] = "transformers"
-    model: str = "facebook/dinov2-base"  # a local folder or a hub id
+    model: Text = "facebook/dinov2-base"  # a local folder or a hub id
     # pretrained, or seeded: random frozen weights, for machines without any.
     weights: Literal["pretrained", "seeded"] = "pretrained"
     image_size: Positive = 224  # pixels, square, that images are resized to; REPA: 224 for 256, 448 for 512
@@ -81,7 +79,7 @@ class VisionEncoderConfig(Section):
 class AlignmentConfig(Section):
     """REPA (Yu et al. 2024): features of a block of the network are drawn to those of an image encoder."""
 
-    block: StrictStr  # its path in the network: stages.middle.4 is the fifth of DiCo's middle stage
+    block: Text  # its path in the network: stages.middle.4 is the fifth of DiCo's middle stage
     encoder: VisionEncoderConfig = VisionEncoderConfig()
     weight: PositiveFloat = 0.5  # of the mean negative cosine similarity, in the loss
     hidden: Positive = 2048  # width of the projector, an MLP of three layers that trains with the network

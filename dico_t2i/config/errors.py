@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from dico_t2i.config.base import Section
 from dico_t2i.config.networks import NetworkConfig
@@ -24,9 +23,18 @@ def explain(error: ValidationError, root: type[Section]) -> str:
         elif item["type"] == "union_tag_invalid":
             key, message = f"{key}.kind", f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
         elif item["type"] != "missing" and item["type"] != "value_error":
-            message = f"{message}, found {item['input']!r}"
+            message = f"{message}, found {item['input']!r}{_numeral(item['input'])}"
         lines.append(f"  {key}: {message}" if key else f"  {message}")
     return "\n".join(lines)
+
+
+# What other languages, or YAML 1.1, read as numbers: 1:30, 010, 0x1F, 1_000.
+_NUMERAL = re.compile(r"[-+]?(?:\d+(?::\d+)+|0\d+|0[xob][0-9a-fA-F]+|\d[\d_]*_[\d_]*)")
+
+
+def _numeral(found: Any) -> str:
+    """The remedy for a number in another notation than the decimal one."""
+    return "; write a plain decimal number" if isinstance(found, str) and _NUMERAL.fullmatch(found) else ""
 
 
 def _resolve(loc: tuple[int | str, ...], section: type[Section]) -> tuple[list[int | str], type[Section]]:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    Discriminator,
-    StrictBool,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Tag, model_validator
 
 from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Probability, Section
+from dico_t2i.config.yaml12 import Flag, Text
 
 Stage = Literal["encoder1", "encoder2", "middle", "decoder2", "decoder1"]
 
@@ -52,17 +48,17 @@ class NetworkConfig(Section):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # sizes with a name, for `variant:` in a config
     stages: ClassVar[tuple[str, ...]] = ()  # of checkpoint_stages, most activations first
 
-    kind: str
+    kind: Text
     in_channels: Positive = 4
-    learn_sigma: StrictBool = True
+    learn_sigma: Flag = True
     condition: Literal["class", "text"] = "class"
     num_classes: Positive = 1000
     dropout_prob: Probability = 0.1  # of the condition, for guidance; 0 also drops the null class's row
     text_dim: Positive = 768  # of several encoders, that of the widest: the others are padded with zeros
     text_tokens: Positive = 77  # of all encoders together
-    pooled_text: StrictBool = False  # add a projection of the pooled text to the timestep embedding
+    pooled_text: Flag = False  # add a projection of the pooled text to the timestep embedding
     pooled_dim: Positive = 768
-    checkpoint_stages: tuple[str, ...] = ()  # stages that recompute activations in the backward pass
+    checkpoint_stages: tuple[Text, ...] = ()  # stages that recompute activations in the backward pass
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +106,7 @@ class DiCoConfig(NetworkConfig):
     # Tokens and width of each of several encoders: [[77, 768], [256, 1024]]. Each gets a layer to one common width.
     text_inputs: tuple[tuple[Positive, Positive], ...] = ()
     text_inputs_width: Positive | None = None  # that width; none: text_dim
-    text_mask: StrictBool = False  # tokens of zeros are padding (T5's): attention leaves them out
+    text_mask: Flag = False  # tokens of zeros are padding (T5's): attention leaves them out
     text_kernel: Literal[5, 7, 9, 11] = 9  # side of dwc's kernels; the last token repeats where tokens are fewer
     text_pooling: Literal["none", "attention"] = "none"  # dwc: learned pooling of the tokens to the kernels' taps
     # The switches of the paper's ablations (section 6; docs/networks.md). isotropic: patches of 2x2, one width for all.
@@ -247,7 +243,7 @@ class PixArtConfig(SizedConfig):
     kind: Literal["pixart"] = "pixart"
     condition: Literal["text"] = "text"
     pooled_text: Literal[False] = False
-    text_mask: StrictBool = False  # tokens of zeros are padding (T5's): attention leaves them out
+    text_mask: Flag = False  # tokens of zeros are padding (T5's): attention leaves them out
 
 
 class MMDiTConfig(SizedConfig):

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    StrictBool,
-    StrictInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StrictInt, field_validator, model_validator
 
 from dico_t2i.config.base import (
     BelowOne,
@@ -24,6 +18,7 @@ from dico_t2i.config.base import (
     Span,
 )
 from dico_t2i.config.process import SamplerConfig
+from dico_t2i.config.yaml12 import Flag, Text
 
 
 class OptimizerConfig(Section):
@@ -76,8 +71,8 @@ class CheckpointConfig(Section):
     every: Span = Span(minutes=30)
     keep_last: Positive = 3
     keep_every: Span | None = None  # these are never deleted
-    keep_best: StrictBool = False  # nor the one with the lowest mean loss since the save before it
-    background: StrictBool = True  # write while training goes on
+    keep_best: Flag = False  # nor the one with the lowest mean loss since the save before it
+    background: Flag = True  # write while training goes on
 
 
 class GuardConfig(Section):
@@ -91,16 +86,16 @@ class GuardConfig(Section):
 class LogConfig(Section):
     every: Span = Span(steps=50)
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
-    wandb_project: str = "dico_t2i"
-    wandb_artifacts: StrictBool = False  # at the end, the manifest (not the weights) of the newest checkpoint
-    tensorboard: StrictBool = False  # event files in the run folder; needs the package tensorboard
+    wandb_project: Text = "dico_t2i"
+    wandb_artifacts: Flag = False  # at the end, the manifest (not the weights) of the newest checkpoint
+    tensorboard: Flag = False  # event files in the run folder; needs the package tensorboard
 
 
 class PreviewConfig(Section):
     """Sample grids during training."""
 
     every: Span | None = None  # none: no grids
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Text, ...] = ()
     labels: tuple[NonNegative, ...] = ()
     sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)  # keys left out are as here
 
@@ -121,6 +116,6 @@ class ValidationConfig(Section):
     """The loss on held-out data, with the averaged weights, at fixed timesteps; see training/validation.py."""
 
     every: Span
-    path: str  # shards made like those of data.path, of other images
+    path: Text  # shards made like those of data.path, of other images
     samples: Positive = 2048  # at least so many: whole batches are taken
     bands: Positive = 8  # equal bands of timesteps, each seen at its middle

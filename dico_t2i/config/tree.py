@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import (
-    Field,
-    StrictStr,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from dico_t2i.config.base import ConfigError, NonNegative, Section
 from dico_t2i.config.cluster import ClusterConfig
@@ -26,12 +22,13 @@ from dico_t2i.config.training import (
     TrainConfig,
     ValidationConfig,
 )
+from dico_t2i.config.yaml12 import Text
 
 
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[StrictStr, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]  # of the run's folder
+    name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]  # of the run's folder
     seed: NonNegative = 0
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()

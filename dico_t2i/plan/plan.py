@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dico_t2i.config import Config, HardwareConfig
+from dico_t2i.config import Config, HardwareConfig, read_yaml
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
@@ -330,12 +330,10 @@ def _spread(config: Config) -> Iterator[list[str]]:
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:
     """The config with the values of some keys, checked as a whole."""
-    import yaml
-
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in changes.items():
         section, name = key.split(".")
-        tree[section][name] = yaml.safe_load(value) if isinstance(value, str) else value
+        tree[section][name] = read_yaml(value) if isinstance(value, str) else value
     return Config.model_validate(tree)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from dico_t2i.config import flatten
+from dico_t2i.config import flatten, read_yaml
 from dico_t2i.report.history import History, read_history
 from dico_t2i.runs.evaluations import read_evaluations
+from dico_t2i.text_lines import read_text
 
 PICTURES = 40  # of a run, at most
 _WIDTH = 1024  # pixels of a picture, at most
@@ -66,10 +67,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     """As it was written, so that runs of other versions of the code can be shown."""
     file = path / "config.yaml"
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = read_yaml(read_text(file))
     except FileNotFoundError:
         raise ValueError(f"{path}: not a run folder (no config.yaml); give runs/NAME") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{file}: not readable: {error}") from None
     if not isinstance(tree, Mapping):
         raise ValueError(f"{file}: not a config, but {type(tree).__name__}")
