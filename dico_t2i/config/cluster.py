@@ -35,8 +35,8 @@ class ClusterConfig(Section):
     constraint: Text | None = None  # The features that nodes must have, in sbatch's notation.
     time: Text = "24:00:00"  # The time limit in sbatch's notation: minutes, H:M:S or days-H:M:S.
     exclusive: Flag = False  # Reserves whole nodes for the job.
-    # Further options of sbatch, with their text as it is typed: {reservation: lab, mail-user: me}. An option that is true
-    # is given without a value, one that is false is left out.
+    # Further options of sbatch, with their text as it is typed: {reservation: lab, mail-user: me}. An option that is
+    # true is given without a value, one that is false is left out.
     sbatch: dict[str, AnyText | StrictBool] = {}
     srun: tuple[Text, ...] = ()  # Further options of srun, such as [--mpi=none].
     cpu_bind: Text | None = None  # How srun binds ranks to cores (its --cpu-bind): cores, none, ...
