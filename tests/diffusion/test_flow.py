@@ -176,7 +176,10 @@ def test_iddpm_draws_the_timesteps_it_always_drew() -> None:
         (["diffusion.prediction=x0"], "prediction: x0 needs kind: iddpm"),
         (["diffusion.weighting=min_snr"], "min_snr does not apply to kind: flow"),
         (["diffusion.weighting=logit_normal", "diffusion.timesteps=logit_normal"], "give only one of them"),
-        (["sampler.kind=heun", "sampler.steps=50"], "sampler.steps: heun takes an odd number of evaluations, 49 or"),
+        (
+            ["sampler.kind=heun", "sampler.steps=50"],
+            "sampler.steps: heun takes an odd number of evaluations, such as 49 or",
+        ),
         (["sampler.kind=euler_sde", "sampler.steps=1"], "sampler.steps: euler_sde takes at least 2"),
         (["sampler.guidance_interval=[0.8, 0.3]"], "[0.8, 0.3] is not in increasing order"),
         (["sampler.guidance_interval=[0, 2]"], "sampler.guidance_interval.1: "),
