@@ -71,7 +71,7 @@ def _norm_backward(
     grad_residual: Tensor | None,
     grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, shift and scale. Without a gate, branch has the gradient of x, and gets none here."""
+    """Gradients of x, branch, gate, shift and scale. Without a gate the gradient of branch is that of x: left out."""
     branch, grad_residual = (None if t is None else t.contiguous() for t in (branch, grad_residual))
     grads = backend(residual).norm_backward(
         residual.contiguous(), mean, rstd, scale, branch, gate, grad_residual, grad_out.contiguous()
