@@ -36,6 +36,8 @@ class DataConfig(Section):
     mixture: tuple[SourceConfig, ...] = ()  # instead of path
     cache: CacheConfig | None = None  # needed for URLs; useful for slow network folders
     buckets: StrictBool = False  # batches of the shapes that the index gives, instead of squares
+    captions: Literal["random", "first", "longest", "weighted"] = "random"  # of a sample's captions, in each epoch
+    caption_weights: dict[str, NonNegativeFloat] = {}  # by source, for weighted: {alt: 1, long: 3}; others have 1
     cached_text: StrictBool = False  # text features stored with the samples, instead of encoding captions
     image_size: Positive = 256  # pixels; of images and of the images behind latents
     crop: Literal["center", "resize"] = "center"  # raw images: centre crop, or squeeze to a square
@@ -60,6 +62,10 @@ class DataConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"mixture: the name {twice[0]} is given to two data sets; names must differ")
+        if bool(self.caption_weights) != (self.captions == "weighted"):
+            raise ValueError(
+                "captions: weighted and data.caption_weights go together, such as caption_weights: {alt: 1, long: 3}"
+            )
         if self.mixture and self.buckets:
             raise ValueError("mixture: cannot be used with data.buckets, whose batches come from one data set")
         remote = [path for path in self.paths if "://" in path and not path.startswith("file://")]
