@@ -195,8 +195,9 @@ def _weights(config: Config) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """What the shards hold, and how fast this config's loader reads them."""
+    from dico_t2i.data.batches import Wanted
     from dico_t2i.data.checks import check_data
-    from dico_t2i.data.loader import make_loader
+    from dico_t2i.data.loader import Share, make_loader
     from dico_t2i.data.sources import load_data, make_order
 
     bare = [root for root in map(Path, config.data.paths) if root.is_dir() and not (root / "index.json").exists()]
@@ -218,15 +219,9 @@ def _data(config: Config) -> Iterator[Finding]:
             config.data,
             index,
             order,
+            Share(config.train.global_batch, micro),
+            Wanted(config.model.condition, config.model.num_classes),
             seed=config.seed,
-            condition=config.model.condition,
-            classes=config.model.num_classes,
-            global_batch=config.train.global_batch,
-            micro_batch=micro,
-            rank=0,
-            world=1,
-            start_step=0,
-            tokenize=None,
         )
     )
     next(batches)  # the workers have started

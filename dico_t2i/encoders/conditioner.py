@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import Config, ConfigError, DiCoConfig, NetworkConfig
-from dico_t2i.data.batches import Batch
+from dico_t2i.data.batches import Batch, Wanted
 from dico_t2i.encoders.text import FeatureSize, TextEncoder, find_text_encoder, text_sizes
 
 Conditioning = dict[str, Tensor]
@@ -23,6 +23,12 @@ class Conditioner:
         self.model, self.text_encoder, self.device = model, text_encoder, device
         if text_encoder is not None:
             check_text(model, text_encoder.sizes)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a loader has to make of each sample."""
+        tokenize = self.text_encoder.tokenize if self.text_encoder else None
+        return Wanted(self.model.condition, self.model.num_classes, tokenize)
 
     @torch.no_grad()
     def of_batch(self, batch: Batch) -> Conditioning:

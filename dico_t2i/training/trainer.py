@@ -16,7 +16,7 @@ from dico_t2i.data.batches import Batch
 from dico_t2i.data.checks import check_data
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder, MixtureOrder
 from dico_t2i.data.sources import load_data
 from dico_t2i.models import Network
@@ -172,23 +172,15 @@ class Trainer:
 
     def _fetcher(self) -> Callable[[], Batch]:
         """The next micro-batch from here on, at each call; the wait for it is counted."""
-        encoder = self.parts.inputs.conditioner.text_encoder
         batches = iter(
             make_loader(
                 self.config.data,
                 self.index,
                 self.parts.order,
+                Share(self.config.train.global_batch, self.parts.micro_batch, self.world.rank, self.world.size),
+                self.parts.inputs.conditioner.wanted,
                 seed=self.config.seed,
-                condition=self.config.model.condition,
-                classes=self.config.model.num_classes,
-                global_batch=self.config.train.global_batch,
-                micro_batch=self.parts.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
                 start_step=self.position // self.config.train.global_batch,
-                tokenize=encoder.tokenize if encoder else None,
-                retries=self.config.data.retries,
-                retry_wait_s=self.config.data.retry_wait_s,
                 timeout_s=_DATA_SHARE * self.config.train.hang_timeout_s,
             )
         )

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from test_loader import make_sample, tokenize
 
 from dico_t2i.config import DataConfig
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.errors import DataError
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import MixtureOrder, Order
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.data.writer import ShardWriter
@@ -39,8 +40,15 @@ def config(folders, **changes):
 def batches(data, count, world=1, rank=0, start_step=0, micro_batch=2):
     index = load_data(data)
     order = make_order(data, index, 3, BATCH)
-    sizes = {"global_batch": BATCH, "micro_batch": micro_batch, "rank": rank, "world": world, "start_step": start_step}
-    found = make_loader(data, index, order, seed=3, condition="text", tokenize=tokenize, **sizes)
+    found = make_loader(
+        data,
+        index,
+        order,
+        Share(BATCH, micro_batch, rank, world),
+        Wanted("text", tokenize=tokenize),
+        seed=3,
+        start_step=start_step,
+    )
     return list(islice(found, count * BATCH // world // micro_batch))
 
 

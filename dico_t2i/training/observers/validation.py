@@ -15,7 +15,7 @@ from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError
 from dico_t2i.data.batches import Batch
 from dico_t2i.data.checks import check_data
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.ranks.distributed import World
@@ -76,21 +76,14 @@ class Validation:
         return self.config.train.global_batch // (self.world.size * self.micro_batch)
 
     def _loader(self) -> Iterator[Batch]:
-        encoder = self.inputs.conditioner.text_encoder
         return iter(
             make_loader(
                 self.data,
                 self.index,
                 self.order,
+                Share(self.config.train.global_batch, self.micro_batch, self.world.rank, self.world.size),
+                self.inputs.conditioner.wanted,
                 seed=self.config.seed,
-                condition=self.config.model.condition,
-                classes=self.config.model.num_classes,
-                global_batch=self.config.train.global_batch,
-                micro_batch=self.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
-                start_step=0,
-                tokenize=encoder.tokenize if encoder else None,
             )
         )
 
