@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Section
+from dico_t2i.config.base import Positive, PositiveFloat, Section, Seed
 from dico_t2i.config.yaml12 import Text
 
 
@@ -33,7 +33,7 @@ class SeededTower(Section):
     width: Positive = 128
     layers: Positive = 2
     heads: Positive = 4
-    seed: NonNegative = 0
+    seed: Seed = 0
 
 
 class TextTowerConfig(Section):

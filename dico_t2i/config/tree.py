@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from dico_t2i.config.base import ConfigError, NonNegative, Section
+from dico_t2i.config.base import ConfigError, Section, Seed
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.data import DataConfig
 from dico_t2i.config.encoders import AlignmentConfig, AutoencoderConfig, TextEncoderConfig
@@ -29,7 +29,7 @@ class Config(Section):
     """A whole run."""
 
     name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]  # of the run's folder
-    seed: NonNegative = 0
+    seed: Seed = 0
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
