@@ -7,7 +7,6 @@
   submitted.jsonl         one line a submission
 """
 
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from cluster import slurm
 from dico_t2i.config import ClusterConfig, ConfigError
-from dico_t2i.runs.log import json_lines
+from dico_t2i.runs.log import append, json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 UNMEASURED_LEAD_S = 300  # before a run's first save has shown how long one takes
@@ -139,8 +138,8 @@ def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -
 def note(folder: Path, job: Submitted, command: str) -> None:
     """Write down in a run's folder of jobs that this one is its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "submitted.jsonl").open("a") as file:
-        file.write(json.dumps({"job": job.id, "local": job.local, "time": time.time(), "command": command}) + "\n")
+    line = {"job": job.id, "local": job.local, "time": time.time(), "command": command}
+    append(folder / "submitted.jsonl", line)
 
 
 def script(made: Executor, path: Path) -> Path:

@@ -36,12 +36,13 @@ def read_state(run_folder: Path) -> RunState:
     reports = [line for line in lines if "loss" in line]
     events = [line for line in lines if "event" in line]
     starts = [line for line in events if line["event"] == "start"]
+    totals = [line["total_steps"] for line in events if "total_steps" in line]
     last: dict[str, Any] = reports[-1] if reports else {}
     return RunState(
         name=run_folder.name,
         word=_word(run_folder, events),
         step=lines[-1]["step"] if lines else 0,
-        steps=starts[-1].get("total_steps") if starts else None,
+        steps=totals[-1] if totals else None,
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         eta_s=last.get("eta_s"),

@@ -25,7 +25,7 @@ from cluster.rank import START_MARK
 from cluster.state import last_step, tail
 from dico_t2i.command import REQUEUE_EXIT_CODE, USER_ERROR
 from dico_t2i.config import ClusterConfig, load_config
-from dico_t2i.runs.log import json_lines
+from dico_t2i.runs.log import append, json_lines
 
 _PORTS = range(20000, 30000)  # outside the range that systems hand out
 _STRAGGLERS_S = 300  # after the first rank's end, until srun ends the others
@@ -183,8 +183,7 @@ class Supervisor:
         return "\n".join([f"ranks ended by {ending}{hint}, without a traceback", *verdicts[:3], *reports])
 
     def _record(self, failure: Failure) -> None:
-        with (self.run_folder / "failures.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(failure)) + "\n")
+        append(self.run_folder / "failures.jsonl", asdict(failure))
         who = "" if failure.rank is None else f" rank {failure.rank} on {failure.host}:"
         say(f"FAILED at step {failure.step}:{who}", failure.error)
 

@@ -33,6 +33,7 @@ from data_prep.importing.conversion import (
 from data_prep.importing.filters import Dropped
 from data_prep.importing.tables import Row, Stretch, columns, stretches
 from dico_t2i.command import run, script_parser
+from dico_t2i.text_lines import split_lines
 
 PATHS = ("path", "file_name", "filename", "image", "file")
 CAPTIONS = ("captions", "caption", "text")
@@ -59,7 +60,7 @@ class Files:
         """The lines of the text file; none if there is no such file."""
         try:
             data = read_image_file((self.root / name).with_suffix(".txt"), name)
-            return decode(data, self.encoding).splitlines()
+            return split_lines(decode(data, self.encoding))
         except UnicodeDecodeError:
             raise Dropped(f"text that is not {self.encoding}", name) from None
         except Dropped:

@@ -34,6 +34,7 @@ from data_prep.importing.conversion import (
 from data_prep.importing.filters import Dropped
 from dico_t2i import randomness
 from dico_t2i.command import run, script_parser
+from dico_t2i.text_lines import read_lines
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -150,7 +151,7 @@ def list_validation(images: Path, labels: Path) -> Listing:
 def _read_labels(file: Path) -> dict[str, str]:
     """Synset by the image's name, or by its number where lines hold a synset alone."""
     found: dict[str, str] = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_lines(file)
     for number, line in enumerate(lines):
         words = [word for word in re.split(r"[,\s]+", line) if word]
         synset = next((word for word in words if SYNSET.fullmatch(word)), None)
@@ -197,7 +198,7 @@ def _regular(tar: tarfile.TarFile, label: str, listing: Listing) -> Iterator[tar
 def read_names(file: Path) -> dict[str, str]:
     """Names of the classes by synset, from lines such as "n01440764 tench, Tinca tinca". Raises ValueError."""
     found = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in filter(str.strip, read_lines(file)):
         synset, _, words = line.partition(" ")
         if not SYNSET.fullmatch(synset):
             raise ValueError(f"--names {file}: lines must be such as 'n01440764 tench, Tinca tinca', not {line[:40]!r}")

@@ -36,6 +36,7 @@ from dico_t2i.data.shard import MOMENTS
 from dico_t2i.data.writer import ShardFile
 from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
+from dico_t2i.text_lines import read_lines
 
 _CHECKED = 8  # images of check.png
 
@@ -248,7 +249,7 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
     print(f"{out}: {len(index)} latents of {len(source)} images, {len(source) - len(index)} skipped")
     log = out / "skipped.jsonl"
     if log.exists():
-        lines = list(dict.fromkeys(log.read_text(encoding="utf-8").splitlines()))  # some twice, of killed runs
+        lines = list(dict.fromkeys(read_lines(log)))  # some twice, of killed runs
         write_atomically(log, ("\n".join(lines) + "\n").encode())
         for line in lines[:5]:
             print("  {shard}: {key}: {reason}".format(**json.loads(line)))

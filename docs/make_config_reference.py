@@ -16,6 +16,7 @@ TARGET = ROOT / "docs" / "config.md"
 
 _WORDS = {
     "Positive": "integer > 0",
+    "Seed": "integer >= 0, < 2^63",
     "NonNegative": "integer >= 0",
     "Probability": "0 to 1",
     "BelowOne": "0 to less than 1",

@@ -15,6 +15,7 @@ from torch import Tensor
 from dico_t2i.config import SamplerConfig, dump_config, parse_config
 from dico_t2i.sampling.labels import CLASSES, class_number
 from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
+from dico_t2i.text_lines import split_lines
 
 if TYPE_CHECKING:
     import gradio
@@ -108,7 +109,7 @@ def resized(pipeline: Pipeline, size: int) -> Pipeline:
 
 def read_conditions(text: str, pipeline: Pipeline) -> list[str | int]:
     """A prompt, or the number or ImageNet name of a class, on each line. Raises ValueError."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in split_lines(text) if line.strip()]
     if not lines:
         raise ValueError("Write a prompt, or several, one on each line.")
     model = pipeline.config.model

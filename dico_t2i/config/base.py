@@ -18,6 +18,9 @@ Positive = Annotated[StrictInt, Field(gt=0)]
 NonNegative = Annotated[StrictInt, Field(ge=0)]
 
 
+Seed = Annotated[StrictInt, Field(ge=0, lt=1 << 63)]
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 

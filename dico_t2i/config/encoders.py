@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Section
+from dico_t2i.config.base import Positive, PositiveFloat, Section, Seed
 from dico_t2i.config.yaml12 import Text
 
 
@@ -32,10 +32,17 @@ class AutoencoderConfig(Section):
 class SeededTower(Section):
     """The size of a randomly initialised encoder."""
 
+<<<<<<< HEAD
     width: Positive = 128  # The width of the hidden layers.
     layers: Positive = 2  # The number of layers.
     heads: Positive = 4  # The number of attention heads.
     seed: NonNegative = 0  # The seed of the random weights.
+=======
+    width: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    seed: Seed = 0
+>>>>>>> h-words16
 
 
 class TextTowerConfig(Section):

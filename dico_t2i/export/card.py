@@ -138,6 +138,8 @@ def _data(config: Config) -> dict[str, Any]:
 def _training(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
     optimizer, train = config.optimizer, config.train
     steps = f"{origin['step']:,} of {_span(train.duration)}" if "step" in origin else _span(train.duration)
+    if train.duration.steps is not None and origin.get("step", 0) > train.duration.steps:
+        steps = f"{origin['step']:,}; the config's duration was set to {_span(train.duration)} afterwards"
     return {
         "steps": steps,
         "batch": train.global_batch,

@@ -19,17 +19,25 @@ from typing import Any
 import numpy as np
 
 from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
-from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder, load_text_encoder
+from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder
+from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
+from dico_t2i.encoders.text import TextEncoder, load_text_encoder
 from dico_t2i.export.card import model_card, one_clip
 from dico_t2i.export.inline import standalone
 from dico_t2i.runs.checkpoint import read_weights, verify
 from dico_t2i.runs.evaluations import read_evaluations
 from dico_t2i.runs.log import last_report
 from dico_t2i.runs.safetensors_writer import write_safetensors
-from dico_t2i.runs.weights import WEIGHTS_FILE, chosen_weights, locate_checkpoint
+from dico_t2i.runs.weights import (
+    TRANSFORMER_WEIGHTS,
+    WEIGHTS_FILE,
+    chosen_weights,
+    exported_weights,
+    locate_checkpoint,
+)
 from dico_t2i.sampling.labels import CLASSES, class_names
+from dico_t2i.sampling.pipeline import exported_config
 
-_TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SOURCE_NOTE = (
     "{what} of DiCo, as one file that needs diffusers, transformers and torch alone.\n\n"
     "Copied by `dico export` from the modules of dico_t2i that are named below (Apache-2.0); change it there.\n"
@@ -47,7 +55,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     encoder is not here, CheckpointError when the checkpoint is not whole.
     """
     check_new(out)
-    if (path / WEIGHTS_FILE).exists():
+    if exported_weights(path) is not None:
         raise ValueError(f"{path}: is an exported folder already")
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
@@ -67,7 +75,8 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
         for result in read_evaluations(run)
         if result["step"] == checkpoint.step and result.get("weights", kind) == kind
     ]
-    write_folder(out, config, checkpoint.network_shapes, arrays, origin, metrics, encoders, results)
+    trained = checkpoint.state.get(KEY)
+    write_folder(out, config, checkpoint.network_shapes, arrays, origin, metrics, encoders, results, trained)
 
 
 def check_new(out: Path) -> None:
@@ -85,24 +94,27 @@ def write_folder(
     metrics: Mapping[str, Any],
     encoders: bool = True,
     evaluations: Sequence[Mapping[str, Any]] = (),
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
     """The folder of a model whose fp32 parameters are ``arrays``, in the order of ``shapes``.
 
     It gets its name when everything is in it. origin goes to export.json; metrics, the last reported numbers, and
-    evaluations, results of evals/, to the model card.
+    evaluations, results of evals/, to the model card. trained: the identities of the encoders of training, if known;
+    export.json gets them, or those of the copies.
     """
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     parts: dict[str, Component] = dict.fromkeys(("vae", "text_encoder", "tokenizer"), (None, None))
-    if encoders:
-        parts |= _save_encoders(config, temporary)
     (temporary / "config.yaml").write_text(dump_config(config))
-    _write_json(temporary / "export.json", origin)
+    if encoders:
+        added, trained = _save_encoders(config, temporary, trained or {})
+        parts |= added
+    _write_json(temporary / "export.json", {**origin, **({} if trained is None else {KEY: trained})})
     if isinstance(config.model, DiCoConfig):
         (temporary / "transformer").mkdir()
-        write_safetensors(temporary / "transformer" / _TRANSFORMER_WEIGHTS, shapes, arrays)
-        (temporary / WEIGHTS_FILE).symlink_to(Path("transformer", _TRANSFORMER_WEIGHTS))  # the same parameters
+        write_safetensors(temporary / TRANSFORMER_WEIGHTS, shapes, arrays)
+        (temporary / WEIGHTS_FILE).symlink_to(TRANSFORMER_WEIGHTS)  # the same parameters
         _write_pipeline(temporary, config, parts)
     else:
         write_safetensors(temporary / WEIGHTS_FILE, shapes, arrays)
@@ -111,17 +123,38 @@ def write_folder(
     temporary.rename(out)
 
 
-def _save_encoders(config: Config, folder: Path) -> dict[str, Component]:
+def _save_encoders(config: Config, folder: Path, trained: Mapping[str, Any]) -> tuple[dict[str, Component], Identities]:
+    """Copy the encoders. Returns them as components, and the identities of the copies.
+
+    Raises ConfigError if they are not those of training.
+    """
     parts: dict[str, Component] = {}
-    autoencoder = load_autoencoder(config.autoencoder, "cpu")
+    autoencoder, text = load_autoencoder(config.autoencoder, "cpu"), _exported_text_encoder(config)
+    check_identities(trained, identities(autoencoder, text), config.name)
     if isinstance(autoencoder, DiffusersAutoencoder):
         autoencoder.save(folder / "vae")
         parts["vae"] = ("diffusers", autoencoder.class_name)
-    if config.model.condition == "text" and config.text_encoder.kind != "open_clip":
-        text = load_text_encoder(config.text_encoder, "cpu")
+    if text is not None:
         parts["text_encoder"] = ("transformers", text.save(folder / "text_encoder", folder / "tokenizer"))
         parts["tokenizer"] = ("transformers", "CLIPTokenizer")
-    return parts
+    _open_to_others(folder)
+    copied = exported_config(folder)
+    copies = identities(load_autoencoder(copied.autoencoder, "cpu"), _exported_text_encoder(copied))
+    return parts, {**trained, **copies}
+
+
+def _exported_text_encoder(config: Config) -> TextEncoder | None:
+    """The one that goes along, if any does."""
+    goes = config.model.condition == "text" and config.text_encoder.kind != "open_clip"
+    return load_text_encoder(config.text_encoder, "cpu") if goes else None
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give all files the permissions that the user's umask gives to new ones: safetensors makes files private."""
+    mode = (folder / "config.yaml").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]) -> None:

@@ -135,6 +135,7 @@ def _card(number: int, record: Record) -> str:
     total = history.start.get("total_steps")
     share = min(1.0, history.step / total) if isinstance(total, int | float) and total else 0.0
     of = f" of {total:,}" if isinstance(total, int) else ""
+    of += ", nothing to do" if isinstance(total, int) and history.step > total else ""
     loss, val, speed = (history.curves.get(key, Curve()) for key in ("loss", "val_loss", "images_per_s"))
     parameters = history.start.get("parameters")
     facts = {

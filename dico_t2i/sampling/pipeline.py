@@ -1,5 +1,6 @@
 """From weights and prompts to images."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from dico_t2i.config import Config, SamplerConfig, load_config
 from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder
 from dico_t2i.encoders.conditioner import Conditioner
+from dico_t2i.encoders.identity import KEY, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
 from dico_t2i.encoders.local import read_json
 from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.runs.checkpoint import read_weights
-from dico_t2i.runs.weights import WEIGHTS_FILE, chosen_weights, locate_checkpoint
+from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +51,9 @@ class Pipeline:
 
         An image's noise depends on its own seed only, whatever the batch. ``progress(done, total)`` counts steps
         over all batches. decode_batch: images that go through the autoencoder at a time, whose memory it bounds.
+        Raises ValueError for seeds that are no whole numbers of 64 bits.
         """
+        seeds = randomness.check_seeds(seeds)
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
         null = self._prepared(self.conditioner.null(1)) if sampler.guidance != 1 else {}
         images = []
@@ -147,29 +151,52 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
     """
     if device.type == "cpu":
         keep_freed_memory()
-    config, fill = _find_weights(path, weights)
+    source = _find_weights(path, weights)
+    config = source.config
     autoencoder, conditioner = load_encoders(config, device, dtype)
+    if source.encoders is None:
+        print(f"note: {path} does not say which encoders it was trained with; they are not checked", file=sys.stderr)
+    else:
+        check_identities(source.encoders, identities(autoencoder, conditioner.text_encoder), str(path))
     model = build_network(config.model)
-    fill(model)
+    source.fill(model)
     return Pipeline(config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device)
 
 
-def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[Network], None]]:
-    if (path / WEIGHTS_FILE).exists():
-        _check_exported(path, weights)
-        return exported_config(path), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
+@dataclass(frozen=True)
+class _Source:
+    """Where a network comes from. encoders: the identities of those it was trained with, None where nobody noted them.
+
+    fill: puts the weights into the network.
+    """
+
+    config: Config
+    encoders: Mapping[str, Any] | None
+    fill: Callable[[Network], None]
+
+
+def _find_weights(path: Path, weights: str | None) -> _Source:
+    file = exported_weights(path)
+    if file is not None:
+        origin = _origin(path)
+        if weights not in (None, origin.get("weights")):
+            held = origin.get("weights")
+            raise ValueError(f"--weights {weights}: {path} is exported, and holds {held} alone; give the run instead")
+        return _Source(exported_config(path), origin.get(KEY), lambda model: _fill(model, load_file(file), path))
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
     kind = chosen_weights(weights, config, checkpoint)
-    return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+    return _Source(
+        config,
+        checkpoint.state.get(KEY),
+        lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path),
+    )
 
 
-def _check_exported(folder: Path, weights: str | None) -> None:
-    """Raise ValueError if other weights are asked for than those in an exported folder."""
-    origin = folder / "export.json"
-    held = read_json(origin).get("weights") if origin.exists() else None
-    if weights not in (None, held):
-        raise ValueError(f"--weights {weights}: {folder} is exported, and holds {held} alone; give the run instead")
+def _origin(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of its weights."""
+    file = folder / "export.json"
+    return read_json(file) if file.exists() else {}
 
 
 def exported_config(folder: Path) -> Config:

@@ -1,6 +1,5 @@
 """Steps that would spoil the weights: skipped one by one, and a way back when they don't end."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.config import GuardConfig
+from dico_t2i.runs.log import append
 
 _SETTLED = 50  # good steps before the mean gradient norm can tell a spike
 _MEMORY = 0.98  # of the running mean
@@ -80,8 +80,7 @@ class Guard:
 
     def _list(self, line: dict[str, object]) -> None:
         if self.quarantine is not None:
-            with self.quarantine.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.quarantine, line)
 
 
 def _on_its_way(values: Tensor) -> Callable[[], list[float]]:

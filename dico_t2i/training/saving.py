@@ -4,7 +4,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from dico_t2i.config import Config
+from dico_t2i.config import Config, ConfigError
+from dico_t2i.encoders.identity import KEY, Identities, check_identities
 from dico_t2i.runs import checkpoint as ckpt
 from dico_t2i.runs.folder import RunFolder
 from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
@@ -26,8 +27,13 @@ class Saver:
         report: Reporter,
         keep_every: int | None,
         data: dict[str, int],
+        encoders: Identities,
     ) -> None:
-        """data: how much there is of what, kept with each checkpoint: other data come in another order."""
+        """data: how much there is of what, kept with each checkpoint: other data come in another order.
+
+        encoders: of rank 0, the identities of the frozen ones, kept with each checkpoint.
+        """
+        self.encoders = encoders
         self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
         retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
         self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
@@ -52,6 +58,7 @@ class Saver:
             "loss": loss,
             "guard": asdict(guard.state),
             "data": self.data,
+            KEY: self.encoders,
         }
         self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.pause_s = time.monotonic() - started
@@ -98,6 +105,7 @@ class Saver:
             if checkpoint is None:
                 continue
             ckpt.check_shapes(checkpoint, self.engine.shapes)
+            self._check_encoders(checkpoint)
             self.engine.materialize(checkpoint.optimizer_steps)
             ckpt.fill(checkpoint, self.engine.pieces())
             self.engine.publish_weights()
@@ -112,9 +120,24 @@ class Saver:
         if ckpt.ever_saved(self.run.checkpoints):
             raise ckpt.CheckpointError(
                 f"{self.run.checkpoints}: none of {len(found)} checkpoints is whole;"
-                " restore one, or remove the folder to start over"
+                " restore one, or start a new run under another name (name=...)"
             )
         return None
+
+    def _check_encoders(self, checkpoint: ckpt.Checkpoint) -> None:
+        """Raise ConfigError on all ranks if the encoders are not those that the run has trained with; collective."""
+        trained, problem = checkpoint.state.get(KEY), ""
+        if trained is None:
+            note = "the checkpoint does not say which encoders it was trained with; they are not checked"
+            self.report.event(checkpoint.step, "encoders", f"note: {note}")
+            return
+        try:
+            check_identities(trained, self.encoders, str(checkpoint.path))
+        except ConfigError as error:
+            problem = str(error)
+        problem = first_message(problem, self.world.device)
+        if problem:
+            raise ConfigError(problem)
 
     def _verified(self, path: Path) -> ckpt.Checkpoint | None:
         """The checkpoint, after each rank has hashed its share of the files; None if any of it is damaged."""

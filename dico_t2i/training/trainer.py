@@ -30,7 +30,6 @@ from dico_t2i.training.inputs import Inputs
 from dico_t2i.training.observers.averaged import averaged_model
 from dico_t2i.training.observers.memory_report import memory_report, peak_memory_bytes
 from dico_t2i.training.observers.preview import sample_preview
-from dico_t2i.training.observers.snapshot import write_snapshot
 from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
@@ -65,8 +64,6 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
     if not world.is_main:
         return Trainer(config, index, run, world).fit()
     with run.locked(lock_patience_s):
-        run.write_config(config)
-        write_snapshot(run.starts, world)
         return Trainer(config, index, run, world, changes).fit()
 
 
@@ -91,6 +88,8 @@ class Trainer:
 
         Raises DataError or TrainingError when going on is no use; what can be saved is saved.
         """
+        if self.step >= self.total_steps:
+            return self._nothing_to_do()
         self._announce()
         train = self.config.train
         with Watchdog(self.world, train.hang_timeout_s, train.first_step_timeout_s, self._hung) as self.watchdog:
@@ -102,6 +101,14 @@ class Trainer:
             finally:
                 self.parts.profiler.close()
                 self.report.close()
+
+    def _nothing_to_do(self) -> int:
+        """The run has come as far as its duration, or further."""
+        message = f"already at {self.step} of {self.total_steps} steps, nothing to do; run folder: {self.run.path}"
+        self.report.event(self.step, "done", message, total_steps=self.total_steps)
+        self.parts.profiler.close()
+        self.report.close()
+        return 0
 
     def _loop(self) -> int:
         ahead = Ahead(self._fetcher(), self.parts.inputs, self.world.device)

@@ -1,6 +1,5 @@
 """Where the numbers of a run go: metrics.jsonl, the terminal, and the trackers of ``tracking``."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.progress import (
 )
 
 from dico_t2i.config import Config
+from dico_t2i.runs.log import LogWriter
 from dico_t2i.training.observers.tracking import Tracking
 
 
@@ -27,7 +27,7 @@ class Reporter:
         self.enabled, self.folder = enabled, folder
         if not enabled:
             return
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._file = LogWriter(folder / "metrics.jsonl")
         self._tracking = Tracking(config, folder)
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -83,9 +83,9 @@ class Reporter:
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(line)
         except OSError as error:  # a full disk must not end the run
-            print(f"{self._file.name}: a line was lost: {error}", file=sys.stderr)
+            print(f"{self._file.path}: a line was lost: {error}", file=sys.stderr)
 
 
 def _short(value: Any) -> str:
