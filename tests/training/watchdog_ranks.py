@@ -4,20 +4,23 @@ Their watchdogs' clock counts looks in place of seconds, and all ranks look equa
 takes longer, and nothing comes out otherwise.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import torch
 import torch.distributed as dist
 
 from dico_t2i.training.ranks.distributed import join_world
 from dico_t2i.training.ranks.watchdog import Watchdog
+from tests.forkserver import Popen
 from tests.ports import free_port
 
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S, STEPS, AT = 2.0, 40, 20  # the step at which it goes wrong
 LOOK_S = TIMEOUT_S / 10  # from one look of a watchdog's thread to the next
 
@@ -128,15 +131,10 @@ SAME_BEATS = {allow_more: 1, go_on_slowly: 4, sleep_in_step: 1}
 EVERY_STEP = (sleep_in_first_step, leave_late)
 
 
-def run_rank(folder, rank, ranks, port, victims, fault):
-    output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["FOLDER"] = str(folder)
+def run_rank(victims, fault):
     torch.set_num_threads(1)
     world = join_world()
+    folder, rank, ranks = Path(os.environ["FOLDER"]), world.rank, world.size
     clock = sys.modules[Watchdog.__module__].time = Clock(folder, rank, ranks)
 
     def note(step, message):
@@ -159,26 +157,29 @@ def run_rank(folder, rank, ranks, port, victims, fault):
 
 
 class Ranks:
-    """Ranks as processes, forked from a server that has imported torch already."""
+    """Ranks as processes."""
 
     def __init__(self, folder: Path, ranks: int, victims: tuple[int, ...], fault) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self.folder, port = folder, free_port()
-        arguments = [(folder, rank, ranks, port, victims, fault) for rank in range(ranks)]
-        self.processes = [context.Process(target=run_rank, args=each) for each in arguments]
-        for process in self.processes:
-            process.start()
+        self.folder = folder
+        place = {"FOLDER": str(folder), "WORLD_SIZE": str(ranks)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-m", __name__, fault.__name__, *map(str, victims)]
+        self.processes = []
+        for rank in range(ranks):
+            own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (folder / f"rank-{rank}.txt").open("wb") as output:
+                self.processes.append(Popen(command, cwd=ROOT, env=own, stdout=output, stderr=output))
 
     def codes(self, expected_stopped=()) -> list[int | None]:
         """Exit codes; None for a rank that never ends because it was stopped (it is killed here)."""
         for rank, process in enumerate(self.processes):
             if rank not in expected_stopped:
-                process.join(60)
-        codes = [process.exitcode for process in self.processes]
+                with suppress(TimeoutExpired):
+                    process.wait(60)
+        codes = [process.poll() for process in self.processes]
         for process in self.processes:
             process.kill()
-            process.join()
+            process.wait()
         return codes
 
     def output(self, rank: int) -> str:
@@ -187,3 +188,7 @@ class Ranks:
     def verdict(self, rank: int) -> str:
         """What ``on_verdict`` was called with."""
         return (self.folder / f"verdict-{rank}.txt").read_text()
+
+
+if __name__ == "__main__":
+    run_rank([int(victim) for victim in sys.argv[2:]], globals()[sys.argv[1]])
