@@ -71,7 +71,7 @@ def _norm_backward(
     grad_residual: Tensor | None,
     grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, shift and scale. Without a gate, that of branch equals that of x and is left out."""
+    """Gradients of x, branch, gate, shift and scale. Without a gate, that of branch is that of x and left out."""
     branch, grad_residual = (None if t is None else t.contiguous() for t in (branch, grad_residual))
     grads = backend(residual).norm_backward(
         residual.contiguous(), mean, rstd, scale, branch, gate, grad_residual, grad_out.contiguous()
