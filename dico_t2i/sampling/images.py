@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
-    """Single PNGs, numbered, their prompt and seed as metadata, and a grid. images (N, 3, H, W) uint8."""
+    """Write numbered PNGs, with prompt and seed as metadata, and a grid. images (N, 3, H, W) uint8."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
         info = PngInfo()
@@ -22,7 +22,7 @@ def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], f
 
 
 def make_grid(images: Tensor, captions: Sequence[str], most: int = 64) -> Image.Image:
-    """The first images side by side, at least 128 pixels each, with their captions underneath."""
+    """A grid of the first ``most`` images, at least 128 pixels each, with their captions underneath."""
     images = images[:most]
     scale = max(1, -(-128 // images.shape[-1]))
     H, W = images.shape[2] * scale, images.shape[3] * scale
