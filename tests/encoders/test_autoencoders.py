@@ -207,7 +207,7 @@ def test_unfit_folders_are_refused(kl: tuple[Path, Any], tmp_path: Path) -> None
         load(kl[0], "tiny")
 
     save_kl(tmp_path / "shallow", (4, 4, 4))
-    with pytest.raises(ValueError, match="down by 4, not by 8"):
+    with pytest.raises(ValueError, match="by a factor of 4, but 8 is needed"):
         load(tmp_path / "shallow")
 
     folder = tmp_path / "vae"

@@ -104,7 +104,7 @@ def test_a_missing_model_says_what_where_and_how(cache: Path, tmp_path: Path, co
 def test_a_missing_folder_is_not_taken_for_a_hub_id(cache: Path) -> None:
     with pytest.raises(MissingModelError) as caught:
         resolve("/models/none/vae", FILES, "autoencoder.path")
-    assert "/models/none/vae: not there" in str(caught.value)
+    assert "/models/none/vae: not found" in str(caught.value)
     assert "hf download" not in str(caught.value)
 
 
