@@ -22,6 +22,7 @@ from dico_t2i.config import SamplerConfig, parse_section
 from dico_t2i.files import write_atomically
 from dico_t2i.ops.backend import OPERATORS
 from dico_t2i.randomness import check_seeds
+from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.weights import exported_weights, locate_checkpoint
 from dico_t2i.sampling.images import image_path, save_grid, save_image
 from dico_t2i.sampling.labels import CLASSES, class_number

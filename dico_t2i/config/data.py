@@ -29,11 +29,15 @@ class CacheConfig(Section):
 class DataConfig(Section):
     """The shards to train on, and the order of their samples."""
 
-<<<<<<< HEAD
     path: Text | None = None  # The folder of the shards, or a URL that fsspec reads, such as http://... or s3://...
     mixture: tuple[SourceConfig, ...] = ()  # Several data sets to mix, in place of path.
     cache: CacheConfig | None = None  # A local cache of shards: required for URLs and useful for slow network folders.
     buckets: Flag = False  # Makes batches of the shapes that the data set's index lists, instead of squares.
+    # Which of a sample's captions an epoch trains on: one drawn at random, the first, the longest, or one drawn with the
+    # weights of caption_weights.
+    captions: Literal["random", "first", "longest", "weighted"] = "random"
+    # The weights of captions: weighted by source, such as {alt: 1, long: 3}; sources that are not listed have 1.
+    caption_weights: dict[str, NonNegativeFloat] = {}
     # Reads text features that are stored with the samples, instead of encoding captions.
     cached_text: Flag = False
     # Height and width in pixels of the images, or of the images that the latents were made from.
@@ -49,23 +53,6 @@ class DataConfig(Section):
     max_bad_samples: NonNegative = 1000  # The run stops when more than this many unreadable samples were replaced.
     retries: NonNegative = 5  # How many times a read that the file system refuses is tried again.
     # Seconds to wait before the first retry of a read; the wait doubles each time.
-=======
-    path: str | None = None  # a folder, or a URL that fsspec reads: http://..., s3://...
-    mixture: tuple[SourceConfig, ...] = ()  # instead of path
-    cache: CacheConfig | None = None  # needed for URLs; useful for slow network folders
-    buckets: StrictBool = False  # batches of the shapes that the index gives, instead of squares
-    captions: Literal["random", "first", "longest", "weighted"] = "random"  # of a sample's captions, in each epoch
-    caption_weights: dict[str, NonNegativeFloat] = {}  # by source, for weighted: {alt: 1, long: 3}; others have 1
-    cached_text: StrictBool = False  # text features stored with the samples, instead of encoding captions
-    image_size: Positive = 256  # pixels; of images and of the images behind latents
-    crop: Literal["center", "resize"] = "center"  # raw images: centre crop, or squeeze to a square
-    flip: StrictBool = True
-    streams: Positive = 64  # fixed for a run: any number of ranks dividing it sees the same batches
-    shuffle_block: Positive = 1024  # samples of a stream shuffled together
-    workers: NonNegative = 4  # reader processes per rank
-    max_bad_samples: NonNegative = 1000  # replaced samples after which the run stops
-    retries: NonNegative = 5  # of a read that the file system refuses; the waits double, from retry_wait_s
->>>>>>> h-data
     retry_wait_s: NonNegativeFloat = 0.5
 
     @property
@@ -80,15 +67,11 @@ class DataConfig(Section):
         names = [source.name for source in self.mixture]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-<<<<<<< HEAD
             raise ValueError(f"mixture: two data sets have the name {twice[0]}; give them different names")
-=======
-            raise ValueError(f"mixture: the name {twice[0]} is given to two data sets; names must differ")
         if bool(self.caption_weights) != (self.captions == "weighted"):
             raise ValueError(
                 "captions: weighted and data.caption_weights go together, such as caption_weights: {alt: 1, long: 3}"
             )
->>>>>>> h-data
         if self.mixture and self.buckets:
             raise ValueError("mixture: it cannot be used with data.buckets, whose batches come from one data set")
         remote = [path for path in self.paths if "://" in path and not path.startswith("file://")]

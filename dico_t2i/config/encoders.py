@@ -32,17 +32,10 @@ class AutoencoderConfig(Section):
 class SeededTower(Section):
     """The size of a randomly initialised encoder."""
 
-<<<<<<< HEAD
     width: Positive = 128  # The width of the hidden layers.
     layers: Positive = 2  # The number of layers.
     heads: Positive = 4  # The number of attention heads.
-    seed: NonNegative = 0  # The seed of the random weights.
-=======
-    width: Positive = 128
-    layers: Positive = 2
-    heads: Positive = 4
-    seed: Seed = 0
->>>>>>> h-words16
+    seed: Seed = 0  # The seed of the random weights.
 
 
 class TextTowerConfig(Section):

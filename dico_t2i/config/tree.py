@@ -28,10 +28,9 @@ from dico_t2i.config.yaml12 import Text
 class Config(Section):
     """The config of a whole run."""
 
-<<<<<<< HEAD
     # The name of the run and of its folder.
     name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]
-    seed: NonNegative = 0  # The seed of all random draws: initial weights, data order, noise, timesteps, samples.
+    seed: Seed = 0  # The seed of all random draws: initial weights, data order, noise, timesteps, samples.
     model: ModelConfig  # The network.
     diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process and its loss.
     autoencoder: AutoencoderConfig = AutoencoderConfig()  # The autoencoder.
@@ -48,25 +47,6 @@ class Config(Section):
     validation: ValidationConfig | None = None  # The loss on held-out data; with none it is not measured.
     sampler: SamplerConfig = SamplerConfig()  # The default sampler of `dico sample` and of evaluations.
     cluster: ClusterConfig = ClusterConfig()  # The cluster that the run is launched on and planned for.
-=======
-    name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]  # of the run's folder
-    seed: Seed = 0
-    model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
-    alignment: AlignmentConfig | None = None  # none: the diffusion loss alone
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    log: LogConfig = LogConfig()
-    preview: PreviewConfig = PreviewConfig()
-    validation: ValidationConfig | None = None
-    sampler: SamplerConfig = SamplerConfig()  # the default of `dico sample` and of evaluations
-    cluster: ClusterConfig = ClusterConfig()
->>>>>>> h-words16
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -71,11 +71,7 @@ def _norm_backward(
     grad_residual: Tensor | None,
     grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-<<<<<<< HEAD
-    """Gradients of x, branch, gate, shift and scale. Without a gate the gradient of branch is that of x: left out."""
-=======
     """Gradients of x, branch, gate, shift and scale. Without a gate, that of branch is that of x and left out."""
->>>>>>> h-prose-code
     branch, grad_residual = (None if t is None else t.contiguous() for t in (branch, grad_residual))
     grads = backend(residual).norm_backward(
         residual.contiguous(), mean, rstd, scale, branch, gate, grad_residual, grad_out.contiguous()

@@ -330,13 +330,7 @@ def _spread(config: Config) -> Iterator[list[str]]:
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:
-<<<<<<< HEAD
-    """The config with the values of some keys, checked as a whole."""
-=======
     """The config with some keys changed, validated as a whole."""
-    import yaml
-
->>>>>>> h-prose-code
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in changes.items():
         section, name = key.split(".")

@@ -20,13 +20,8 @@ _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "f
 
 
 @dataclass(slots=True)
-<<<<<<< HEAD
 class Stretch:
-    """Reports in a row, as one point of a curve."""
-=======
-class Bucket:
-    """Consecutive reports, summarised."""
->>>>>>> h-prose-code
+    """Consecutive reports, summarised as one point of a curve."""
 
     first: int  # step
     last: int
@@ -68,13 +63,8 @@ class Curve:
             self._halve()
 
     def rows(self) -> list[list[float]]:
-<<<<<<< HEAD
-        """[step, mean], or where reports were put together [step, mean, lowest, highest]; six digits."""
-        merged = any(stretch.count > 1 for stretch in self._stretches)
-=======
         """Rows of [step, mean], or [step, mean, lowest, highest] if reports were merged, rounded to six digits."""
-        merged = any(bucket.count > 1 for bucket in self._buckets)
->>>>>>> h-prose-code
+        merged = any(stretch.count > 1 for stretch in self._stretches)
         return [
             [(b.first + b.last) / 2, *map(_rounded, (b.total / b.count, *((b.low, b.high) if merged else ())))]
             for b in self._stretches

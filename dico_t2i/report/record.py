@@ -70,13 +70,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         tree = read_yaml(read_text(file))
     except FileNotFoundError:
         raise ValueError(f"{path}: not a run folder (no config.yaml); give runs/NAME") from None
-<<<<<<< HEAD
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file}: not readable: {error}") from None
-=======
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read: {error}") from None
->>>>>>> h-prose-code
     if not isinstance(tree, Mapping):
         raise ValueError(f"{file}: a config must be a mapping, found {type(tree).__name__}")
     return flatten(tree)

@@ -49,14 +49,9 @@ class Pipeline:
     ) -> Tensor:
         """Images (N, 3, H, W) uint8 on the host, one for each pair of a condition (prompt or label) and a seed.
 
-<<<<<<< HEAD
-        An image's noise depends on its own seed only, whatever the batch. ``progress(done, total)`` counts steps
-        over all batches. decode_batch: images that go through the autoencoder at a time, whose memory it bounds.
-        Raises ValueError for seeds that are no whole numbers of 64 bits.
-=======
         An image's noise depends only on its own seed, whatever the batch. ``progress(done, total)`` counts steps over
         all batches. decode_batch: how many images the autoencoder decodes at a time, which limits its memory.
->>>>>>> h-prose-code
+        Raises ValueError for seeds that are not whole numbers of 64 bits.
         """
         seeds = randomness.check_seeds(seeds)
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
@@ -199,21 +194,10 @@ def _find_weights(path: Path, weights: str | None) -> _Source:
     )
 
 
-<<<<<<< HEAD
 def _origin(folder: Path) -> dict[str, Any]:
     """What an exported folder says of its weights."""
     file = folder / "export.json"
     return read_json(file) if file.exists() else {}
-=======
-def _check_exported(folder: Path, weights: str | None) -> None:
-    """Raise ValueError if the weights asked for are not those in the exported folder."""
-    origin = folder / "export.json"
-    held = read_json(origin).get("weights") if origin.exists() else None
-    if weights not in (None, held):
-        raise ValueError(
-            f"--weights {weights}: {folder} is an export that holds only {held}; give the run folder instead"
-        )
->>>>>>> h-prose-code
 
 
 def exported_config(folder: Path) -> Config:
