@@ -33,8 +33,8 @@ class DataConfig(Section):
     mixture: tuple[SourceConfig, ...] = ()  # Several data sets to mix, in place of path.
     cache: CacheConfig | None = None  # A local cache of shards: required for URLs and useful for slow network folders.
     buckets: Flag = False  # Makes batches of the shapes that the data set's index lists, instead of squares.
-    # Which of a sample's captions an epoch trains on: one drawn at random, the first, the longest, or one drawn with the
-    # weights of caption_weights.
+    # Which of a sample's captions an epoch trains on: one drawn at random, the first, the longest, or one drawn by
+    # caption_weights.
     captions: Literal["random", "first", "longest", "weighted"] = "random"
     # The weights of captions: weighted by source, such as {alt: 1, long: 3}; sources that are not listed have 1.
     caption_weights: dict[str, NonNegativeFloat] = {}
