@@ -458,5 +458,5 @@ def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(InlineError, match=problem):
             standalone([f"inlinable.{name}"], "doc")
-    with pytest.raises(InlineError, match="no definition of five"):
+    with pytest.raises(InlineError, match="does not define five"):
         standalone(["inlinable.a.five"], "doc")

@@ -42,7 +42,7 @@ def _check(x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor 
     ):
         shapes = [None if t is None else tuple(t.shape) for t in (x, branch, gate, shift, scale)]
         raise ValueError(
-            "norm_modulate: x and branch must be (N, H, W, C), gate, shift and scale (N, C), and shift and scale both"
+            "norm_modulate: expected x and branch (N, H, W, C), gate, shift and scale (N, C), with shift and scale both"
             f" given or both None; got {shapes}"
         )
 

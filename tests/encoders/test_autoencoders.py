@@ -203,7 +203,7 @@ def test_older_files_load_the_same(kl: tuple[Path, Any], tmp_path: Path) -> None
 
 
 def test_unfit_folders_are_refused(kl: tuple[Path, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"autoencoder\.kind: tiny needs an AutoencoderTiny.*AutoencoderKL"):
+    with pytest.raises(ValueError, match=r"autoencoder\.kind: tiny needs AutoencoderTiny.*AutoencoderKL"):
         load(kl[0], "tiny")
 
     save_kl(tmp_path / "shallow", (4, 4, 4))

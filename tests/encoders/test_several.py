@@ -102,7 +102,7 @@ def test_t5_in_parts_is_the_same_and_its_identity_knows_all_files(saved: tuple[P
         ("tokenizer.json", None, r"text_encoder\.model: no usable copy.*lacks tokenizer\.json"),
         ("model.safetensors", None, r"lacks model\.safetensors or model\.safetensors\.index\.json"),
         ("model.safetensors", b"torn", r"model\.safetensors: cannot be loaded"),
-        ("config.json", {"model_type": "bert"}, "'bert', not of T5"),
+        ("config.json", {"model_type": "bert"}, "'bert', not T5"),
         ("config.json", {"vocab_size": 5}, "its 12 tokens do not fit"),
     ],
 )
