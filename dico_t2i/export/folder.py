@@ -99,8 +99,8 @@ def write_folder(
     """Write the folder of a model whose fp32 parameters are ``arrays``, in the order of ``shapes``.
 
     It has a temporary name until it is complete. origin is written to export.json; metrics (the last reported numbers)
-    and evaluations (results of evals/) appear in the model card. trained: the identities of the encoders of training, if
-    they are known; export.json records them, or else those of the copies.
+    and evaluations (results of evals/) appear in the model card. trained: the identities of the encoders of training;
+    export.json records them or, if they are not known, those of the copies.
     """
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
