@@ -24,7 +24,7 @@ import torch
 from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.common import claim, remove_leftovers
+from data_prep.common import claim, held, remove_leftovers
 from data_prep.encoding import Batch, Clock, Image, batches_of
 from dico_t2i.command import part, progress_bar, run, script_parser
 from dico_t2i.config import AutoencoderConfig, load_config
@@ -222,8 +222,8 @@ def encode_dataset(job: Job, part: tuple[int, int]) -> None:
     source, out = job.source, job.out
     there = {entry.name for entry in os.scandir(out)}
     missing = [shard for shard in range(part[0], len(source.names), part[1]) if source.names[shard] not in there]
-    remove_leftovers(out, {source.names[shard] for shard in missing})
-    with progress_bar() as progress:
+    with held(out, missing), progress_bar() as progress:
+        remove_leftovers(out, {source.names[shard] for shard in missing})
         task = progress.add_task("images", total=int(source.samples[missing].sum()))
         line = encode_shards(job, missing, lambda samples: progress.advance(task, samples))
     if missing:

@@ -84,7 +84,7 @@ def test_archives(tmp_path: Path, out: Path) -> None:
     for number in range(ARCHIVES):
         rng = random.Random(number)
         (tmp_path / "0.tar").write_bytes(mutated(archive(rng), rng))
-        report = check(Archive(str(tmp_path / "0.tar"), (), "utf-8"), number, out, 0)
+        report = check(Archive(str(tmp_path / "0.tar"), "0.tar", (), None), number, out, 0)
         kept, seen = kept + report.kept, seen + report.seen
     assert 0.2 * seen < kept < 0.9 * seen  # damage of all degrees
 
@@ -97,14 +97,21 @@ def test_tables(tmp_path: Path, out: Path, kind: str) -> None:
     rows = [{"path": f"{i % 3}.png", "caption": f'the "picture", {i}', "score": i} for i in range(12)]
     quoted = [",".join('"' + str(value).replace('"', '""') + '"' for value in row.values()) for row in rows]
     lines = [json.dumps(row) for row in rows] if kind == "jsonl" else ["path,caption,score", *quoted]
-    kept = seen = number = 0
+    kept = seen = number = unclosed = 0
     for case in range(TABLES):
         table = tmp_path / f"table.{kind}"
         head = b"" if kind == "jsonl" else f"{lines[0]}\n".encode()
         body = "\n".join(lines[kind == "csv" :]).encode()
         table.write_bytes(head + mutated(body, random.Random(case)))
-        for stretch in stretches(table, 5, "utf-8"):
+        try:
+            parts = list(stretches(table, 5, "utf-8"))
+        except ValueError as error:
+            assert "a quote is opened and never closed" in str(error)
+            unclosed += 1
+            continue
+        for stretch in parts:
             unit = Listed(tmp_path, stretch, "path", ("caption",), 0)
             report = check(unit, number, out, stretch.count)
             kept, seen, number = kept + report.kept, seen + report.seen, number + 1
     assert 0.3 * seen < kept < seen
+    assert unclosed < TABLES / 2
