@@ -29,11 +29,10 @@ from data_prep.checking.hashes import HashFile, equal, near
 from data_prep.checking.quarantine import DUPLICATE, Entry
 from data_prep.common import alone, in_parallel
 from dico_t2i.command import progress_bar, run, script_parser
-from dico_t2i.data.decode import decode_image
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import DatasetIndex, load_index
 from dico_t2i.data.reader import ShardReader
-from dico_t2i.data.sample import IMAGE_EXTENSIONS
 from dico_t2i.files import write_atomically
 
 SHOWN = 16  # pairs of duplicates.png

@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dico_t2i.data.decode import decode_image
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError, SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.reader import ShardReader
-from dico_t2i.data.sample import IMAGE_EXTENSIONS
 
 COPIED = ("json", "txt", "cls")  # members that go along with the features
 AHEAD = 4  # batches read and decoded while one is encoded

@@ -29,11 +29,11 @@ from data_prep.checking.hashes import HashFile, equal
 from data_prep.checking.quarantine import Entry
 from data_prep.common import alone, in_parallel
 from dico_t2i.command import progress_bar, run, script_parser
-from dico_t2i.data.decode import decode_image, decode_moments
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image, decode_moments
 from dico_t2i.data.errors import SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex, load_index, write_index
 from dico_t2i.data.reader import ShardReader
-from dico_t2i.data.sample import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of
+from dico_t2i.data.sample import POOLED, TEXT, captions_of
 from dico_t2i.data.shard import MOMENTS, ShardIndex, index_shard
 
 LISTED = 1000  # problems that are printed; all go to the quarantine

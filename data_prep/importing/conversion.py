@@ -10,13 +10,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from PIL import Image
 
@@ -25,7 +24,7 @@ from data_prep.importing.captions import clean
 from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.importing.report import Report, draw_histograms, draw_samples
 from dico_t2i.command import part, progress_bar
-from dico_t2i.data.decode import IMAGE_FORMATS, MAX_PIXELS, decode_image
+from dico_t2i.data.decode import MAX_PIXELS, decode_image, decode_whole, read_header
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import write_index
 from dico_t2i.data.writer import ShardFile
@@ -35,7 +34,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of image file
 MAX_FILE = 1 << 28  # bytes of an image file
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte with --crop none, under these names
 _LOOKED_AT = 64  # pixels
-_ORIENTATION = 0x0112
+_TOO_LARGE = f"more than {MAX_PIXELS} pixels"
+
+Result = TypeVar("Result")
 
 
 class Raw(NamedTuple):
@@ -123,7 +124,7 @@ def read_image_file(path: Path, name: str) -> bytes:
 def make_sample(raw: Raw, options: Options, report: Report) -> dict[str, Any]:
     """The shard's sample. Raises Dropped."""
     filters, lost = options.filters, report.counts.total()
-    width, height, form = _header(raw)
+    width, height, form = _readable(read_header, raw, raw.image)
     captions = filters.captions(raw.captions, report.count)
     report.measure(width, height, [clean(text) for text in raw.captions], kept=False)
     filters.check_size(width, height, raw.name)
@@ -131,52 +132,41 @@ def make_sample(raw: Raw, options: Options, report: Report) -> dict[str, Any]:
     if not captions and raw.label is None:
         lost = report.counts.total() > lost
         raise Dropped("images without a caption left" if lost else "images without captions", raw.name)
-    content, extension = _content(raw, form, options)
+    content, extension = _readable(_content, raw, raw, form, options)
     report.measure(width, height, captions, kept=True)
     report.bytes += len(content)
     about = {**({"captions": captions} if captions else {}), **raw.about}
-    about = {**about, "width": about.get("width", width), "height": about.get("height", height)}
+    about = {**about, "width": width, "height": height}
     # What is no text (a lone surrogate, of a file name or out of JSON) is escaped.
     text = json.dumps(about, ensure_ascii=False).encode("utf-8", "backslashreplace")
     label = {} if raw.label is None else {"cls": raw.label}
     return {"__key__": raw.key, extension: content, "json": text, **label}
 
 
-def _header(raw: Raw) -> tuple[int, int, str]:
-    """Width and height as the image is seen, and its format; nothing is decoded. Raises Dropped."""
+def _readable(work: Callable[..., Result], raw: Raw, *arguments: Any) -> Result:
+    """What ``work`` makes of an image. Raises Dropped if it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(raw.image), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            turned = False
-            with suppress(Exception):  # broken EXIF does not spoil the pixels
-                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (height, width, str(image.format)) if turned else (width, height, str(image.format))
-    except Image.DecompressionBombError:  # Pillow has a limit of its own, above ours
-        raise Dropped(f"more than {MAX_PIXELS} pixels", raw.name) from None
-    except Image.UnidentifiedImageError:
-        raise Dropped("undecodable images", f"{raw.name}: none of {', '.join(IMAGE_FORMATS)}") from None
-    except Exception as error:  # on bad bytes decoders raise nearly anything
-        raise Dropped("undecodable images", f"{raw.name}: {type(error).__name__}: {error}") from None
+        return work(*arguments)
+    except SampleError as error:
+        reason = _TOO_LARGE if str(MAX_PIXELS) in error.reason else "undecodable images"
+        raise Dropped(reason, f"{raw.name}: {error.reason}") from None
 
 
 def _content(raw: Raw, form: str, options: Options) -> tuple[bytes, str]:
-    """The stored image and its extension. Raises Dropped if it cannot be decoded."""
-    keep = options.crop == "none"
-    try:
-        if options.crop == "none":  # decoded all the same, to see that it can be
-            pixels = decode_image(raw.image, _LOOKED_AT, "resize")
-        else:
-            pixels = decode_image(raw.image, options.size, options.crop)
-    except SampleError as error:
-        raise Dropped("undecodable images", f"{raw.name}: {error}") from None
-    if keep and form in _STORED:
-        return raw.image, _STORED[form]
+    """The stored image and its extension. Raises SampleError if it cannot be decoded.
+
+    With crop "none" it shows what the source does: its own bytes, or a PNG of what the loader would decode.
+    """
     buffer = io.BytesIO()
-    if keep:
-        Image.open(io.BytesIO(raw.image), formats=IMAGE_FORMATS).save(buffer, "PNG")
-        return buffer.getvalue(), "png"
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=options.quality)
-    return buffer.getvalue(), "jpg"
+    if options.crop != "none":
+        pixels = decode_image(raw.image, options.size, options.crop)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=options.quality)
+        return buffer.getvalue(), "jpg"
+    if form in _STORED:
+        decode_image(raw.image, _LOOKED_AT, "resize")  # to see that it can be
+        return raw.image, _STORED[form]
+    Image.fromarray(decode_whole(raw.image)).save(buffer, "PNG")
+    return buffer.getvalue(), "png"
 
 
 def shard_name(number: int) -> str:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from dico_t2i import randomness
-from dico_t2i.data.decode import decode_image
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.reader import ShardReader
-from dico_t2i.data.sample import IMAGE_EXTENSIONS
 from dico_t2i.files import write_atomically
 
 EXAMPLES = 5  # of each reason

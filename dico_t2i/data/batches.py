@@ -14,12 +14,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dico_t2i import randomness
 from dico_t2i.config import DataConfig
-from dico_t2i.data.decode import check_finite, decode_array, decode_image
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, check_finite, decode_array, decode_image
 from dico_t2i.data.errors import DataError, QuarantinedError, SampleError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.order import SampleOrder
 from dico_t2i.data.reader import ShardReader
-from dico_t2i.data.sample import IMAGE_EXTENSIONS, POOLED, TEXT, captions_of, label_of, member_of, stored_features
+from dico_t2i.data.sample import POOLED, TEXT, captions_of, label_of, member_of, stored_features
 from dico_t2i.data.shard import MOMENTS
 
 MAX_REPLACEMENTS = 100  # in a row, for one position

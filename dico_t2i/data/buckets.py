@@ -5,7 +5,6 @@ The network is convolutional and takes any height and width that 32 pixels divid
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -14,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from dico_t2i.data.decode import IMAGE_FORMATS, orientation
-from dico_t2i.data.errors import DataError
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, read_header
+from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import DatasetIndex, load_index, show_progress, write_index
-from dico_t2i.data.sample import IMAGE_EXTENSIONS
 from dico_t2i.data.shard import index_path
 from dico_t2i.data.sources import MULTIPLE
 
@@ -91,9 +88,8 @@ def _image_size(descriptor: int, offset: int, length: int) -> Shape | None:
     """Height and width of an image as it is shown, from its header; None if that cannot be read."""
     for size in (min(_HEADER_BYTES, length), length):
         try:
-            with Image.open(io.BytesIO(os.pread(descriptor, size, offset)), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                return (width, height) if orientation(image) >= 5 else (height, width)
-        except Exception:  # on bad bytes decoders raise nearly anything
+            header = read_header(os.pread(descriptor, size, offset))
+        except SampleError:
             continue
+        return header.height, header.width
     return None

@@ -1,11 +1,18 @@
-"""Decodes the bytes of a sample's members: images and arrays."""
+"""Decodes the bytes of a sample's members: images and arrays.
+
+Every picture of the project is decoded here, of training, of data preparation and of evaluations: EXIF orientation
+applied, transparent parts white, 16 bits of grey scaled to 8, the first picture of a file that holds several.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -18,12 +25,17 @@ from dico_t2i.data.errors import SampleError
 
 MAX_PIXELS = 1 << 27
 
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of the content, whatever the member's name says
-
+# Of the content, whatever the name says; only those that the installed Pillow reads. MPO is JPEG with more pictures.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+# Of members and files that may be in one of them.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "jpe", "jfif", "mpo", "gif", "bmp", "tif", "tiff"),
+    *("avif", "jp2", "j2k", "jpx"),
+)
 
 _ORIENTATION = 0x0112
-
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT_CHUNK = 1 << 16  # bytes of a PNG's text that is passed on to Pillow, which refuses a picture for a long one
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,6 +48,30 @@ _TURNS = {
 }
 
 
+class Header(NamedTuple):
+    """What is known of an image before its pixels are decoded. width, height: as it is shown; format: Pillow's name."""
+
+    width: int
+    height: int
+    format: str
+
+
+def read_header(data: bytes) -> Header:
+    """Size and format of an image. Raises SampleError if the bytes are no image, or one of more than 2^27 pixels."""
+    with _readable(), _open(data) as image:
+        width, height = image.size
+        if orientation(image) >= 5:
+            width, height = height, width
+        return Header(width, height, _format(image))
+
+
+def decode_whole(data: bytes) -> np.ndarray:
+    """All of an image as it is shown: uint8 (h, w, 3). Raises SampleError as ``decode_image`` does."""
+    with _readable(), _open(data) as image:
+        pixels = _decode_jpeg(data, image, min(image.size)) if _format(image) == "JPEG" else None
+        return _turned(np.array(_to_rgb(image)) if pixels is None else pixels, orientation(image))
+
+
 def decode_image(data: bytes, size: int | tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
     """Decode to RGB of one size, a square's side or (H, W): uint8 (3, H, W).
 
@@ -43,12 +79,8 @@ def decode_image(data: bytes, size: int | tuple[int, int], crop: Literal["center
     Lanczos. The EXIF orientation is applied; transparent parts are white; of an animation the first frame is taken.
     Raises SampleError if the bytes are no image that can be read, or one of more than 2^27 pixels.
     """
-    try:
+    with _readable():
         return _decode(data, (size, size) if isinstance(size, int) else size, crop)
-    except SampleError:
-        raise
-    except Exception as error:  # on bad bytes decoders raise nearly anything
-        raise SampleError("", "", f"image cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 def decode_moments(data: bytes, shape: tuple[int, ...]) -> Tensor:
@@ -109,22 +141,83 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return shape, fortran_order, dtype
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Whatever goes wrong in here becomes a SampleError."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except Image.DecompressionBombError:  # Pillow has a limit of its own, above ours
+        raise SampleError("", "", f"image of more than {MAX_PIXELS} pixels (DecompressionBombError)") from None
+    except Image.UnidentifiedImageError:
+        formats = ", ".join(_formats())
+        raise SampleError("", "", f"image cannot be decoded: it is in none of the formats {formats}") from None
+    except Exception as error:  # on bad bytes decoders raise nearly anything
+        raise SampleError("", "", f"image cannot be decoded: {type(error).__name__}: {error}") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """An image whose pixels are not decoded yet. Raises SampleError if there are too many."""
+    if data.startswith(_PNG):
+        data = _without_long_text(data)
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise SampleError("", "", f"image of {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    return image
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The formats that are read, as far as the installed Pillow has them."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def _format(image: Image.Image) -> str:
+    """The format; a JPEG of several pictures, as phones make them, counts as one."""
+    return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def _without_long_text(data: bytes) -> bytes:
+    """A PNG without compressed and long text, which say nothing of the pixels; all else is left to the decoder."""
+    kept, start, end = [], 0, len(_PNG)
+    kind = b""
+    while kind != b"IEND" and end + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, end)
+        following = end + 12 + length
+        if kind == b"zTXt" or (kind in (b"tEXt", b"iTXt") and (length > _TEXT_CHUNK or _is_compressed(data, end))):
+            kept.append(data[start:end])
+            start = following
+        end = following
+    return b"".join([*kept, data[start:]]) if kept else data
+
+
+def _is_compressed(data: bytes, chunk: int) -> bool:
+    """Whether an iTXt chunk is compressed: the byte behind its keyword and a zero says so."""
+    keyword_end = data.find(b"\0", chunk + 8)
+    return data[chunk + 4 : chunk + 8] == b"iTXt" and data[keyword_end + 1 : keyword_end + 2] == b"\1"
+
+
 def _decode(data: bytes, size: tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
     height, width = size
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise SampleError("", "", f"image of {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        turn = _TURNS.get(orientation(image))
+    with _open(data) as image:
         # Where only a part is decoded at 1/2, 1/4 or 1/8, twice the pixels are left for the resize.
-        pixels = _decode_jpeg(data, image, 2 * max(size)) if image.format == "JPEG" else None
+        pixels = _decode_jpeg(data, image, 2 * max(size)) if _format(image) == "JPEG" else None
         if pixels is None:
             image.draft(None, (2 * max(size), 2 * max(size)))
             pixels = np.array(_to_rgb(image))
-    if turn is not None:
-        pixels = np.array(Image.fromarray(pixels).transpose(turn))
+        pixels = _turned(pixels, orientation(image))
     if crop == "center":
         pixels = _middle(pixels, height, width)
     return _resize(pixels, height, width)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (h, w, 3) as the EXIF orientation wants them shown."""
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, least: int) -> np.ndarray | None:
@@ -166,7 +259,9 @@ def _torch_has_lanczos() -> bool:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; from 5 on height and width change places."""
+    """How an image has still to be turned, as EXIF numbers it, 1 to 8; from 5 on height and width change places."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken EXIF does not spoil the pixels
@@ -175,9 +270,22 @@ def orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip and not scale
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return _from_16_bits(image)
+    if image.mode == "F":
+        raise SampleError("", "", "image of floating-point numbers: which of them is white is not known")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8; the value that a PNG declares transparent is white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise SampleError("", "", "image of 32-bit numbers: which of them is white is not known")
+    grey = (values >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")

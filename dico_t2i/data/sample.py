@@ -11,9 +11,6 @@ import numpy as np
 from dico_t2i.data.decode import check_finite, decode_rows
 from dico_t2i.data.errors import SampleError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-
 TEXT, POOLED = "text.npy", "pooled.npy"  # features of each caption: float16 (captions, T, dim), (captions, pooled_dim)
 
 

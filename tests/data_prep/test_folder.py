@@ -169,8 +169,8 @@ def test_odd_images_are_normalised(tmp_path: Path, crop: str) -> None:
         (root / name).with_suffix(".txt").write_text("a thing")
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
-    tiff = image_bytes(3, form="TIFF")
-    for name, data in {"bomb.png": bomb.getvalue(), "tiff.jpg": tiff, "text.jpg": b"hello", "empty.png": b""}.items():
+    targa = image_bytes(3, form="TGA")
+    for name, data in {"bomb.png": bomb.getvalue(), "targa.jpg": targa, "text.jpg": b"hello", "empty.png": b""}.items():
         (root / name).write_bytes(data)
         (root / name).with_suffix(".txt").write_text("a thing")
     assert prepare(root, "out", "--size", "8", "--crop", crop) == 0
