@@ -35,13 +35,13 @@ class ClusterConfig(Section):
     constraint: Text | None = None  # The features that nodes must have, in sbatch's notation.
     time: Text = "24:00:00"  # The time limit in sbatch's notation: minutes, H:M:S or days-H:M:S.
     exclusive: Flag = False  # Reserves whole nodes for the job.
-    # Further options of sbatch, with their text as it is typed: {reservation: lab, mail-user: me}. An option that is
-    # true is given without a value, one that is false is left out.
+    # Further options of sbatch, such as {reservation: lab, mail-user: me}; an option that is true is passed without a
+    # value, and one that is false is left out.
     sbatch: dict[str, AnyText | StrictBool] = {}
     srun: tuple[Text, ...] = ()  # Further options of srun, such as [--mpi=none].
     cpu_bind: Text | None = None  # How srun binds ranks to cores (its --cpu-bind): cores, none, ...
     setup: tuple[Text, ...] = ()  # Shell lines that run before anything else, such as module load or source.
-    # Environment variables of every rank, with their text as it is typed: {NCCL_SOCKET_IFNAME: ib0}.
+    # Environment variables of every rank, passed as they are typed, such as {NCCL_SOCKET_IFNAME: ib0}.
     env: dict[str, AnyText] = {}
     container: Text | None = None  # The image for srun's --container-image (pyxis).
     # The folders that are mounted into the container, for srun's --container-mounts.

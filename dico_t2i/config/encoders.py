@@ -17,7 +17,7 @@ class AutoencoderConfig(Section):
     # kl is Stable Diffusion's autoencoder, tiny is TAESD, and pixels trains without an autoencoder.
     kind: Literal["kl", "tiny", "pixels"] = "kl"
     path: Text = "stabilityai/sd-vae-ft-ema"  # A local folder or a hub id.
-    # The factor between the autoencoder's latents and what the network sees; it is 1 for tiny and pixels.
+    # The factor that latents are multiplied by for the network; its default is 1 for tiny and pixels.
     scale: PositiveFloat = 0.18215
 
     @model_validator(mode="before")

@@ -28,12 +28,12 @@ def explain(error: ValidationError, root: type[Section]) -> str:
     return "\n".join(lines)
 
 
-# What other languages, or YAML 1.1, read as numbers: 1:30, 010, 0x1F, 1_000.
+# Forms that other languages or YAML 1.1 read as numbers: 1:30, 010, 0x1F, 1_000.
 _NUMERAL = re.compile(r"[-+]?(?:\d+(?::\d+)+|0\d+|0[xob][0-9a-fA-F]+|\d[\d_]*_[\d_]*)")
 
 
 def _numeral(found: Any) -> str:
-    """The remedy for a number in another notation than the decimal one."""
+    """The advice for a number that is not in decimal notation; empty for everything else."""
     return "; write a plain decimal number" if isinstance(found, str) and _NUMERAL.fullmatch(found) else ""
 
 

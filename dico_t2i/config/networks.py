@@ -55,7 +55,7 @@ class NetworkConfig(Section):
     learn_sigma: Flag = True
     condition: Literal["class", "text"] = "class"  # What the network is conditioned on: class labels or text.
     num_classes: Positive = 1000  # The number of classes, with condition: class.
-    # How often training drops the condition, for guidance; with 0 there is no row for the null class either.
+    # The probability with which training drops the condition, for guidance; with 0 there is no null class.
     dropout_prob: Probability = 0.1
     # The width of the text tokens; with several encoders that of the widest, to which the others are padded with zeros.
     text_dim: Positive = 768
@@ -102,7 +102,7 @@ class DiCoConfig(NetworkConfig):
     variants = VARIANTS
     stages = ("decoder1", "encoder1", "decoder2", "encoder2", "middle")
 
-    kind: Literal["dico"] = "dico"  # The network.
+    kind: Literal["dico"] = "dico"  # Selects this network.
     hidden_size: Positive  # The number of channels at the highest resolution; each down-sampling doubles it.
     # The number of blocks of each stage: encoder1, encoder2, middle, decoder2, decoder1.
     depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
@@ -224,7 +224,7 @@ class DiTConfig(TransformerConfig):
 
     variants = DIT_VARIANTS
 
-    kind: Literal["dit"] = "dit"  # The network.
+    kind: Literal["dit"] = "dit"  # Selects this network.
     condition: Literal["class"] = "class"  # DiT takes class labels only.
     pooled_text: Literal[False] = False  # DiT takes no text.
     mlp_ratio: PositiveFloat = 4.0  # The hidden width of the feed-forward, as a multiple of hidden_size.
@@ -241,7 +241,7 @@ class UViTConfig(SizedConfig):
 
     variants = UVIT_VARIANTS
 
-    kind: Literal["uvit"] = "uvit"  # The network.
+    kind: Literal["uvit"] = "uvit"  # Selects this network.
     condition: Literal["text"] = "text"  # This U-ViT takes text only.
     pooled_text: Literal[False] = False  # U-ViT takes no pooled text.
     mlp_ratio: PositiveFloat = 4.0  # The hidden width of the feed-forward, as a multiple of hidden_size.
@@ -260,7 +260,7 @@ class PixArtConfig(SizedConfig):
 
     variants = PIXART_VARIANTS
 
-    kind: Literal["pixart"] = "pixart"  # The network.
+    kind: Literal["pixart"] = "pixart"  # Selects this network.
     condition: Literal["text"] = "text"  # PixArt takes text only.
     pooled_text: Literal[False] = False  # PixArt takes no pooled text.
     text_mask: Flag = False  # Treats tokens of zeros as padding, as T5 needs: attention leaves them out.
@@ -269,7 +269,7 @@ class PixArtConfig(SizedConfig):
 class MMDiTConfig(SizedConfig):
     """MMDiT: text and image attend to each other (Esser et al. 2024); diffusers' network of Stable Diffusion 3."""
 
-    kind: Literal["mmdit"] = "mmdit"  # The network.
+    kind: Literal["mmdit"] = "mmdit"  # Selects this network.
     condition: Literal["text"] = "text"  # MMDiT takes text only.
     pooled_text: Literal[True] = True  # MMDiT always takes the pooled text.
 

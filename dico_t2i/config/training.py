@@ -33,7 +33,7 @@ class OptimizerConfig(Section):
     warmup: Span | None = None  # How long the learning rate rises linearly at the start; with none it starts at lr.
     # The learning rate after the warmup: constant, or a cosine down to 0 at the end of the run.
     schedule: Literal["constant", "cosine"] = "constant"
-    # The decays per step of the averages of the weights; each gives an average of its own.
+    # The decays per step of the averages of the weights; each gives a separate average.
     ema: tuple[Probability, ...] = (0.9999,)
 
     @field_validator("ema")
@@ -59,11 +59,12 @@ class TrainConfig(Section):
     global_batch: Positive = 256  # The number of samples in an optimizer step, of all ranks together.
     # The largest number of samples in one pass of a rank; gradients are accumulated over the passes of a step.
     micro_batch: Positive = 32
-    # The precision of weights and activations in the network; the optimizer always keeps fp32 weights.
+    # The precision of the network's arithmetic; the optimizer always keeps fp32 weights.
     precision: Literal["bf16", "fp32"] = "bf16"
-    # The ZeRO stage of DeepSpeed: what is divided among the ranks (1 optimizer state, 2 gradients too, 3 weights too).
+    # The ZeRO stage of DeepSpeed: 1 divides the optimizer state among the ranks, 2 also the gradients, 3 also the
+    # weights.
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
-    compile: Literal["off", "blocks"] = "off"  # blocks uses torch.compile, for each kind of block once.
+    compile: Literal["off", "blocks"] = "off"  # blocks compiles each kind of block once with torch.compile.
     # Seconds without progress of a rank after which the job ends and names that rank.
     hang_timeout_s: PositiveFloat = 600.0
     # The same for the first step; saves and previews get as much extra time.

@@ -26,7 +26,7 @@ class Conditioner:
 
     @property
     def wanted(self) -> Wanted:
-        """What a loader has to make of each sample."""
+        """The parts of each sample that a loader has to prepare."""
         tokenize = self.text_encoder.tokenize if self.text_encoder else None
         return Wanted(self.model.condition, self.model.num_classes, tokenize)
 

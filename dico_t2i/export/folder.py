@@ -124,9 +124,9 @@ def write_folder(
 
 
 def _save_encoders(config: Config, folder: Path, trained: Mapping[str, Any]) -> tuple[dict[str, Component], Identities]:
-    """Copy the encoders. Returns them as components, and the identities of the copies.
+    """Copy the encoders, and return them as components, with the identities of the copies.
 
-    Raises ConfigError if they are not those of training.
+    Raises ConfigError if they differ from those of training.
     """
     parts: dict[str, Component] = {}
     autoencoder, text = load_autoencoder(config.autoencoder, "cpu"), _exported_text_encoder(config)
@@ -144,13 +144,13 @@ def _save_encoders(config: Config, folder: Path, trained: Mapping[str, Any]) -> 
 
 
 def _exported_text_encoder(config: Config) -> TextEncoder | None:
-    """The one that goes along, if any does."""
+    """The text encoder to copy, or None."""
     goes = config.model.condition == "text" and config.text_encoder.kind != "open_clip"
     return load_text_encoder(config.text_encoder, "cpu") if goes else None
 
 
 def _open_to_others(folder: Path) -> None:
-    """Give all files the permissions that the user's umask gives to new ones: safetensors makes files private."""
+    """Give all files the permissions of the user's umask, since safetensors makes its files private."""
     mode = (folder / "config.yaml").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():

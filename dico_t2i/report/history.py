@@ -132,7 +132,7 @@ class History:
             self._add_event(step, time, str(kind), str(line.get("message", "")))
             if kind == "start":
                 self.start = line
-            elif kind == "done" and "total_steps" in line:  # a start that had nothing to do, of a duration in the past
+            elif kind == "done" and "total_steps" in line:  # a start with nothing left to do
                 self.start = {**self.start, "total_steps": line["total_steps"]}
             return
         self.step = step

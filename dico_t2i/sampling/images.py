@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dico_t2i.files import temporary
 
-_MOST = 64  # images of a grid
+_MOST = 64  # most images of a grid
 
 
 def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
@@ -29,7 +29,7 @@ def image_path(folder: Path, number: int) -> Path:
 
 
 def save_image(image: Tensor, caption: str, seed: int, path: Path) -> None:
-    """Write a PNG whole or not at all, with its prompt and seed as metadata. image (3, H, W) uint8."""
+    """Write a PNG atomically, with its prompt and seed as metadata. image (3, H, W) uint8."""
     info = PngInfo()
     info.add_itxt("prompt", caption)
     info.add_text("seed", str(seed))
@@ -39,7 +39,7 @@ def save_image(image: Tensor, caption: str, seed: int, path: Path) -> None:
 
 
 def save_grid(files: Sequence[Path], folder: Path) -> None:
-    """Write grid.png of the first of these images, which ``save_image`` has written."""
+    """Write grid.png of the first of these files, which ``save_image`` has written."""
     images, captions = [], []
     for file in files[:_MOST]:
         with Image.open(file) as image:

@@ -51,7 +51,7 @@ class Pipeline:
 
         An image's noise depends only on its own seed, whatever the batch. ``progress(done, total)`` counts steps over
         all batches. decode_batch: how many images the autoencoder decodes at a time, which limits its memory.
-        Raises ValueError for seeds that are not whole numbers of 64 bits.
+        Raises ValueError for seeds that are not 64-bit integers.
         """
         seeds = randomness.check_seeds(seeds)
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
@@ -166,9 +166,9 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a network comes from. encoders: the identities of those it was trained with, None where nobody noted them.
+    """The origin of a network. encoders: the identities of the encoders it was trained with, or None if not recorded.
 
-    fill: puts the weights into the network.
+    fill: loads the weights into the network.
     """
 
     config: Config
@@ -182,7 +182,7 @@ def _find_weights(path: Path, weights: str | None) -> _Source:
         origin = _origin(path)
         if weights not in (None, origin.get("weights")):
             held = origin.get("weights")
-            raise ValueError(f"--weights {weights}: {path} is exported, and holds {held} alone; give the run instead")
+            raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
         return _Source(exported_config(path), origin.get(KEY), lambda model: _fill(model, load_file(file), path))
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
@@ -195,7 +195,7 @@ def _find_weights(path: Path, weights: str | None) -> _Source:
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What an exported folder says of its weights."""
+    """The content of export.json in an exported folder; empty without the file."""
     file = folder / "export.json"
     return read_json(file) if file.exists() else {}
 

@@ -122,12 +122,12 @@ class Saver:
         if ckpt.ever_saved(self.run.checkpoints):
             raise ckpt.CheckpointError(
                 f"{self.run.checkpoints}: all {len(found)} checkpoints are damaged;"
-                " restore one, or start a new run under another name (name=...)"
+                " restore one, or start a new run with a different name (name=...)"
             )
         return None
 
     def _check_encoders(self, checkpoint: ckpt.Checkpoint) -> None:
-        """Raise ConfigError on all ranks if the encoders are not those that the run has trained with; collective."""
+        """Raise ConfigError on all ranks if the encoders differ from those that the run has used; collective."""
         trained, problem = checkpoint.state.get(KEY), ""
         if trained is None:
             note = "the checkpoint does not say which encoders it was trained with; they are not checked"

@@ -103,7 +103,7 @@ class Trainer:
                 self.report.close()
 
     def _nothing_to_do(self) -> int:
-        """The run has come as far as its duration, or further."""
+        """End at once, because the run has reached or passed its duration."""
         message = f"already at {self.step} of {self.total_steps} steps, nothing to do; run folder: {self.run.path}"
         self.report.event(self.step, "done", message, total_steps=self.total_steps)
         self.parts.profiler.close()

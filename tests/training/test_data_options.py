@@ -107,6 +107,6 @@ def test_stored_text_trains_like_text_encoded_on_the_way(runs, tmp_path):
     runs.train("nothing", f"data.path={nothing}", "train.duration.steps=4", "data.cached_text=true")
     assert runs.losses("nothing") != online, "what is stored makes no difference"
     output = runs.train("other", f"data.path={data}", "data.cached_text=true", "text_encoder.seeded.layers=2", code=2)
-    assert "text features of another text_encoder" in output.replace("\n", " ")
+    assert "text features of a different text_encoder" in output.replace("\n", " ")
     output = runs.train("none", "data.cached_text=true", code=2)
     assert "holds no text features" in output.replace("\n", " ")

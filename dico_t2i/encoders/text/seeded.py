@@ -12,9 +12,9 @@ from dico_t2i.encoders.text.family import family
 from dico_t2i.encoders.text.tower import Tower
 from dico_t2i.randomness import uniform
 
-# The standard deviation of the random weights, by a part of the parameter's name; for matrices it is multiplied by
-# sqrt(fan-in). The values differ from a usual initialisation: what attention gathers from the words has to outweigh the
-# embedding of the end token, or all captions would have nearly the same feature there.
+# The standard deviation of the random weights, by a part of the parameter's name; for matrices it is this value divided
+# by sqrt(fan-in). The values differ from a usual initialisation: the information that attention gathers from the words
+# has to outweigh the embedding of the end token, or all captions would have nearly the same feature there.
 _SPREADS = {
     "token_embedding": 1.0,
     "position": 0.1,

@@ -1,7 +1,7 @@
 """DiT (Peebles and Xie 2023): the transformer with adaLN-Zero that the paper compares DiCo with.
 
 It is implemented here because diffusers' DiT computes a different function: its timestep frequencies end at 1/10000
-instead of before it, and in training each of its blocks embeds timestep and class anew and drops labels on its own.
+instead of before it, and in training each of its blocks embeds timestep and class again and drops labels independently.
 """
 
 import torch.nn.functional as F
