@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from dico_t2i.command import non_negative, positive, run
 
 if TYPE_CHECKING:
-
     pass
 
 
