@@ -29,7 +29,7 @@ from cluster.options import add_cluster_options, chosen_cluster
 from cluster.preflight import problems
 from cluster.state import holder, measured_pause
 from cluster.supervisor import TrainJob
-from dico_t2i.command import run, script_parser
+from dico_t2i.command import positive, run, script_parser
 from dico_t2i.config import ClusterConfig, Config, dump_config, load_config, read_yaml
 from dico_t2i.text_lines import read_text
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--follow", action="store_true", help="show the log of rank 0 and failures until the job ends")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="one run for each entry, as a job array")
-    parser.add_argument("--parallel", type=int, help="runs of a sweep at a time")
+    parser.add_argument("--parallel", type=positive, help="runs of a sweep at a time")
     parser.add_argument("--no-plan", action="store_true", help="launch what the plan says cannot fit, too")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     add_cluster_options(parser)
@@ -168,6 +168,9 @@ def _dry_run(made: Executor, config: Config, path: Path) -> int:
         if slurm.answers():
             jobs.check(made, config.cluster, config.cluster.nodes, path)
             print("SLURM would take it")
+        else:
+            why = "its controller does not answer" if slurm.present() else "sbatch is not on this machine"
+            print(f"SLURM was not asked whether it would take it: {why}")
     print("nothing was submitted")
     return 0
 

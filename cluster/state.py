@@ -19,7 +19,7 @@ class RunState:
     """Where a run is. Times in seconds; None where the run has not told yet."""
 
     name: str
-    word: str  # done, running, stopped, failed, cut off, new
+    word: str  # done, running, stopped, failed, cut off, new, unreadable
     step: int
     steps: int | None
     loss: float | None
@@ -52,6 +52,12 @@ def read_state(run_folder: Path) -> RunState:
     )
 
 
+def unreadable(run_folder: Path, why: str) -> RunState:
+    """The state of a run that cannot be read."""
+    nothing = dict.fromkeys(("steps", "loss", "images_per_s", "eta_s", "checkpoint_age_s"))
+    return RunState(name=run_folder.name, word="unreadable", step=0, restarts=0, trouble=f"step ?: {why}", **nothing)
+
+
 def measured_pause(run_folder: Path) -> float | None:
     """Seconds that the run's slowest step and its last save took; None before they are known."""
     lines = list(json_lines(run_folder / "metrics.jsonl"))
@@ -65,7 +71,7 @@ def holder(run_folder: Path) -> str:
     lock = run_folder / ".lock"
     if not lock.exists():
         return ""
-    with lock.open("r+") as file:
+    with lock.open() as file:  # to ask needs no right to write
         wish = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wish))[0]
         return "" if kind == fcntl.F_UNLCK else file.read().strip() or "another process"

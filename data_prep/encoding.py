@@ -81,7 +81,9 @@ class Clock:
     def line(self, samples: int) -> str:
         """The rate, and the share of the time that each activity had."""
         wall = max(time.perf_counter() - self._started, 1e-9)
-        shares = ", ".join(f"{what} {seconds / wall:.0%}" for what, seconds in self.seconds.items())
+        rest = max(0.0, wall - sum(self.seconds.values()))
+        parts = {**self.seconds, "the rest": rest}
+        shares = ", ".join(f"{what} {seconds / wall:.0%}" for what, seconds in parts.items())
         return f"{samples / wall:.1f} images/s in {wall:.1f} s: {shares}"
 
 

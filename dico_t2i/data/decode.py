@@ -258,6 +258,15 @@ def _torch_has_lanczos() -> bool:
     return True
 
 
+def read_orientation(data: bytes) -> int:
+    """``orientation`` of an image that is not decoded; 1 for bytes that are none."""
+    try:
+        with _open(data) as image:
+            return orientation(image)
+    except Exception:  # whoever decodes it will tell
+        return 1
+
+
 def orientation(image: Image.Image) -> int:
     """How an image has still to be turned, as EXIF numbers it, 1 to 8; from 5 on height and width change places."""
     if image.format == "TIFF":  # Pillow turns these itself

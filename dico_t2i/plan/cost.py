@@ -18,9 +18,16 @@ from dico_t2i.plan.trace import Pass, trace_training
 class StepCost:
     """The counted cost of one rank's step, and the measured peak rate of its device.
 
-    flops: two for each multiply-accumulate of matrix products and convolutions, forward and backward; recomputation
-    that saves memory does not count. traffic: the bytes that the operations of the network and of the optimizer read
-    and write. peak: the measured operations per second of one large matrix product.
+    <<<<<<< HEAD
+        flops: two for each multiply-accumulate of matrix products and convolutions, forward and backward; recomputation
+        that saves memory does not count. traffic: the bytes that the operations of the network and of the optimizer read
+        and write. peak: the measured operations per second of one large matrix product.
+    =======
+        flops: useful ones, two for each multiply-accumulate of products and of convolutions channel by channel, forward and
+        backward; what is computed a second time to save memory does not count. traffic: bytes that the operations of the
+        network and of the optimizer read and write. peak: operations a second of one large matrix product, measured;
+        on a CPU in bf16 or fp32, whichever is faster.
+    >>>>>>> h-words16
     """
 
     flops: float
@@ -44,10 +51,12 @@ def step_cost(config: Config, ranks: int, parameters: int, device: torch.device)
     share = 1 / ranks if config.train.zero_stage > 0 else 1.0
     update = share * optimizer_traffic(parameters, len(config.optimizer.ema))
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    # A CPU's bf16 product may be far slower than what the network does beside it: the faster one is what it can do.
+    fallbacks = {torch.float32} if device.type == "cpu" else set()
     return StepCost(
         flops=passes * float(useful.products.sum() + useful.others.sum()),
         traffic=passes * float(done.traffic.sum()) + update,
-        peak=product_rate(device, precision),
+        peak=max(product_rate(device, dtype) for dtype in {precision, *fallbacks}),
     )
 
 

@@ -38,7 +38,7 @@ def _head(plan: Plan) -> Iterator[str]:
 def _memory(plan: Plan) -> Table:
     table = Table("memory of a GPU", "GB", title=None)
     for part, size in asdict(plan.estimate.memory).items():
-        table.add_row(part.replace("_", " "), f"{size / 1e9:.2f}")
+        table.add_row(part.replace("_", " "), f"{size / 1e9:.2f}" if size >= 1e7 or not size else f"{size / 1e9:.1g}")
     table.add_row(f"all (of {plan.hardware.memory_gb:g})", f"{plan.estimate.memory.total / 1e9:.2f}", style="bold")
     for stages, estimate in plan.recomputing.items():
         table.add_row(f"all, recomputing {stages}", f"{estimate.memory.total / 1e9:.2f}")

@@ -54,6 +54,8 @@ class Pipeline:
         Raises ValueError for seeds that are not 64-bit integers.
         """
         seeds = randomness.check_seeds(seeds)
+        if not seeds or len(conditions) != len(seeds):
+            raise ValueError(f"{len(conditions)} prompts or labels and {len(seeds)} seeds; give one seed for each")
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
         null = self._prepared(self.conditioner.null(1)) if sampler.guidance != 1 else {}
         images = []

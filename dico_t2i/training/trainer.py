@@ -20,7 +20,7 @@ from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder, MixtureOrder
 from dico_t2i.data.sources import load_data
 from dico_t2i.models import Network
-from dico_t2i.plan.cost import StepCost, step_cost
+from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
 from dico_t2i.runs.checkpoint import CheckpointError
 from dico_t2i.runs.folder import RunFolder
@@ -37,7 +37,12 @@ from dico_t2i.training.ranks.distributed import World, any_rank, join_world
 from dico_t2i.training.ranks.signals import StopFlag
 from dico_t2i.training.ranks.watchdog import Watchdog
 
+<<<<<<< HEAD
 _DATA_SHARE = 0.8  # of the hang timeout, so that the loader, which can name a stalled worker, gives up first
+=======
+_SLOWER = 1.2  # times as long, which is told
+_DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first
+>>>>>>> h-words16
 
 
 class TrainingError(ValueError):
@@ -250,8 +255,18 @@ class Trainer:
             parameters=parameters,
             ranks=self.world.size,
         )
+        self._warn_of_slow_bf16()
         for line in self._data_notes():
             self.report.event(self.step, "data", line)
+
+    def _warn_of_slow_bf16(self) -> None:
+        """On a CPU without instructions for it bf16 takes several times as long as fp32."""
+        if not self.world.is_main or self.world.device.type != "cpu" or self.config.train.precision != "bf16":
+            return
+        times = product_rate(self.world.device, torch.float32) / product_rate(self.world.device, torch.bfloat16)
+        if times > _SLOWER:
+            message = f"a matrix product in bf16 takes {times:.1f} times as long as in fp32 on this CPU"
+            self.report.event(self.step, "precision", f"WARNING: {message}; set train.precision=fp32")
 
     @cached_property
     def cost(self) -> StepCost:

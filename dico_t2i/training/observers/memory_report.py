@@ -25,5 +25,12 @@ def memory_report(held: Mapping[str, float], peak: float, predicted: Mapping[str
 
 
 def _part(name: str, size: float, predicted: float | None) -> str:
-    expected = "" if predicted is None else f" ({predicted / 1e9:.2f})"
-    return f"{name.replace('_', ' ')} {size / 1e9:.2f} GB{expected}"
+    shown = _size(size)
+    expected = "" if predicted is None else f" ({_size(predicted).removesuffix(shown[-3:])})"
+    return f"{name.replace('_', ' ')} {shown}{expected}"
+
+
+def _size(size: float) -> str:
+    """In the unit in which three digits tell something."""
+    unit, divisor = next(((unit, d) for unit, d in (("GB", 1e9), ("MB", 1e6)) if abs(size) >= 0.1 * d), ("kB", 1e3))
+    return f"{size / divisor:.2f} {unit}"
