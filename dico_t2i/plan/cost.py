@@ -18,16 +18,10 @@ from dico_t2i.plan.trace import Pass, trace_training
 class StepCost:
     """The counted cost of one rank's step, and the measured peak rate of its device.
 
-    <<<<<<< HEAD
-        flops: two for each multiply-accumulate of matrix products and convolutions, forward and backward; recomputation
-        that saves memory does not count. traffic: the bytes that the operations of the network and of the optimizer read
-        and write. peak: the measured operations per second of one large matrix product.
-    =======
-        flops: useful ones, two for each multiply-accumulate of products and of convolutions channel by channel, forward and
-        backward; what is computed a second time to save memory does not count. traffic: bytes that the operations of the
-        network and of the optimizer read and write. peak: operations a second of one large matrix product, measured;
-        on a CPU in bf16 or fp32, whichever is faster.
-    >>>>>>> h-words16
+    flops: two for each multiply-accumulate of matrix products and convolutions, forward and backward; recomputation
+    that saves memory does not count. traffic: the bytes that the operations of the network and of the optimizer read
+    and write. peak: the measured operations per second of one large matrix product; on a CPU in bf16 or fp32,
+    whichever is faster.
     """
 
     flops: float

@@ -37,12 +37,8 @@ from dico_t2i.training.ranks.distributed import World, any_rank, join_world
 from dico_t2i.training.ranks.signals import StopFlag
 from dico_t2i.training.ranks.watchdog import Watchdog
 
-<<<<<<< HEAD
+_SLOWER = 1.2  # bf16 is reported as slow when it takes this many times as long as fp32
 _DATA_SHARE = 0.8  # of the hang timeout, so that the loader, which can name a stalled worker, gives up first
-=======
-_SLOWER = 1.2  # times as long, which is told
-_DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first
->>>>>>> h-words16
 
 
 class TrainingError(ValueError):

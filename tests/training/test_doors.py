@@ -91,7 +91,7 @@ def test_another_text_encoder_is_refused(trained, tmp_path):
     tree = yaml.safe_load(config.read_text())
     tree["text_encoder"]["seeded"]["seed"] = 1
     config.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match="another text_encoder: .*seed"):
+    with pytest.raises(ConfigError, match=r"another text_encoder: .*seed"):
         load(run)
 
 

@@ -14,12 +14,8 @@ from torch import Tensor
 
 from dico_t2i.memory import keep_freed_memory
 
-<<<<<<< HEAD
-_flags_group: dist.ProcessGroup | None = None  # uses host memory, so that agreeing does not wait for a GPU
-=======
 _RESOLVE_S = 5.0
-_flags_group: dist.ProcessGroup | None = None  # of host memory, so that to agree needs no wait for a GPU
->>>>>>> h-words16
+_flags_group: dist.ProcessGroup | None = None  # uses host memory, so that agreeing does not wait for a GPU
 
 
 class MeetingError(OSError):
@@ -44,12 +40,8 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Join the process group that the environment describes; a single process forms its own group.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (torchrun), else SLURM_PROCID, SLURM_NTASKS,
-<<<<<<< HEAD
-    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError if some of them are missing.
-=======
-    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError when part of it is missing,
+    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError if some of them are missing, and
     MeetingError when the ranks cannot meet there.
->>>>>>> h-words16
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
