@@ -106,7 +106,7 @@ def test_bad_weights(tmp_path: Path) -> None:
     torn = tmp_path / STATE_DICT
     torn.write_bytes(b"not weights")
     settings = Extractor(resize="clean")
-    with pytest.raises(ValueError, match="cannot be loaded, fetch it again"):
+    with pytest.raises(ValueError, match="cannot be loaded; download it again"):
         load_inception(settings, find_weights(settings, torn, tmp_path), CPU)
     torch.save({"conv": torch.zeros(1)}, torn)
     with pytest.raises(ValueError, match="cannot be loaded"):
