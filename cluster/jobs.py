@@ -7,13 +7,12 @@
   submitted.jsonl         one line a submission
 """
 
-import json
 import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from cluster import slurm
 from dico_t2i.config import ClusterConfig, ConfigError
-from dico_t2i.runs.log import json_lines
+from dico_t2i.runs.log import append, json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 UNMEASURED_LEAD_S = 300  # before a run's first save has shown how long one takes
@@ -112,13 +111,15 @@ def executor(
         stderr_to_stdout=True,
         use_srun=False,
         setup=setup,
-        additional_parameters={
-            "requeue": True,
-            **{key.replace("-", "_"): value for key, value in cluster.sbatch.items()},
-        },
+        additional_parameters=_further({"requeue": True, **cluster.sbatch}),
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return made
+
+
+def _further(options: Mapping[str, str | bool]) -> dict[str, str | bool]:
+    """Options of sbatch as submitit takes them; one that is false is left out."""
+    return {key.replace("-", "_"): value for key, value in options.items() if value is not False}
 
 
 def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -> list[Submitted]:
@@ -137,8 +138,8 @@ def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -
 def note(folder: Path, job: Submitted, command: str) -> None:
     """Write down in a run's folder of jobs that this one is its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "submitted.jsonl").open("a") as file:
-        file.write(json.dumps({"job": job.id, "local": job.local, "time": time.time(), "command": command}) + "\n")
+    line = {"job": job.id, "local": job.local, "time": time.time(), "command": command}
+    append(folder / "submitted.jsonl", line)
 
 
 def script(made: Executor, path: Path) -> Path:

@@ -29,8 +29,9 @@ from cluster.options import add_cluster_options, chosen_cluster
 from cluster.preflight import problems
 from cluster.state import holder, measured_pause
 from cluster.supervisor import TrainJob
-from dico_t2i.command import run, script_parser
-from dico_t2i.config import ClusterConfig, Config, dump_config, load_config
+from dico_t2i.command import positive, run, script_parser
+from dico_t2i.config import ClusterConfig, Config, dump_config, load_config, read_yaml
+from dico_t2i.text_lines import read_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--follow", action="store_true", help="show the log of rank 0 and failures until the job ends")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="one run for each entry, as a job array")
-    parser.add_argument("--parallel", type=int, help="runs of a sweep at a time")
+    parser.add_argument("--parallel", type=positive, help="runs of a sweep at a time")
     parser.add_argument("--no-plan", action="store_true", help="launch what the plan says cannot fit, too")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     add_cluster_options(parser)
@@ -71,14 +72,27 @@ def _configs(arguments: argparse.Namespace) -> list[Config]:
     """Of the run, or of each run of the sweep."""
     if arguments.sweep is None:
         return [_config(arguments, [])]
-    try:
-        entries = yaml.safe_load(arguments.sweep.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--sweep {arguments.sweep}: not valid YAML: {error}") from None
-    if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
-        raise ValueError(f"--sweep {arguments.sweep}: expected names with lists of key.path=value each")
     base = load_config(arguments.config, arguments.overrides).name
-    return [_config(arguments, [f"name={base}-{key}", *map(str, entry)]) for key, entry in entries.items()]
+    entries = _sweep(arguments.sweep)
+    configs = [_config(arguments, [f"name={base}-{key}", *entry]) for key, entry in entries.items()]
+    names = [config.name for config in configs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"--sweep {arguments.sweep}: two entries make the run {twice}; leave name= out of them")
+    return configs
+
+
+def _sweep(file: Path) -> dict[str, list[str]]:
+    """The overrides of each run by its name. Raises ValueError for anything else, and for no runs."""
+    try:
+        entries = read_yaml(read_text(file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--sweep {file}: not valid YAML: {error}") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
+        raise ValueError(f"--sweep {file}: expected names with lists of key.path=value each")
+    if not entries:
+        raise ValueError(f"--sweep {file}: no runs in it; expected names with lists of key.path=value each")
+    return {str(key): [str(change) for change in entry] for key, entry in entries.items()}
 
 
 def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
@@ -154,6 +168,9 @@ def _dry_run(made: Executor, config: Config, path: Path) -> int:
         if slurm.answers():
             jobs.check(made, config.cluster, config.cluster.nodes, path)
             print("SLURM would take it")
+        else:
+            why = "its controller does not answer" if slurm.present() else "sbatch is not on this machine"
+            print(f"SLURM was not asked whether it would take it: {why}")
     print("nothing was submitted")
     return 0
 

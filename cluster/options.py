@@ -3,11 +3,10 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from dico_t2i.command import non_negative, positive
 from dico_t2i.config import ClusterConfig, read_cluster
+from dico_t2i.text_lines import check_text
 
 _PROFILE_VARIABLE = "DICO_CLUSTER"
 
@@ -17,20 +16,20 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cluster", "each overrides a key of the profile")
     add = group.add_argument
     add("--cluster", type=Path, metavar="FILE", help=f"a profile, see configs/cluster/ (default: ${_PROFILE_VARIABLE})")
-    add("--nodes", type=int)
-    add("--gpus-per-node", type=int, help="0 trains on CPUs")
-    add("--tasks-per-node", type=int, help="processes per node, where there are no GPUs")
-    add("--cpus-per-task", type=int)
+    add("--nodes", type=positive, help="how many nodes")
+    add("--gpus-per-node", type=non_negative, help="0 trains on CPUs")
+    add("--tasks-per-node", type=positive, help="processes per node, where there are no GPUs")
+    add("--cpus-per-task", type=positive, help="CPU cores of each process")
     add("--mem", help="of a node, such as 400G; 0 is all")
-    add("--partition")
-    add("--account")
-    add("--qos")
-    add("--constraint")
+    add("--partition", help="the queue, as sinfo lists them (default: the site's)")
+    add("--account", help="whose share of the cluster is charged, as sbatch understands it")
+    add("--qos", help="quality of service, as sbatch understands it")
+    add("--constraint", help="features that nodes must have: h100, or 'h100|h200'")
     add("--time", help="limit: minutes, H:M:S or days-H:M:S")
-    add("--exclusive", action="store_const", const=True)
+    add("--exclusive", action="store_const", const=True, help="share the nodes with no other job")
     add("--container", help="an image for srun --container-image")
-    add("--signal-lead", type=int, dest="signal_lead_s", metavar="S", help="seconds before the limit to save")
-    add("--max-requeues", type=int)
+    add("--signal-lead", type=positive, dest="signal_lead_s", metavar="S", help="seconds before the limit to save")
+    add("--max-requeues", type=non_negative, help="times a job may come back after stops and failures")
     add("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch")
     add("--local", action="store_true", help="here, without SLURM")
 
@@ -46,11 +45,12 @@ def chosen_cluster(arguments: argparse.Namespace, below: ClusterConfig | None = 
     return read_cluster(None, {"sbatch": {**cluster.sbatch, **_pairs(arguments.sbatch)}}, cluster)
 
 
-def _pairs(texts: list[str]) -> dict[str, Any]:
-    pairs = {}
+def _pairs(texts: list[str]) -> dict[str, str | bool]:
+    """Each value is text as typed; an option without one is True."""
+    pairs: dict[str, str | bool] = {}
     for text in texts:
-        key, equals, value = text.partition("=")
+        key, equals, value = check_text(text, "--sbatch").partition("=")
         if not key:
             raise ValueError(f"--sbatch {text!r}: expected KEY=VALUE, such as reservation=lab")
-        pairs[key.lstrip("-")] = yaml.safe_load(value) if equals else True
+        pairs[key.lstrip("-")] = value if equals else True
     return pairs

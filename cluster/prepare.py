@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' fol
 from cluster import jobs
 from cluster.options import add_cluster_options, chosen_cluster
 from cluster.works import ScriptJob
-from dico_t2i.command import run, script_parser
+from dico_t2i.command import positive, run, script_parser
 
 _LEAD_S = 60
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--tasks", type=int, required=True, help="jobs of the array")
     parser.add_argument("--name", default="prepare")
-    parser.add_argument("--parallel", type=int, help="jobs at a time")
+    parser.add_argument("--parallel", type=positive, help="jobs at a time")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--logs", type=Path, default=Path("runs/prepare"))
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments")

@@ -19,7 +19,7 @@ class RunState:
     """Where a run is. Times in seconds; None where the run has not told yet."""
 
     name: str
-    word: str  # done, running, stopped, failed, cut off, new
+    word: str  # done, running, stopped, failed, cut off, new, unreadable
     step: int
     steps: int | None
     loss: float | None
@@ -36,12 +36,13 @@ def read_state(run_folder: Path) -> RunState:
     reports = [line for line in lines if "loss" in line]
     events = [line for line in lines if "event" in line]
     starts = [line for line in events if line["event"] == "start"]
+    totals = [line["total_steps"] for line in events if "total_steps" in line]
     last: dict[str, Any] = reports[-1] if reports else {}
     return RunState(
         name=run_folder.name,
         word=_word(run_folder, events),
         step=lines[-1]["step"] if lines else 0,
-        steps=starts[-1].get("total_steps") if starts else None,
+        steps=totals[-1] if totals else None,
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         eta_s=last.get("eta_s"),
@@ -49,6 +50,12 @@ def read_state(run_folder: Path) -> RunState:
         restarts=max(0, len(starts) - 1),
         trouble=_trouble(run_folder),
     )
+
+
+def unreadable(run_folder: Path, why: str) -> RunState:
+    """The state of a run that cannot be read."""
+    nothing = dict.fromkeys(("steps", "loss", "images_per_s", "eta_s", "checkpoint_age_s"))
+    return RunState(name=run_folder.name, word="unreadable", step=0, restarts=0, trouble=f"step ?: {why}", **nothing)
 
 
 def measured_pause(run_folder: Path) -> float | None:
@@ -64,7 +71,7 @@ def holder(run_folder: Path) -> str:
     lock = run_folder / ".lock"
     if not lock.exists():
         return ""
-    with lock.open("r+") as file:
+    with lock.open() as file:  # to ask needs no right to write
         wish = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wish))[0]
         return "" if kind == fcntl.F_UNLCK else file.read().strip() or "another process"

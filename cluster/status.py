@@ -6,19 +6,25 @@ python cluster/status.py --json              for programs
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from cluster import slurm
 from cluster.jobs import known
-from cluster.state import RunState, read_state
-from dico_t2i.command import run, script_parser
+from cluster.state import RunState, read_state, unreadable
+from dico_t2i.command import USER_ERROR, run, script_parser
+
+Row = tuple[RunState, slurm.Job | None]
+_COLUMNS = ("run", "state", "step", "loss", "images/s", "left", "saved", "restarts", "job")
+_DROPPED = ("restarts", "loss", "saved", "job", "images/s", "left")  # in this order, where the terminal is narrow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,25 +35,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folders = arguments.runs or _runs(arguments.folder)
     missing = [folder for folder in folders if not _is_run(folder)]
-    if missing:
-        raise ValueError(f"{missing[0]}: no run is there")
-    rows = [(read_state(folder), _job(folder)) for folder in folders]
+    rows = [_row(folder) for folder in folders if folder not in missing]
     if arguments.json:
-        print(
-            json.dumps(
-                [
-                    {**asdict(state), "job": job.id if job else None, "job_state": job.state if job else None}
-                    for state, job in rows
-                ]
-            )
-        )
-        return 0
-    console = Console()
-    console.print(_table(rows))
+        jobs = [{"job": job.id if job else None, "job_state": job.state if job else None} for _, job in rows]
+        print(json.dumps([{**asdict(state), **job} for (state, _), job in zip(rows, jobs, strict=True)]))
+    elif rows:
+        _show(rows)
+    for folder in missing:
+        print(f"error: {folder}: no run is there", file=sys.stderr)
+    return USER_ERROR if missing else 0
+
+
+def _show(rows: Sequence[Row]) -> None:
+    """The table, as wide as the terminal; without one, as it needs."""
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
+    dropped: list[str] = []
+    anything = console.options.update(width=10_000)
+    while len(dropped) < len(_DROPPED):
+        if console.measure(_table(rows, dropped), options=anything).maximum <= console.width:
+            break
+        dropped.append(_DROPPED[len(dropped)])
+    console.print(_table(rows, dropped))
+    if dropped:
+        print(f"not shown for want of width: {', '.join(dropped)} (--json has all)")
     for state, _ in rows:
         if state.trouble:
             console.print(f"{state.name}: last failure at {state.trouble}", highlight=False, markup=False)
-    return 0
+
+
+def _row(folder: Path) -> Row:
+    """What is known of a run; a folder that cannot be read is a row as well."""
+    try:
+        return read_state(folder), _job(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return unreadable(folder, str(why)), None
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -57,8 +79,11 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run is there, or was submitted."""
-    return (folder / "config.yaml").exists() or (folder / "jobs" / "submitted.jsonl").exists()
+    """Whether a run is there, or was submitted; also one that may not be looked at."""
+    try:
+        return (folder / "config.yaml").exists() or (folder / "jobs" / "submitted.jsonl").exists()
+    except PermissionError:
+        return True
 
 
 def _job(folder: Path) -> slurm.Job | None:
@@ -69,20 +94,25 @@ def _job(folder: Path) -> slurm.Job | None:
     return next(iter(slurm.jobs(ids[-1:])), None)
 
 
-def _table(rows: Sequence[tuple[RunState, slurm.Job | None]]) -> Table:
-    table = Table("run", "state", "step", "loss", "images/s", "left", "saved", "restarts", "job")
+def _table(rows: Sequence[Row], without: Sequence[str]) -> Table:
+    """Names and steps are folded where even they do not fit, never cut."""
+    columns = [column for column in _COLUMNS if column not in without]
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("state", "step"))
     for state, job in rows:
-        table.add_row(
-            state.name,
-            _word(state, job),
-            f"{state.step}/{state.steps}" if state.steps else str(state.step),
-            _number(state.loss, "{:.4f}"),
-            _number(state.images_per_s, "{:.0f}"),
-            _clock(state.eta_s) if state.word != "done" else "",
-            f"{_clock(state.checkpoint_age_s)} ago" if state.checkpoint_age_s is not None else "never",
-            str(state.restarts),
-            f"{job.id} {job.state} {job.nodes}".strip() if job else "",
-        )
+        cells = {
+            "run": escape(state.name),
+            "state": _word(state, job),
+            "step": f"{state.step}/{state.steps}" if state.steps else str(state.step),
+            "loss": _number(state.loss, "{:.4f}"),
+            "images/s": _number(state.images_per_s, "{:.0f}"),
+            "left": _clock(state.eta_s) if state.word != "done" else "",
+            "saved": f"{_clock(state.checkpoint_age_s)} ago" if state.checkpoint_age_s is not None else "never",
+            "restarts": str(state.restarts),
+            "job": f"{job.id} {job.state} {job.nodes}".strip() if job else "",
+        }
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 

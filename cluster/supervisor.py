@@ -25,7 +25,7 @@ from cluster.rank import START_MARK
 from cluster.state import last_step, tail
 from dico_t2i.command import REQUEUE_EXIT_CODE, USER_ERROR
 from dico_t2i.config import ClusterConfig, load_config
-from dico_t2i.runs.log import json_lines
+from dico_t2i.runs.log import append, json_lines
 
 _PORTS = range(20000, 30000)  # outside the range that systems hand out
 _STRAGGLERS_S = 300  # after the first rank's end, until srun ends the others
@@ -86,9 +86,12 @@ class Supervisor:
         self._check_nodes()
         while True:
             code = self._train()
-            failure = self._failure(code)
-            if failure:
+            failure, taken = self._failure(code), self._taken_away()
+            if failure and not (taken and failure.rank is None):
                 self._record(failure)
+            if taken:
+                say(taken)
+                sys.exit(1)
             decision = decide(code, self.start, self.cluster.max_requeues, self._failures())
             say(decision.why)
             if decision.act == "end":
@@ -183,8 +186,7 @@ class Supervisor:
         return "\n".join([f"ranks ended by {ending}{hint}, without a traceback", *verdicts[:3], *reports])
 
     def _record(self, failure: Failure) -> None:
-        with (self.run_folder / "failures.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(failure)) + "\n")
+        append(self.run_folder / "failures.jsonl", asdict(failure))
         who = "" if failure.rank is None else f" rank {failure.rank} on {failure.host}:"
         say(f"FAILED at step {failure.step}:{who}", failure.error)
 
@@ -193,15 +195,24 @@ class Supervisor:
         return [Failure(**line) for line in json_lines(self.run_folder / "failures.jsonl") if line["job"] == self.id]
 
     def _requeue(self) -> NoReturn:
-        """Back into the queue, unless SLURM has done so already or the job was cancelled."""
+        """Back into the queue."""
+        say("requeued: the job goes on when SLURM starts it again")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it comes with the requeue, and ends this process
-        for found in slurm.jobs([self.id]):
-            if found.state == "RUNNING":
-                slurm.requeue(self.id)
-                time.sleep(60)
-            else:
-                say(f"the job is {found.state} already")
+        slurm.requeue(self.id)
+        time.sleep(60)
         sys.exit(1)
+
+    def _taken_away(self) -> str:
+        """What SLURM has done with the job, in words; empty while it lets it run."""
+        for found in slurm.jobs([self.id]) if self.slurm else []:
+            if found.state == "RUNNING":
+                return ""
+            if found.restarts > self.start or found.state in ("PENDING", "REQUEUED"):
+                return "requeued by SLURM (scontrol requeue, preemption or a lost node): goes on from its checkpoint"
+            if found.reason in ("TimeLimit", "NodeDown") or found.state in ("TIMEOUT", "NODE_FAIL"):
+                return f"ended by SLURM ({found.reason or found.state}); launch again to go on"
+            return "cancelled (scancel); launch again to go on from the newest checkpoint"
+        return ""
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Under SLURM the ranks get every signal themselves."""

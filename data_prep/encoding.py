@@ -1,5 +1,7 @@
 """Keeps an encoder busy: decoded batches ahead of it, writing behind it, and where the time went."""
 
+from __future__ import annotations
+
 import os
 import time
 from collections import deque
@@ -7,15 +9,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError, SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.reader import ShardReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COPIED = ("json", "txt", "cls")  # members that go along with the features
 AHEAD = 4  # batches read and decoded while one is encoded
@@ -81,7 +85,9 @@ class Clock:
     def line(self, samples: int) -> str:
         """The rate, and the share of the time that each activity had."""
         wall = max(time.perf_counter() - self._started, 1e-9)
-        shares = ", ".join(f"{what} {seconds / wall:.0%}" for what, seconds in self.seconds.items())
+        rest = max(0.0, wall - sum(self.seconds.values()))
+        parts = {**self.seconds, "the rest": rest}
+        shares = ", ".join(f"{what} {seconds / wall:.0%}" for what, seconds in parts.items())
         return f"{samples / wall:.1f} images/s in {wall:.1f} s: {shares}"
 
 

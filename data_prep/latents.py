@@ -9,6 +9,8 @@ to finish writes the index. Samples in quarantine and bad images are left out, c
 check.png shows the first images beside what the decoder makes of their latents.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -17,10 +19,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
@@ -34,8 +35,13 @@ from dico_t2i.data.index import DatasetIndex, load_index, write_index
 from dico_t2i.data.sample import POOLED, TEXT, captions_of
 from dico_t2i.data.shard import MOMENTS
 from dico_t2i.data.writer import ShardFile
-from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
+from dico_t2i.text_lines import read_lines
+
+if TYPE_CHECKING:  # --help must not wait for them
+    import torch
+
+    from dico_t2i.encoders import Autoencoder, TextEncoder
 
 _CHECKED = 8  # images of check.png
 
@@ -66,7 +72,7 @@ class Shard:
         self._skipped: list[SampleError] = []
         self._ended = False
 
-    def write(self, encoded: "Encoded", bucket: int | None) -> None:
+    def write(self, encoded: Encoded, bucket: int | None) -> None:
         """Add samples; those with features that float16 cannot hold are skipped."""
         if self._ended:
             return
@@ -145,6 +151,8 @@ def _next(batches: Iterator[Batch], clock: Clock) -> Batch | None:
 
 def _encode(job: Job, batch: Batch) -> Encoded:
     """Moments (2C, h, w), or (2, 2C, h, w) with the mirror image's, and with a text encoder the captions' features."""
+    import torch
+
     images, skipped, captions = [], list(batch.skipped), []
     for image in batch.images:
         try:
@@ -168,6 +176,8 @@ def _encode(job: Job, batch: Batch) -> Encoded:
 
 def _encode_text(encoder: TextEncoder, captions: list[list[str]], batch: int) -> Iterator[dict[str, np.ndarray]]:
     """The features of each image's captions, encoded ``batch`` captions at a time."""
+    import torch
+
     ids = encoder.tokenize([text for texts in captions for text in texts])
     parts = [encoder.encode(part) for part in ids.split(batch)]
     tokens, pooled = (torch.cat(part).to(torch.float16).cpu().numpy() for part in zip(*parts, strict=True))
@@ -180,6 +190,8 @@ def _encode_text(encoder: TextEncoder, captions: list[list[str]], batch: int) ->
 
 def draw_check(job: Job, encoded: Encoded) -> None:
     """check.png: columns of an image, of its latents decoded, and of its mirror image's."""
+    import torch
+
     images = encoded.images[:_CHECKED]
     moments = torch.from_numpy(np.stack([arrays[MOMENTS] for arrays in encoded.arrays[:_CHECKED]]))
     rows = [torch.stack([image.pixels for image in images])]
@@ -248,13 +260,15 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
     print(f"{out}: {len(index)} latents of {len(source)} images, {len(source) - len(index)} skipped")
     log = out / "skipped.jsonl"
     if log.exists():
-        lines = list(dict.fromkeys(log.read_text(encoding="utf-8").splitlines()))  # some twice, of killed runs
+        lines = list(dict.fromkeys(read_lines(log)))  # some twice, of killed runs
         write_atomically(log, ("\n".join(lines) + "\n").encode())
         for line in lines[:5]:
             print("  {shard}: {key}: {reason}".format(**json.loads(line)))
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -281,6 +295,10 @@ def add_encoder_options(parser: argparse.ArgumentParser, required: bool) -> None
 
 def prepare(args: argparse.Namespace) -> Job:
     """The job of a command line. Raises ValueError for what does not fit, and before anything is written."""
+    import torch
+
+    from dico_t2i.encoders import load_autoencoder, load_text_encoder
+
     if args.batch < 1 or args.size < 1 or args.scale <= 0:
         raise ValueError("--batch, --size: at least 1; --scale: above 0")
     source = load_index(args.data)

@@ -3,16 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dico_t2i.command import non_negative, positive, run
 
 if TYPE_CHECKING:
-    import torch
-
-    from dico_t2i.config import SamplerConfig
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,7 +90,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", action="append", help="a text; may be given several times")
     what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
     what.add_argument("--labels", nargs="+", help='class numbers, or ImageNet names such as "golden retriever"')
-    parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; must be empty or new")
+    parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; new, empty, or of the same command")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--per-prompt", type=positive, default=1, help="images of each prompt or label")
     parser.add_argument("--sampler", choices=SAMPLER_NAMES, help="default: the config's")
@@ -111,91 +109,9 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from rich.progress import Progress
+    from dico_t2i.commands import sample
 
-    from dico_t2i.ops.backend import OPERATORS
-    from dico_t2i.sampling.images import save_images
-    from dico_t2i.sampling.pipeline import load_pipeline
-
-    if arguments.out.exists() and any(arguments.out.iterdir()):
-        raise ValueError(f"--out {arguments.out}: not empty; nothing is overwritten, give a new folder")
-    arguments.out.mkdir(parents=True, exist_ok=True)  # now, rather than when the images are made
-    conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
-    if arguments.exact:
-        os.environ[OPERATORS] = "torch"
-    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, *_device(arguments.dtype))
-    kind = "text" if arguments.labels is None else "class"
-    if pipeline.config.model.condition != kind:
-        raise ValueError(f"{arguments.checkpoint} is {pipeline.config.model.condition}-conditional; give it that")
-    _check_labels(arguments.labels, conditions, pipeline.config.model.num_classes)
-    sampler = _sampler(arguments, pipeline.config.sampler)
-    seeds = list(range(arguments.seed, arguments.seed + len(conditions)))
-    encoder = pipeline.conditioner.text_encoder
-    if encoder is not None and encoder.seeded:
-        print(f"text encoder: {encoder.description}", file=sys.stderr)
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"sampling {len(conditions)} images", total=None)
-        images = pipeline.generate(
-            conditions,
-            seeds,
-            sampler,
-            arguments.batch,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            arguments.decode_batch,
-        )
-    save_images(images, [str(c) for c in conditions], seeds, arguments.out)
-    print(f"{len(images)} images and grid.png in {arguments.out}")
-    return 0
-
-
-def _sampler(arguments: argparse.Namespace, default: "SamplerConfig") -> "SamplerConfig":
-    """The config's sampler under --fast under what is asked for by name."""
-    from dico_t2i.config import parse_section
-
-    changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
-    asked = {key: value for key, value in changes.items() if value is not None}
-    fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
-    return parse_section({**default.model_dump(), **fast, **asked}, type(default), "options")
-
-
-def _device(dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
-    """Where to sample, and in what: as wished, or bf16 on a GPU and fp32 on a CPU."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return device, torch.bfloat16 if wished == "bf16" else torch.float32
-
-
-def _conditions(arguments: argparse.Namespace) -> Sequence[str | int]:
-    if arguments.labels is not None:
-        from dico_t2i.sampling.labels import class_number
-
-        return [class_number(label) for label in arguments.labels]
-    if arguments.prompt:
-        return list(arguments.prompt)
-    if not arguments.prompts.is_file():
-        raise ValueError(f"--prompts {arguments.prompts}: no such file")
-    try:
-        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {arguments.prompts}: not a text file in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {arguments.prompts}: has no prompts")
-    return prompts
-
-
-def _check_labels(labels: Sequence[str] | None, numbers: Sequence[str | int], classes: int) -> None:
-    if labels is None:
-        return
-    from dico_t2i.sampling.labels import CLASSES
-
-    names = [label for label in labels if not label.strip().isdecimal()]
-    if names and classes != CLASSES:
-        raise ValueError(f"--labels {names[0]!r}: this model has {classes} classes, not ImageNet's; give numbers")
-    if max(map(int, numbers)) >= classes:
-        raise ValueError(f"--labels {max(map(int, numbers))}: this model's classes are 0 to {classes - 1}")
+    return sample.run(arguments)
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -315,8 +231,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     from dico_t2i.commands.demo import check_gradio, serve
 
     check_gradio()
+    from dico_t2i.commands.sample import choose_device
+
     checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
-    serve(checkpoints, arguments.weights, *_device(arguments.dtype), arguments.host, arguments.port)
+    serve(checkpoints, arguments.weights, *choose_device(arguments.dtype), arguments.host, arguments.port)
     return 0
 
 

@@ -10,6 +10,7 @@ with integer arithmetic, bit-equal on every device. The key is the seed, the cou
 """
 
 import math
+import operator
 import zlib
 from collections.abc import Sequence
 from typing import TypeVar
@@ -24,6 +25,20 @@ _WORD = 0xFFFFFFFF
 _FEW_BLOCKS = 1 << 13  # up to here numpy's calls cost less than torch's
 
 Integers = TypeVar("Integers", np.ndarray, Tensor)
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds of images as plain numbers. Raises ValueError for what is no whole number of 64 bits with a sign."""
+    found = []
+    for seed in seeds:
+        try:
+            number = operator.index(seed)
+        except TypeError:
+            raise ValueError(f"seed: {seed!r} is not a whole number") from None
+        if not -(1 << 63) <= number < 1 << 63:
+            raise ValueError(f"seed: {number} must lie between -2^63 and 2^63 - 1")
+        found.append(number)
+    return found
 
 
 def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The one reader of text that people write: prompts, captions, labels and names, a line each.
 
-A byte-order mark says how a file is encoded and is no part of its text. A line ends at "\\n", "\\r\\n" or "\\r" and nowhere
-else: U+2028, U+0085, the vertical tab and the form feed are characters of a line.
+A byte-order mark says how a file is encoded and is no part of its text. A line ends at "\\n", "\\r\\n" or "\\r" and
+nowhere else: U+2028, U+0085, the vertical tab and the form feed are characters of a line.
 """
 
 import codecs

@@ -16,6 +16,7 @@ TARGET = ROOT / "docs" / "config.md"
 
 _WORDS = {
     "Positive": "integer > 0",
+    "Seed": "integer >= 0, < 2^63",
     "NonNegative": "integer >= 0",
     "Probability": "0 to 1",
     "BelowOne": "0 to less than 1",
@@ -24,23 +25,45 @@ _WORDS = {
     "StrictBool": "true or false",
     "StrictInt": "integer",
     "StrictStr": "text",
+    "Text": "text",
+    "AnyText": "text",
+    "Flag": "true or false",
     "str": "text",
     "None": "none",
 }
 _HEAD = """\
 # Config reference
 
-Made from `dico_t2i/config/` by `python docs/make_config_reference.py`; change it there.
+This page is generated from `dico_t2i/config/` by `python docs/make_config_reference.py`; edit the comments there.
 
-A config is a YAML file; `extends: other.yaml` takes another's keys first. `key.path=value` on the command line changes
-any key. An unknown key, a wrong type or an impossible combination is an error that names it, before anything starts.
-A key without a default must be given. `model.kind` chooses the network (docs/networks.md): DiCo where it is left out.
-`model.variant: DiCo-S` (or B, L, XL, H) stands for width, depths and FFN ratio, `DiT-XL/2` and the like for a peer's.
+A config is a YAML file. With `extends: other.yaml` it starts from the keys of that file. `key.path=value` on the
+command line changes any key. An unknown key, a wrong type or an impossible combination is an error that names the key,
+before anything starts. A key without a default is required. `model.kind` selects the network (docs/networks.md); the
+default is DiCo. `model.variant: DiCo-S` (or B, L, XL, H) stands for hidden size, depths and FFN ratio; `DiT-XL/2` and
+the like stand for the sizes of a peer.
+
+## How values are read
+
+Files, `key.path=value`, cluster profiles and sweeps follow the rules of YAML 1.2. Files are in UTF-8 unless a byte-
+order mark says otherwise. A key that is given twice is an error.
+
+| written | meaning |
+| --- | --- |
+| `12`, `-3`, `1.5`, `1e-4`, `.inf` | a number; numbers are decimal |
+| `010`, `0x1F`, `1_000`, `1:30`, `2026-12-01` | text; an error for a key that takes an integer |
+| `true`, `false` (also `True`, `TRUE`, ...) | true, false |
+| `on`, `off`, `yes`, `no` | text, as in `train.compile=off`; true or false for a key that takes these |
+| `null`, `~`, nothing | none |
+
+A key that takes text keeps a number unchanged: `name=0123`, `cluster.time=90`, `data.path=1e5`. The entries of
+`cluster.env` are always text. `--sbatch KEY=VALUE` passes the value to SLURM unchanged, without reading it as YAML. In
+a profile's `sbatch:`, `true` is an option without a value and `false` leaves the option out. On the command line ` #`
+does not start a comment.
 """
 
 
 def reference() -> str:
-    """The page, as Markdown."""
+    """The whole page as Markdown."""
     source = "\n".join(file.read_text(encoding="utf-8") for file in sorted(SOURCE.glob("*.py")))
     tree = ast.parse(source)
     page = _Page(tree, source.splitlines())
@@ -60,7 +83,7 @@ class _Page:
         }
 
     def order(self) -> Iterator[tuple[str, str]]:
-        """Sections in depth-first order, each once, with the keys it stands under; spans last."""
+        """Yield each section once, in depth-first order, with the keys that hold it; spans come last."""
         keys: dict[str, list[str]] = {}
 
         def visit(name: str, key: str) -> None:
@@ -79,7 +102,7 @@ class _Page:
         yield "Span", f"A span, such as {spans[0]}"
 
     def _sections(self, annotation: ast.expr) -> Iterator[str]:
-        """The sections in a type, through aliases."""
+        """Yield the sections in a type, and in the aliases that it uses."""
         names = (part for part in ast.walk(annotation) if isinstance(part, ast.Name))
         for part in sorted(names, key=lambda name: (name.lineno, name.col_offset)):
             if part.id in self._classes:
@@ -88,12 +111,12 @@ class _Page:
                 yield from self._sections(self._aliases[part.id])
 
     def _bases(self, name: str) -> list[str]:
-        """The section whose keys a section has as well."""
+        """The sections that a section inherits keys from."""
         bases = [base.id for base in self._classes[name].bases if isinstance(base, ast.Name)]
         return [base for base in bases if base in self._classes and base != "Section"]
 
     def _kind(self, name: str) -> str:
-        """Of a section that is chosen by it, from others that share a base."""
+        """The ``kind`` of a section that is selected by it; empty for other sections."""
         kinds = [f.value for f in self._fields(name) if isinstance(f.target, ast.Name) and f.target.id == "kind"]
         value = next(iter(kinds), None)
         return str(ast.literal_eval(value)) if value is not None and self._bases(name) else ""
@@ -102,7 +125,7 @@ class _Page:
         node = self._classes[name]
         text = ast.get_docstring(node)
         rows = "".join(self._row(field) for field in self._fields(name))
-        also = "".join(f" With the keys of [{base}](#{base.lower()})." for base in self._bases(name))
+        also = "".join(f" It also has the keys of [{base}](#{base.lower()})." for base in self._bases(name))
         intro = f"{text}{also}\n\n" if text else ""
         head = f'\n<a id="{name.lower()}"></a>\n\n## {title}\n\n'
         return f"{head}{intro}| key | type | default | |\n| --- | --- | --- | --- |\n{rows}"
@@ -160,7 +183,7 @@ class _Page:
                 return f"`{_yaml(value)}`"
 
     def _comment(self, field: ast.AnnAssign) -> str:
-        """What stands behind the field, or above it, in the source."""
+        """The comment behind the field in the source, or above it."""
         assert field.end_lineno is not None
         assert field.end_col_offset is not None
         behind = self._lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode().strip()
@@ -175,7 +198,7 @@ class _Page:
 
 
 def _yaml(node: ast.expr) -> str:
-    """A default as it is written in YAML."""
+    """A default in YAML syntax."""
     try:
         value = ast.literal_eval(node)
     except ValueError:  # an expression

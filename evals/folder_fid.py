@@ -3,8 +3,9 @@
     python evals/folder_fid.py samples/ reference/ --resize clean --metrics fid,kid,precision,recall
     python evals/folder_fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is
 
-Images are taken as they are. The CLIP score reads each PNG's text entry "prompt", as `dico sample` and --save png write
-it. Features are kept in the cache, so that a second look is quick.
+Images are taken in their own size as a viewer shows them: turned as EXIF says, transparent parts white; all other files
+are counted. The CLIP score reads each PNG's text entry "prompt", as `dico sample` and --save png write it. Features are
+kept in the cache, so that a second look is quick.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
     from evals.quality.evaluation import join, load_networks
     from evals.quality.feature_sets import FeatureSet
     from evals.quality.images import open_images
-    from evals.quality.references import FeatureCache
+    from evals.quality.references import FeatureCache, unread_doubts
 
     settings = Scoring(metrics=args.metrics)
     images = open_images(args.images, "none")
@@ -76,14 +77,15 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
     if not world.is_main:
         return None
     numbers, errors = scoring.score(settings, args.metrics, generated, reference, args.resamples)
+    doubts = [*networks.doubts, *reference.doubts, *unread_doubts(args.images, images)]
     result = {
         "subject": f"{args.images} against {args.reference}",
         "images": generated.n,
         "protocol": {"name": f"folders, {args.resize}", **settings.model_dump(mode="json")},
         "protocol_hash": digest([settings.model_dump(mode="json"), extractor.model_dump(mode="json"), _CHUNK]),
-        "comparable": not (networks.doubts or reference.doubts),
+        "comparable": not doubts,
         "changes": [],
-        "doubts": [*networks.doubts, *reference.doubts],
+        "doubts": doubts,
         "numbers": numbers,
         "standard_errors": errors,
         "sources": {"images": generated.source, "reference": reference.source, "networks": networks.identities},

@@ -23,6 +23,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.shapes_scene import Scene, held_out_prompts, parse, render
 from dico_t2i.command import run, script_parser
+from dico_t2i.data.decode import decode_whole
+from dico_t2i.data.errors import SampleError
 from evals.shapes.reader import read
 
 PROPERTIES = ("colour", "background", "shape", "place", "size")
@@ -72,8 +74,11 @@ def load_samples(folder: Path) -> tuple[NDArray[np.uint8], list[str]]:
             prompt = getattr(image, "text", {}).get("prompt", default)
             if prompt is None:
                 continue
-            images.append(np.asarray(image.convert("RGB")))
-            prompts.append(prompt)
+        try:
+            images.append(decode_whole(file.read_bytes()))
+        except SampleError as error:
+            raise ValueError(f"{file}: {error}") from None
+        prompts.append(prompt)
     if not images:
         raise ValueError(
             f"--images {folder}: none of {len(files)} PNG files has a text entry 'prompt', and there is no prompts.json"

@@ -115,7 +115,7 @@ def sampled(model, out, *arguments, exact=True):
         (["--labels", "1", "--out", "{folder}/file/x"], "Not a directory"),
         (["--labels", "1", "--decode-batch", "0"], "--decode-batch: must be at least 1, not 0"),
         (["--labels", "1", "--batch", "many"], "--batch: 'many' is not a whole number"),
-        (["--prompts", "{folder}/file"], "not a text file in UTF-8"),
+        (["--prompts", "{folder}/file"], "is not utf-8 text; save the file as UTF-8"),
     ],
 )
 def test_what_is_asked_wrongly_is_told_at_once(class_model, tmp_path, capsys, arguments, message):
@@ -458,5 +458,5 @@ def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(InlineError, match=problem):
             standalone([f"inlinable.{name}"], "doc")
-    with pytest.raises(InlineError, match="no definition of five"):
+    with pytest.raises(InlineError, match="does not define five"):
         standalone(["inlinable.a.five"], "doc")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dico_t2i.cli import _parser, _sampler
+from dico_t2i.cli import _parser
+from dico_t2i.commands.sample import chosen_sampler
 from dico_t2i.config import SamplerConfig, parse_config
 from dico_t2i.diffusion import guided, sample
 from dico_t2i.encoders.load import load_encoders
@@ -87,7 +88,7 @@ def test_without_a_gpu_the_network_is_called_itself():
 def test_fast_is_a_default_that_what_is_named_goes_over():
     def asked(*words: str) -> SamplerConfig:
         parsed = _parser().parse_args(["sample", "--checkpoint", "x", "--prompt", "y", "--out", "z", *words])
-        return _sampler(parsed, SamplerConfig(guidance=3.0))
+        return chosen_sampler(parsed, SamplerConfig(guidance=3.0))
 
     assert asked() == SamplerConfig(guidance=3.0)
     assert asked("--fast") == SamplerConfig(kind="dpm++", steps=20, guidance=3.0)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"command", "config", "files", "memory", "ops", "randomness", "text_lines"},
+    {"command", "files", "memory", "randomness", "text_lines"},
+    {"config", "ops"},
     {"data", "diffusion", "models", "runs"},
     {"encoders", "report"},
     {"plan", "sampling"},

@@ -39,7 +39,7 @@ def test_line_ends(text, lines):
     ],
 )
 def test_an_encoding_error_is_one_line_with_its_place(data, place):
-    with pytest.raises(ValueError, match="prompts.txt") as error:
+    with pytest.raises(ValueError, match=r"prompts\.txt") as error:
         decode_text(data, "prompts.txt")
     assert place in str(error.value)
     assert "\n" not in str(error.value)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from data_prep.importing.filters import Dropped
-from dico_t2i import randomness
 from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex
@@ -171,6 +170,8 @@ def draw_samples(index: DatasetIndex, path: Path) -> None:
 def _spread(samples: int, count: int) -> list[int]:
     """``count`` of ``samples`` numbers, one out of each of as many equal stretches."""
     import torch
+
+    from dico_t2i import randomness
 
     bounds = np.linspace(0, samples, count + 1).astype(np.int64)
     draws = randomness.uniform(0, "contact sheet", torch.arange(count)).numpy()

@@ -1,4 +1,4 @@
-"""The typed config tree. One object, ``Config``, describes a run; it is checked as a whole before anything starts."""
+"""The typed config tree. One object, ``Config``, describes a run and is checked as a whole before anything starts."""
 
 from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Span
 from dico_t2i.config.cluster import ClusterConfig, HardwareConfig
@@ -36,6 +36,7 @@ from dico_t2i.config.networks import (
 from dico_t2i.config.process import SAMPLER_NAMES, SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import GuardConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from dico_t2i.config.tree import Config
+from dico_t2i.config.yaml12 import AnyText, Text, read_yaml
 
 __all__ = [
     "DIT_VARIANTS",
@@ -43,6 +44,7 @@ __all__ = [
     "SAMPLER_NAMES",
     "UVIT_VARIANTS",
     "VARIANTS",
+    "AnyText",
     "AutoencoderConfig",
     "CacheConfig",
     "ClusterConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "SeededTower",
     "SizedConfig",
     "Span",
+    "Text",
     "TextEncoderConfig",
     "TextTowerConfig",
     "TrainConfig",
@@ -81,4 +84,5 @@ __all__ = [
     "parse_config",
     "parse_section",
     "read_cluster",
+    "read_yaml",
 ]

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from dico_t2i.config.base import AnySection, ConfigError, Span
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.errors import explain
 from dico_t2i.config.tree import Config
+from dico_t2i.config.yaml12 import ENVIRONMENT, read_value, read_yaml
+from dico_t2i.text_lines import check_text, read_text
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -79,41 +79,23 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
     try:
-        tree = _read_yaml(path.read_text(encoding="utf-8"))
+        tree = read_yaml(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, not a config file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:  # bytes that are no text
+        raise ConfigError(str(error)) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
     base = tree.pop("extends", None)
     if base is None:
         return tree
     return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key that is given twice is an error; YAML's own rule would drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, yaml.Node] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key != "<<" and key in seen:
-                first = seen[key].start_mark.line + 1
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} is given twice, first in line {first}", key_node.start_mark
-                )
-            seen[str(key)] = key_node
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
 
 
 # Keys that exclude each other: a file that extends another replaces a section of them as a whole.
@@ -135,14 +117,14 @@ def _is_span(section: Mapping[str, Any]) -> bool:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+    key, equals, text = check_text(override, "override").partition("=")
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.path=value")
+    *parents, last = key.split(".")
     try:
-        value = _read_yaml(text)
+        value = read_value(text, raw=parents[-1:] == [ENVIRONMENT])
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    *parents, last = key.split(".")
     node = tree
     for part in parents:
         child = node.setdefault(part, {})

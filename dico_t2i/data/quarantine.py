@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dico_t2i.text_lines import read_lines
+
 FILE = "quarantine.jsonl"
 
 Quarantine = Mapping[int, frozenset[str] | None]  # shard -> keys; None is the whole shard
@@ -19,7 +21,7 @@ def read_quarantine(folder: Path, names: Sequence[str]) -> Quarantine:
     """
     path = folder / FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except FileNotFoundError:
         return {}
     numbers = {name: number for number, name in enumerate(names)}

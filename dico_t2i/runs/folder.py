@@ -23,7 +23,6 @@ from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_conf
 
 # What must not change within a run: the weights, the data order or the noise would no longer be the run's own.
 FIXED = (
-    "name",
     "seed",
     "model",
     "diffusion",
@@ -44,6 +43,7 @@ FIXED = (
 FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")
 
 
+LOCK = ".lock"
 MANIFEST = "manifest.json"  # of a checkpoint; it is complete when this file is there
 
 
@@ -63,7 +63,8 @@ class RunFolder:
     def changes(self, config: Config) -> list[str]:
         """What differs from the config the run was last started with, one line a key.
 
-        Raises ConfigError when something of it may not change.
+        A run that has no checkpoint may change everything, and one whose folder was copied or renamed has its name.
+        Raises ConfigError when something may not change.
         """
         if not self.config.exists():
             return []
@@ -71,11 +72,11 @@ class RunFolder:
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         forbidden = [key for key in changed if _within(key, FIXED) and not _within(key, FREE_WITHIN_FIXED)]
         lines = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
-        if forbidden:
+        if forbidden and any(self.checkpoints.glob(f"*/{MANIFEST}")):
             shown = "\n  ".join(line for line in lines if line.split(":")[0] in forbidden)
             raise ConfigError(
                 f"{self.path} holds a run with another config; these keys cannot change within a run:\n  {shown}\n"
-                "Give the new run another name (name=...), or remove the folder"
+                "Give the new run another name (name=...), or set these keys back to go on with the old one"
             )
         return lines
 
@@ -86,6 +87,9 @@ class RunFolder:
         if self.config.exists():
             if self.config.read_text() == text:
                 return
+            if load_config(self.config).name != config.name and (self.path / "wandb_id").exists():
+                # The folder was copied, or renamed: the tracked run of the old name is left as it is.
+                (self.path / "wandb_id").rename(self.path / "wandb_id.before")
             number = 1 + len(list(self.path.glob("config.*.yaml")))
             self.config.rename(self.path / f"config.{number}.yaml")
         temporary = self.path / ".config.yaml"
@@ -94,22 +98,41 @@ class RunFolder:
 
     @contextmanager
     def locked(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Hold the folder for one job. Raises ConfigError, naming the holder, if another keeps it for longer."""
-        deadline = time.monotonic() + patience_s
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            while not _lock(file):
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    holder = file.read().strip()
-                    raise ConfigError(
-                        f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
-                    )
-                time.sleep(0.5)
+        """Hold the folder for one job. Raises ConfigError, naming the holder, if another keeps it for longer.
+
+        A folder in which nothing but the lock has been written meanwhile is removed with it.
+        """
+        file = self._acquire(time.monotonic() + patience_s)
+        try:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+        finally:
+            if self.path.is_dir() and [path.name for path in self.path.iterdir()] == [LOCK]:
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
+            file.close()
+
+    def _acquire(self, deadline: float) -> IO[str]:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("a+")
+            if _lock(file) and _is_at(file, self.path / LOCK):
+                return file
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
+                )
+            time.sleep(0.5)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is the one at this path: its holder before may have removed it."""
+    return path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
 
 
 def _lock(file: IO[str]) -> bool:

@@ -1,9 +1,42 @@
-"""Reading the logs of a run, metrics.jsonl and failures.jsonl: one JSON object in each line."""
+"""Reading and writing the logs of a run, metrics.jsonl and failures.jsonl: one JSON object in each line."""
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+class LogWriter:
+    """Appends JSON lines to a file, each at once; a torn line that a crash or a full disk left is ended first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab+", buffering=0)
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, size - 1))
+        self._torn = self._file.read(1) not in (b"", b"\n")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Raises OSError if the line could not be written."""
+        content = (b"\n" if self._torn else b"") + json.dumps(line).encode() + b"\n"
+        self._torn = True  # until all of it is there
+        written = self._file.write(content)
+        if written != len(content):
+            raise OSError(f"only {written} of {len(content)} bytes were written")
+        self._torn = False
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Append one line. Raises OSError if it could not be written."""
+    writer = LogWriter(path)
+    try:
+        writer.write(line)
+    finally:
+        writer.close()
 
 
 def json_lines(path: Path, on_unreadable: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,20 @@ from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError, newest_checkpo
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT, ema_name
 
 WEIGHTS_FILE = "model.safetensors"
+TRANSFORMER_WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")  # what it is a link to
+
+
+def exported_weights(path: Path) -> Path | None:
+    """The file of weights of an exported folder, also of one that was copied without its link; None if it is no export.
+
+    Raises ValueError for an export without weights.
+    """
+    if not (path / "export.json").exists() and not (path / WEIGHTS_FILE).exists():
+        return None
+    found = next((file for file in (path / WEIGHTS_FILE, path / TRANSFORMER_WEIGHTS) if file.is_file()), None)
+    if found is None:
+        raise ValueError(f"{path}: an exported folder without its weights ({TRANSFORMER_WEIGHTS}); copy it again")
+    return found
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:

@@ -1,5 +1,6 @@
-"""From weights and prompts to images."""
+"""The pipeline from weights and prompts to images."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,20 @@ from dico_t2i.config import Config, SamplerConfig, load_config
 from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder
 from dico_t2i.encoders.conditioner import Conditioner
+from dico_t2i.encoders.identity import KEY, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
 from dico_t2i.encoders.local import read_json
 from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.runs.checkpoint import read_weights
-from dico_t2i.runs.weights import WEIGHTS_FILE, chosen_weights, locate_checkpoint
+from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class Pipeline:
-    """Everything that turns prompts or labels into images."""
+    """The parts that turn prompts or labels into images."""
 
     config: Config
     model: Network
@@ -45,11 +47,15 @@ class Pipeline:
         progress: Progress | None = None,
         decode_batch: int = 16,
     ) -> Tensor:
-        """Images (N, 3, H, W) uint8 on the host, one for each prompt or label and its seed.
+        """Images (N, 3, H, W) uint8 on the host, one for each pair of a condition (prompt or label) and a seed.
 
-        An image's noise depends on its own seed only, whatever the batch. ``progress(done, total)`` counts steps
-        over all batches. decode_batch: images that go through the autoencoder at a time, whose memory it bounds.
+        An image's noise depends only on its own seed, whatever the batch. ``progress(done, total)`` counts steps over
+        all batches. decode_batch: how many images the autoencoder decodes at a time, which limits its memory.
+        Raises ValueError for seeds that are not 64-bit integers.
         """
+        seeds = randomness.check_seeds(seeds)
+        if not seeds or len(conditions) != len(seeds):
+            raise ValueError(f"{len(conditions)} prompts or labels and {len(seeds)} seeds; give one seed for each")
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
         null = self._prepared(self.conditioner.null(1)) if sampler.guidance != 1 else {}
         images = []
@@ -96,7 +102,7 @@ class Pipeline:
         )
 
     def _conditioning(self, conditions: Sequence[str | int]) -> dict[str, Any]:
-        """Each different prompt is encoded, and its kernels are made, once."""
+        """The conditioning of prompts or labels; equal prompts are encoded only once."""
         if self.config.model.condition == "class":
             return self.conditioner.of_labels(torch.tensor([int(c) for c in conditions]))
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, conditions)))}
@@ -107,23 +113,23 @@ class Pipeline:
         return tree_map(lambda values: values[rows], prepared)
 
     def _prepared(self, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The conditioning with all work on the text done that is the same at every step."""
+        """The conditioning with the work on the text done that is the same at every step."""
         if self.config.model.condition == "class":
             return dict(conditioning)
         return {**conditioning, "cond": self.model.text_kernels(conditioning["cond"])}
 
 
 def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
-    """The network as one CUDA graph, for inputs x shaped as ``like``; itself on other devices.
+    """The network as one CUDA graph for inputs x shaped like ``like``; unchanged on other devices.
 
-    A replay costs one launch instead of thousands, which is what small batches wait for.
+    Replaying it needs one launch instead of thousands, whose cost dominates with small batches.
     """
     if like.device.type != "cuda":
         return network
     x, t = torch.zeros_like(like), torch.zeros(len(like), device=like.device)
     side = torch.cuda.Stream(like.device)
     side.wait_stream(torch.cuda.current_stream(like.device))
-    with torch.cuda.stream(side):  # kernels are chosen and compiled before the capture, which allows neither
+    with torch.cuda.stream(side):  # choose and compile kernels first, which a capture does not allow
         network(x, t)
     torch.cuda.current_stream(like.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -134,46 +140,70 @@ def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
         x.copy_(x_now)
         t.copy_(t_now)
         graph.replay()
-        return output.clone()  # the next replay writes into the same memory
+        return output.clone()  # since the next replay writes into the same memory
 
     return replay
 
 
 def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """From a run, one of its checkpoints, or an exported folder.
+    """Load the pipeline of a run, of one of its checkpoints, or of an exported folder.
 
-    weights: "weight" or an average such as "ema_0.9999"; None is the first average of the config, or else the
-    weights. Raises ValueError (CheckpointError, ConfigError, MissingModelError) saying what is missing.
+    weights: "weight" or an average such as "ema_0.9999"; None stands for the first average of the config, or for the
+    weights if there is none. Raises ValueError (CheckpointError, ConfigError, MissingModelError) that says what is
+    missing.
     """
     if device.type == "cpu":
         keep_freed_memory()
-    config, fill = _find_weights(path, weights)
+    source = _find_weights(path, weights)
+    config = source.config
     autoencoder, conditioner = load_encoders(config, device, dtype)
+    if source.encoders is None:
+        print(f"note: {path} does not say which encoders it was trained with; they are not checked", file=sys.stderr)
+    else:
+        check_identities(source.encoders, identities(autoencoder, conditioner.text_encoder), str(path))
     model = build_network(config.model)
-    fill(model)
+    source.fill(model)
     return Pipeline(config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device)
 
 
-def _find_weights(path: Path, weights: str | None) -> tuple[Config, Callable[[Network], None]]:
-    if (path / WEIGHTS_FILE).exists():
-        _check_exported(path, weights)
-        return exported_config(path), lambda model: _fill(model, load_file(path / WEIGHTS_FILE), path)
+@dataclass(frozen=True)
+class _Source:
+    """The origin of a network. encoders: the identities of the encoders it was trained with, or None if not recorded.
+
+    fill: loads the weights into the network.
+    """
+
+    config: Config
+    encoders: Mapping[str, Any] | None
+    fill: Callable[[Network], None]
+
+
+def _find_weights(path: Path, weights: str | None) -> _Source:
+    file = exported_weights(path)
+    if file is not None:
+        origin = _origin(path)
+        if weights not in (None, origin.get("weights")):
+            held = origin.get("weights")
+            raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
+        return _Source(exported_config(path), origin.get(KEY), lambda model: _fill(model, load_file(file), path))
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
     kind = chosen_weights(weights, config, checkpoint)
-    return config, lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path)
+    return _Source(
+        config,
+        checkpoint.state.get(KEY),
+        lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path),
+    )
 
 
-def _check_exported(folder: Path, weights: str | None) -> None:
-    """Raise ValueError if other weights are asked for than those in an exported folder."""
-    origin = folder / "export.json"
-    held = read_json(origin).get("weights") if origin.exists() else None
-    if weights not in (None, held):
-        raise ValueError(f"--weights {weights}: {folder} is exported, and holds {held} alone; give the run instead")
+def _origin(folder: Path) -> dict[str, Any]:
+    """The content of export.json in an exported folder; empty without the file."""
+    file = folder / "export.json"
+    return read_json(file) if file.exists() else {}
 
 
 def exported_config(folder: Path) -> Config:
-    """The config of an exported folder, with the encoders that lie in it."""
+    """The config of an exported folder, with the paths of the encoders in that folder."""
     config = load_config(folder / "config.yaml")
     vae, text = folder / "vae", folder / "text_encoder"
     changes: dict[str, Any] = {}
@@ -189,7 +219,9 @@ def _fill(model: Network, state: dict[str, Tensor], source: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{source}: not weights of the model in its config: {str(error).splitlines()[1]}") from None
+        raise ValueError(
+            f"{source}: the weights do not fit the model of the config: {str(error).splitlines()[1]}"
+        ) from None
     broken = next((name for name, values in state.items() if not values.isfinite().all()), None)
     if broken:
-        raise ValueError(f"{source}: {broken} is not finite, this training diverged; take an earlier checkpoint")
+        raise ValueError(f"{source}: {broken} is not finite, so training diverged; use an earlier checkpoint")

@@ -11,6 +11,7 @@ from dico_t2i.data.order import SampleOrder
 from dico_t2i.data.sources import make_order
 from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
+from dico_t2i.encoders.identity import identities
 from dico_t2i.encoders.load import load_encoders
 from dico_t2i.models import build_network
 from dico_t2i.runs.folder import RunFolder
@@ -21,6 +22,7 @@ from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.meter import Meter
 from dico_t2i.training.observers.profiling import Profiler
 from dico_t2i.training.observers.reporter import Reporter
+from dico_t2i.training.observers.snapshot import write_snapshot
 from dico_t2i.training.observers.source_losses import SourceLosses
 from dico_t2i.training.observers.validation import Validation
 from dico_t2i.training.ranks.distributed import World
@@ -31,7 +33,7 @@ WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a rank trains with."""
+    """All parts that a rank trains with."""
 
     inputs: InputMaker
     engine: Engine
@@ -50,9 +52,10 @@ class Parts:
 def build_parts(
     config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
 ) -> Parts:
-    """Load the encoders, make network, optimizer and data order. changes: of the config since the last start.
+    """Load the encoders, make the network, the optimizer and the data order, then record how the run was started.
 
-    Raises ConfigError, DataError or MissingModelError before anything is trained.
+    changes: the changes of the config since the last start, to be reported.
+    Raises ConfigError, DataError or MissingModelError before training starts.
     """
     dtype = WORKING_DTYPE[config.train.precision]
     inputs = _input_maker(config, world, dtype)
@@ -68,6 +71,10 @@ def build_parts(
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
     order = make_order(config.data, index, config.seed, config.train.global_batch)
+    encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
+    if world.is_main:  # all checks have passed
+        run.write_config(config)
+        write_snapshot(run.starts, world)
     report = Reporter(config, run.path, span_in_steps(config, index, config.train.duration), world.is_main)
     for line in changes:
         report.event(0, "config", f"changed since the last start: {line}")
@@ -79,7 +86,7 @@ def build_parts(
         engine=engine,
         order=order,
         guard=Guard(config.guard, run.quarantine if world.is_main else None),
-        saver=Saver(config, run, world, engine, report, keep_every_steps, data),
+        saver=Saver(config, run, world, engine, report, keep_every_steps, data, encoders),
         report=report,
         meter=Meter(("loss", "mse", "vb", *(["alignment"] if config.alignment else [])), world.device),
         sources=SourceLosses([source.name for source in config.data.mixture], world.device),
@@ -93,7 +100,7 @@ def build_parts(
 def span_in_steps(config: Config, index: DatasetIndex, span: Span) -> int:
     """A span that is not given in minutes, in optimizer steps."""
     steps = span.in_steps(config.train.global_batch, len(index))
-    assert steps is not None  # minutes are refused by the config
+    assert steps is not None  # the config refuses minutes
     return steps
 
 

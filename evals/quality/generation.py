@@ -7,17 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image as Pil
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dico_t2i.config import Config, load_config
-from dico_t2i.files import temporary
 from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.kinds import WEIGHT
-from dico_t2i.runs.weights import WEIGHTS_FILE, default_weights, locate_checkpoint
+from dico_t2i.runs.weights import default_weights, exported_weights, locate_checkpoint
+from dico_t2i.sampling.images import save_image
 from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from evals.quality.extractors import Features, Scorer
 from evals.quality.images import Image
@@ -40,8 +37,9 @@ class Subject:
 
 def find_subject(path: Path, protocol: Protocol) -> Subject:
     """Raises ValueError when the checkpoint and the protocol do not fit, before anything is loaded."""
-    if (path / WEIGHTS_FILE).exists():
-        subject = _exported(path)
+    file = exported_weights(path)
+    if file is not None:
+        subject = _exported(path, file)
     else:
         folder, checkpoint = locate_checkpoint(path)
         config = load_config(folder / "config.yaml")
@@ -59,9 +57,9 @@ def find_subject(path: Path, protocol: Protocol) -> Subject:
     return subject
 
 
-def _exported(path: Path) -> Subject:
+def _exported(path: Path, weights: Path) -> Subject:
     origin = json.loads((path / "export.json").read_text(encoding="utf-8"))
-    stat = (path / WEIGHTS_FILE).stat()
+    stat = weights.stat()
     identity = digest([origin, stat.st_size, stat.st_mtime_ns])
     return Subject(path, path, load_config(path / "config.yaml"), origin["step"], origin["weights"], identity)
 
@@ -156,10 +154,4 @@ def save_pngs(images: Tensor, captions: Sequence[str], seeds: Sequence[int], fol
     """One file an image, (N, 3, H, W) uint8, numbered from ``first``; prompt and seed as metadata. Whole or absent."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True), first):
-        info = PngInfo()
-        info.add_itxt("prompt", caption)
-        info.add_text("seed", str(seed))
-        path = folder / f"{number:06d}.png"
-        part = temporary(path)
-        Pil.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(part, "PNG", pnginfo=info)
-        part.replace(path)
+        save_image(image, caption, seed, folder / f"{number:06d}.png")

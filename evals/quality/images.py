@@ -1,8 +1,14 @@
-"""Sets of images to compare with: files, or an npz in the layout of ADM's evaluation."""
+"""Sets of images to compare with: files, or an npz in the layout of ADM's evaluation.
+
+Files are decoded as in training (dico_t2i/data/decode.py): turned as EXIF says, transparent parts white, 16 bits of
+grey scaled. The original evaluations take files through Pillow's convert("RGB"), which turns none, drops transparency
+and makes 16 bits of grey white; of files that have none of these the pixels are the same.
+"""
 
 import hashlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -10,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pil
 
-from dico_t2i.data.decode import IMAGE_FORMATS, decode_image
+from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image, decode_whole, read_orientation
 from dico_t2i.data.errors import SampleError
 from dico_t2i.files import temporary
 
 Image = NDArray[np.uint8]
 Crop = Literal["center", "adm", "none"]
 
-_EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_EXTENSIONS = {f".{extension}" for extension in IMAGE_EXTENSIONS}
+_UNREAD = {".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr", ".tga", ".ppm"}
+
+
+_OF_SAMPLES = {"grid.png", "sample.json"}  # that `dico sample` puts beside the images
 
 
 class ImageSet(Protocol):
@@ -31,8 +41,11 @@ class ImageSet(Protocol):
 class ImageFiles:
     """Files, each decoded to ``size`` pixels square; crop "none" takes them as they are, of any size."""
 
-    def __init__(self, files: Sequence[Path], crop: Crop, size: int | None = None) -> None:
-        self.files, self.crop, self.size = files, crop, size
+    def __init__(
+        self, files: Sequence[Path], crop: Crop, size: int | None = None, left_out: Mapping[str, int] | None = None
+    ) -> None:
+        """left_out: how many other files the folder has, by what they are."""
+        self.files, self.crop, self.size, self.left_out = files, crop, size, dict(left_out or {})
 
     def __len__(self) -> int:
         return len(self.files)
@@ -43,24 +56,32 @@ class ImageFiles:
 
     def identity(self) -> dict[str, str]:
         """sha256 of the files' contents, in order, and what is done with them. Reads them all."""
-        digest = hashlib.sha256()
+        digest, turned = hashlib.sha256(), 0
         for file in self.files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        return {"images_sha256": digest.hexdigest(), "crop": f"{self.crop} {self.size or ''}".strip()}
+            data = file.read_bytes()
+            digest.update(hashlib.sha256(data).digest())
+            turned += read_orientation(data) != 1
+        found = {"images_sha256": digest.hexdigest(), "crop": f"{self.crop} {self.size or ''}".strip()}
+        return {**found, "decoder": "as shown", **({"turned_by_exif": str(turned)} if turned else {})}
+
+    @property
+    def unread(self) -> int:
+        """Pictures among the files that are left out."""
+        return sum(count for name, count in self.left_out.items() if name in _UNREAD)
 
     def _decode(self, file: Path) -> Image:
         try:
+            data = file.read_bytes()
             if self.crop == "center" and self.size:
-                return decode_image(file.read_bytes(), self.size, "center").permute(1, 2, 0).numpy()
-            with Pil.open(file, formats=IMAGE_FORMATS) as image:
-                rgb = image.convert("RGB")
+                return decode_image(data, self.size, "center").permute(1, 2, 0).numpy()
+            rgb = decode_whole(data)
         except (OSError, SampleError) as error:
             raise ValueError(f"{file}: {error}") from None
         if self.crop == "adm" and self.size:
-            return adm_crop(rgb, self.size)
-        if self.size and rgb.size != (self.size, self.size):
-            raise ValueError(f"{file}: {rgb.width}x{rgb.height} pixels, expected {self.size}x{self.size}")
-        return np.asarray(rgb)
+            return adm_crop(Pil.fromarray(rgb), self.size)
+        if self.size and rgb.shape[:2] != (self.size, self.size):
+            raise ValueError(f"{file}: {rgb.shape[1]}x{rgb.shape[0]} pixels, expected {self.size}x{self.size}")
+        return rgb
 
 
 class NpzImages:
@@ -71,6 +92,8 @@ class NpzImages:
         shape = self._array.shape
         if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise ValueError(f"{path}: arr_0 is {self._array.dtype} {shape}, expected uint8 (N, height, width, 3)")
+        if not len(self._array):
+            raise ValueError(f"{path}: arr_0 holds no images")
         if size and shape[1:3] != (size, size):
             raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels, expected {size}x{size}")
 
@@ -87,16 +110,31 @@ class NpzImages:
 
 
 def open_images(path: Path, crop: Crop, size: int | None = None) -> ImageSet:
-    """An npz's images, or all image files under a folder, by name. Raises ValueError if there is none."""
+    """An npz's images, or all image files under a folder, by name; other files are counted.
+
+    Raises ValueError if there is no image.
+    """
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path, size)
     if not path.is_dir():
         raise ValueError(f"{path}: neither a folder nor an npz file")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _EXTENSIONS and file.is_file())
-    files = [file for file in files if file.name != "grid.png"]  # of `dico sample`
+    files, left_out = [], Counter[str]()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        if file.name in _OF_SAMPLES:
+            left_out[file.name] += 1
+        elif file.suffix.lower() in _EXTENSIONS:
+            files.append(file)
+        else:
+            left_out[file.suffix.lower() or file.name] += 1
     if not files:
-        raise ValueError(f"{path}: no images in it ({', '.join(sorted(_EXTENSIONS))})")
-    return ImageFiles(files, crop, size)
+        told = f"; {counted(left_out)}" if left_out else ""
+        raise ValueError(f"{path}: no images in it ({', '.join(sorted(_EXTENSIONS))}){told}")
+    return ImageFiles(files, crop, size, left_out)
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """ "3 .heic, 1 grid.png"."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(left_out.items()))
 
 
 def adm_crop(image: Pil.Image, size: int) -> Image:

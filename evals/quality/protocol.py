@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from dico_t2i.config import ConfigError, NonNegative, Positive, SamplerConfig, Section, load_section
+from dico_t2i.config import ConfigError, NonNegative, Positive, SamplerConfig, Section, Text, load_section
 from evals.quality.features import Models
 from evals.quality.metrics import METRICS
 
@@ -59,7 +59,7 @@ class Extractor(Section):
     """The network whose features are compared. One file per container of the same FID Inception of 2015-12-05."""
 
     file: Literal["pt_inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pt"] = STATE_DICT
-    sha256: str | None = None  # its first digits; none: not known to this project, recorded with each result
+    sha256: Text | None = None  # its first digits; none: not known to this project, recorded with each result
     resize: Resize  # to 299 x 299, and with it the scale of pixel values; names are clean-fid's
 
     @model_validator(mode="after")
@@ -82,8 +82,8 @@ class Scoring(Models):
 class Protocol(Section):
     """See evals/quality/protocols/."""
 
-    name: str
-    about: str = Field(description="for people; not part of the hash")
+    name: Text
+    about: Text = Field(description="for people; not part of the hash")
     image_size: Positive
     prompts: Prompts
     reference: ReferenceSet

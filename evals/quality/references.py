@@ -21,7 +21,7 @@ from evals.quality.distances import Gaussian
 from evals.quality.extractors import Features
 from evals.quality.feature_sets import FeatureSet, collect
 from evals.quality.features import FEATURES, LOGITS, POOL, POOL_DIMENSION, SPATIAL, SPATIAL_DIMENSION
-from evals.quality.images import Crop, ImageSet, npz_members, open_images
+from evals.quality.images import Crop, ImageFiles, ImageSet, counted, npz_members, open_images
 from evals.quality.protocol import Extractor, digest
 
 _PATIENCE_S = 86400.0  # for another job that makes the same reference
@@ -46,6 +46,8 @@ class FeatureCache:
             return FeatureSet(len(images), {})
         identity: list[Any] = [images.identity() if self.world.is_main else None]
         dist.broadcast_object_list(identity, device=self.world.device)
+        if self.world.is_main:
+            _tell(images, identity[0])
         networks = [network.identity for network in self.networks]
         source = {"images": len(images), **identity[0], "networks": networks}
         key = digest([source, self.chunk, manifold, logits])
@@ -93,7 +95,9 @@ class FeatureCache:
         statistics = path.suffix == ".npz" and {"mu", "sigma"} <= npz_members(path)
         found = FeatureSet(0, {})
         if not statistics or "arr_0" in npz_members(path):
-            found = self.of(open_images(path, crop, size), manifold)
+            images = open_images(path, crop, size)
+            found = self.of(images, manifold)
+            found.doubts += unread_doubts(path, images)
         if statistics:
             network = self.networks[0].identity if self.networks else {}
             if not network.get("sha256", "").startswith(extractor.sha256 or ""):
@@ -104,6 +108,27 @@ class FeatureCache:
             if extractor.resize != "legacy_tensorflow":
                 found.doubts.append(f"{path.name} does not say its resize; ADM's is legacy_tensorflow")
         return found
+
+
+def unread_doubts(path: Path, images: ImageSet) -> list[str]:
+    """What makes numbers doubtful: pictures of the folder that are left out."""
+    count = images.unread if isinstance(images, ImageFiles) else 0
+    return [f"{count} pictures of {path} are in formats that are not read"] if count else []
+
+
+def _tell(images: ImageSet, identity: dict[str, str]) -> None:
+    """Say once what of the files is left out, and which are taken otherwise than by others' evaluations."""
+    if not isinstance(images, ImageFiles):
+        return
+    if images.left_out:
+        seen = len(images) + sum(images.left_out.values())
+        print(f"{seen} files: {len(images)} images; left out: {counted(images.left_out)}", flush=True)
+    if turned := identity.get("turned_by_exif"):
+        print(
+            f"note: {turned} of {len(images)} files have an EXIF orientation and are turned, as in training;"
+            " clean-fid and others leave them as they are stored",
+            flush=True,
+        )
 
 
 def read_statistics(path: Path, networks: Sequence[Features]) -> FeatureSet:

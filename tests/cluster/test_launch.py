@@ -143,6 +143,22 @@ def test_a_run_stopped_in_every_way_ends_bit_equal(slurm, workplace):
     assert all(losses[line["step"]] == line["loss"] for line in json_lines(run / "metrics.jsonl") if "loss" in line)
 
 
+def test_the_log_says_what_slurm_did(slurm, workplace):
+    output = workplace.launch("train.duration.steps=100000")
+    job, run = job_id(output), workplace.runs / "tiny"
+    log = Path(re.search(r"job's log: +(\S+)", output)[1])
+    until(lambda: read_state(run).step >= 20, "step 20")
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    until(lambda: read_state(run).restarts == 1, "the requeue")
+    until(lambda: read_state(run).step >= 40, "step 40")
+    assert "requeued by SLURM" in log.read_text()
+    assert "cancelled" not in log.read_text()
+    subprocess.run(["scancel", job], check=True)
+    until(lambda: not next(iter(commands.jobs([job]))).active, "the end")
+    assert "cancelled (scancel); launch again to go on" in log.read_text()
+    assert not (run / "failures.jsonl").exists()
+
+
 BOOM = """
 import sys
 if "cluster.rank" in " ".join(sys.orig_argv):

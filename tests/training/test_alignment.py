@@ -119,7 +119,7 @@ def _middle(config, network, inputs):
 
 @pytest.mark.parametrize(
     ("block", "message"),
-    [("stages.middle.5", "no stages.middle.5"), ("stages.middle.0.modulation", "gives no map of features")],
+    [("stages.middle.5", "no stages.middle.5"), ("stages.middle.0.modulation", "returns no map of features")],
 )
 def test_a_block_that_is_not_there(runs, block, message):
     config = load_config(runs.config, [ALIGNED, f"alignment.block={block}"])

@@ -1,7 +1,10 @@
 """The pipeline as diffusers users expect one."""
 
 import inspect
+import math
+import operator
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dico_t2i.config import SAMPLERS, DiffusionConfig, SamplerConfig
+from dico_t2i.config import SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.diffusion.flow_samplers import StepHook
 from dico_t2i.diffusion.guidance import guided
 from dico_t2i.diffusion.process import ModelFn
@@ -26,8 +29,10 @@ from dico_t2i.diffusion.samplers import sample
 from dico_t2i.encoders.autoencoders import DECODE_CHUNK, to_uint8
 from dico_t2i.encoders.text.clip import TOKENS, clip_features
 from dico_t2i.encoders.text.features import TextFeatures
-from dico_t2i.randomness import normal
+from dico_t2i.randomness import check_seeds, normal
+from dico_t2i.text_lines import check_text
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -101,10 +106,20 @@ class DiCoPipeline(DiffusionPipeline):
         guidance_scale: w of uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep,
         {"latents": ...}) may return other latents. Raises ValueError for arguments that do not fit the model.
         """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        unknown = sorted({*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs})
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} unknown; there is {known}")
         given = self._given(prompt, class_labels)
-        repeated = [one for one in given for _ in range(num_images_per_prompt)]
-        negatives = self._negatives(negative_prompt, len(given), num_images_per_prompt)
+        each = _whole("num_images_per_prompt", num_images_per_prompt, 1)
+        repeated = [one for one in given for _ in range(each)]
+        negatives = self._negatives(negative_prompt, len(given), each)
         config = self._sampler(sampler, num_inference_steps, guidance_scale)
+        own = sampler is not None or isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler)
+        if own:
+            check_sampler(DiffusionConfig(**self.config.diffusion), config)
         device = self._execution_device
         index = torch.tensor(_seeds(seed, generator, len(repeated)), device=device)
         shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
@@ -123,7 +138,6 @@ class DiCoPipeline(DiffusionPipeline):
                 tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                 return (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
 
-            own = sampler is not None or isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler)
             latents = (self._sample if own else self._sample_by_scheduler)(model_fn, config, index, shape, on_step)
         images = latents if output_type == "latent" else self._images(latents, output_type)
         self.maybe_free_model_hooks()
@@ -166,12 +180,15 @@ class DiCoPipeline(DiffusionPipeline):
                 raise ValueError(
                     "no text encoder: give from_pretrained text_encoder=... and tokenizer=...; see README.md"
                 )
-            return [prompt] if isinstance(prompt, str) else list(prompt)
+            return _texts("prompt", prompt)
         if labels is None or prompt is not None:
             raise ValueError("this model takes class_labels, and no prompt")
-        return [self._class(one) for one in ([labels] if isinstance(labels, int | str) else labels)]
+        listed = [labels] if isinstance(labels, str) or not hasattr(labels, "__iter__") else list(labels)
+        if not listed:
+            raise ValueError("class_labels: none are given")
+        return [self._class(one) for one in listed]
 
-    def _class(self, label: int | str) -> int:
+    def _class(self, label: Any) -> int:
         classes = self.transformer.config.num_classes
         names = self.config.id2label or {}
         found = [int(n) for n, name in names.items() if str(label).lower() == name.lower()]
@@ -180,9 +197,10 @@ class DiCoPipeline(DiffusionPipeline):
                 several = f"several classes ({', '.join(map(str, found))}); give a number" if found else "no class here"
                 raise ValueError(f"class_labels: {label!r} is {several}; names are in pipeline.config.id2label")
             return found[0]
-        if not 0 <= int(label) < classes:
+        number = _whole("class_labels", int(label) if isinstance(label, str) else label, 0)
+        if number >= classes:
             raise ValueError(f"class_labels: {label} must lie in 0..{classes - 1}")
-        return int(label)
+        return number
 
     def _negatives(self, negative: str | Sequence[str] | None, prompts: int, each: int) -> list[str] | None:
         """One for each image, or None."""
@@ -190,7 +208,8 @@ class DiCoPipeline(DiffusionPipeline):
             return None
         if self.transformer.config.condition == "class":
             raise ValueError("negative_prompt: a model of classes has none")
-        listed = [negative] * prompts if isinstance(negative, str) else list(negative)
+        listed = _texts("negative_prompt", negative)
+        listed = listed * prompts if isinstance(negative, str) else listed
         if len(listed) != prompts:
             raise ValueError(f"negative_prompt: {len(listed)} for {prompts} prompts; give one, or as many")
         return [one for one in listed for _ in range(each)]
@@ -200,12 +219,17 @@ class DiCoPipeline(DiffusionPipeline):
         known = SAMPLERS[DiffusionConfig(**self.config.diffusion).kind]
         if kind is not None and kind not in known:
             raise ValueError(f"sampler: {kind!r} is not one of {', '.join(known)}")
+        if steps is not None:
+            changes["steps"] = _whole("num_inference_steps", steps, 1)
+        if guidance is not None and not (isinstance(guidance, Real) and 0 <= guidance < math.inf):
+            raise ValueError(f"guidance_scale: {guidance!r} is not a number of 0 or more; 1 is no guidance")
         return SamplerConfig(**{**self.config.sampler, **{k: v for k, v in changes.items() if v is not None}})
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         size = self.config.image_size
         downscale = self.config.downscale
-        height, width = height or size, width or size
+        height = size if height is None else _whole("height", height, 1)
+        width = size if width is None else _whole("width", width, 1)
         if height % (4 * downscale) or width % (4 * downscale):
             raise ValueError(f"height and width: {height}x{width} must be divisible by {4 * downscale}")
         return height // downscale, width // downscale
@@ -268,7 +292,10 @@ def _seeds(
 ) -> list[int]:
     """One for each image."""
     if seed is not None:
-        seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+        listed = list(seed) if hasattr(seed, "__iter__") else [seed]
+        seeds = check_seeds(listed)
+        if not hasattr(seed, "__iter__"):
+            seeds = check_seeds(range(seeds[0], seeds[0] + count))
     elif isinstance(generator, Sequence):
         seeds = [_draw(one, 1)[0] for one in generator]
     else:
@@ -276,6 +303,29 @@ def _seeds(
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds or generators for {count} images; give one, or as many")
     return seeds
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    """One text, or several. Raises ValueError for none and for what is no text."""
+    listed = [given] if isinstance(given, str) or not hasattr(given, "__iter__") else list(given)
+    if not listed:
+        raise ValueError(f"{name}: none are given")
+    for number, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: number {number} is {text!r}, which is no text")
+        check_text(text, f"{name} {number}")
+    return listed
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """A whole number, of whatever integer type. Raises ValueError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: {value!r} is not a whole number") from None
+    if number < least:
+        raise ValueError(f"{name}: must be at least {least}, not {number}")
+    return number
 
 
 def _draw(generator: torch.Generator | None, count: int) -> list[int]:

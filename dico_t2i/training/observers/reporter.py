@@ -1,6 +1,5 @@
-"""Where the numbers of a run go: metrics.jsonl, the terminal, and the trackers of ``tracking``."""
+"""Reports the numbers and events of a run to metrics.jsonl, the terminal, and the trackers of ``tracking``."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,17 +16,18 @@ from rich.progress import (
 )
 
 from dico_t2i.config import Config
+from dico_t2i.runs.log import LogWriter
 from dico_t2i.training.observers.tracking import Tracking
 
 
 class Reporter:
-    """Writes on rank 0; silent on the others."""
+    """Reports on rank 0, and does nothing on the others."""
 
     def __init__(self, config: Config, folder: Path, total_steps: int, enabled: bool) -> None:
         self.enabled, self.folder = enabled, folder
         if not enabled:
             return
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._file = LogWriter(folder / "metrics.jsonl")
         self._tracking = Tracking(config, folder)
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -48,7 +48,7 @@ class Reporter:
             self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One report of numbers."""
+        """Report numbers."""
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), **values})
@@ -62,7 +62,7 @@ class Reporter:
             self._console.print(f"step {step}  {numbers}{left}", highlight=False, soft_wrap=True)
 
     def event(self, step: int, kind: str, message: str, **details: Any) -> None:
-        """Something that happened; printed, and a line in metrics.jsonl."""
+        """Report an event: print it, and write it to metrics.jsonl and the trackers."""
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), "event": kind, "message": message, **details})
@@ -70,7 +70,7 @@ class Reporter:
         self._console.print(f"[{kind}] {message}", highlight=False, markup=False, soft_wrap=True)
 
     def image(self, step: int, path: Path) -> None:
-        """A picture that was saved in the run folder."""
+        """Report an image that was saved in the run folder."""
         self.event(step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder)))
         if self.enabled:
             self._tracking.image(step, path)
@@ -83,9 +83,9 @@ class Reporter:
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(line)
         except OSError as error:  # a full disk must not end the run
-            print(f"{self._file.name}: a line was lost: {error}", file=sys.stderr)
+            print(f"{self._file.path}: a line was lost: {error}", file=sys.stderr)
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,9 @@
-"""Who am I among the ranks: from torchrun's or SLURM's environment, or alone."""
+"""Joins the ranks of a run, as described by torchrun's or SLURM's environment, or as a single process."""
 
 import os
 import socket
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -12,12 +14,17 @@ from torch import Tensor
 
 from dico_t2i.memory import keep_freed_memory
 
-_flags_group: dist.ProcessGroup | None = None  # of host memory, so that to agree needs no wait for a GPU
+_RESOLVE_S = 5.0
+_flags_group: dist.ProcessGroup | None = None  # uses host memory, so that agreeing does not wait for a GPU
+
+
+class MeetingError(OSError):
+    """The ranks cannot meet at the given address and port; another start, on another port, may."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: global rank, number of ranks, rank on this node, device."""
+    """The place of this process: global rank, number of ranks, rank on this node, device."""
 
     rank: int
     size: int
@@ -30,10 +37,11 @@ class World:
 
 
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Join the process group that the environment describes; a lone process makes a group of one.
+    """Join the process group that the environment describes; a single process forms its own group.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (torchrun), else SLURM_PROCID, SLURM_NTASKS,
-    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError when part of it is missing.
+    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError if some of them are missing, and
+    MeetingError when the ranks cannot meet there.
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
@@ -44,32 +52,73 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     missing = [key for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
     if missing:
         raise ValueError(
-            f"RANK is set but {', '.join(missing)} is not; start with torchrun, or set them in the job script"
+            f"RANK is set, but {', '.join(missing)} is not; start with torchrun, or set all of them in the job script"
         )
     local_rank = int(env["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()};"
-                " start one process per GPU"
+                f"local rank {local_rank} has no GPU: {socket.gethostname()} shows {torch.cuda.device_count()};"
+                " start one process for each GPU"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _check_address(env["MASTER_ADDR"], env["MASTER_PORT"])
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        except dist.DistError as error:
+            raise MeetingError(_refusal(error)) from None
     if device.type == "cuda":
         global _flags_group
         _flags_group = _flags_group or cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
 
 
-def leave_world() -> None:
-    """Wait for the other ranks and leave the process group; collective, the last thing a process does.
+def _check_address(host: str, port: str) -> None:
+    """Raise ValueError for a port that is none, MeetingError for a host of which no address is found in time.
 
-    A rank that merely exits takes connections away which others still use: they abort, though their work is done.
+    A name may be unknown for a moment while a job starts, and a name server that is away can take minutes to say so.
+    """
+    if not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError(f"MASTER_PORT={port}: not a port, 1 to 65535")
+    found: list[object] = []
+    why = [f"no answer in {_RESOLVE_S:g} s"]
+
+    def resolve() -> None:
+        while not found:
+            try:
+                found.append(socket.getaddrinfo(host, int(port)))
+            except OSError as error:
+                why[0] = str(error.strerror)
+                time.sleep(1)
+
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(_RESOLVE_S)
+    if not found:
+        found.append(None)  # ends the thread
+        raise MeetingError(
+            f"MASTER_ADDR={host}: cannot be resolved ({why[0]}); give the name or address of rank 0's node"
+        )
+
+
+def _refusal(error: Exception) -> str:
+    """What torch says of a rendezvous that failed, in one line."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error):
+        return f"MASTER_PORT={port}: in use on {socket.gethostname()}; another job listens there, set a free one"
+    said = str(error).splitlines()[0]
+    return f"the ranks did not meet at MASTER_ADDR={address}, MASTER_PORT={port}: {said}"
+
+
+def leave_world() -> None:
+    """Wait for the other ranks and leave the process group; collective. A process calls this last.
+
+    A rank that exits without it closes connections that others still use, which then abort although their work is done.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -90,7 +139,7 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
 
 
 def first_message(text: str, device: torch.device) -> str:
-    """The text of the first rank that has any, cut to 1,000 bytes; collective."""
+    """The text of the first rank whose text is not empty, cut to 1,000 bytes; collective."""
     length = 1000
     mine = torch.zeros(length, dtype=torch.uint8, device=device)
     content = text.encode()[:length]
