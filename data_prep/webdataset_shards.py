@@ -167,13 +167,12 @@ def expand(shards: Sequence[str]) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterable[str]:
-    """What {00000..00099} and {a,b} stand for; a path that is there is taken as it is, whatever its name."""
+    """What {00000..00099} and {a,b} stand for; folders and files that are there are taken as they are."""
     from braceexpand import braceexpand
 
-    if not is_url(pattern) and Path(pattern).exists():
-        return [pattern]
+    there, rest = ("", pattern) if is_url(pattern) else _divided(Path(pattern))
     try:
-        return list(braceexpand(pattern))
+        return [str(Path(there, text)) if there else text for text in braceexpand(rest)]
     except ValueError:
         return [pattern]  # a brace that is part of a name
 
@@ -193,8 +192,14 @@ def _tars(given: str) -> list[str]:
 
 def _glob(pattern: Path) -> Iterator[Path]:
     """Files that fit a pattern; folders that are there are taken as they are, whatever their names."""
-    there = next(folder for folder in (*pattern.parents, Path()) if folder.is_dir())
-    return there.glob(str(pattern.relative_to(there)))
+    there, rest = _divided(pattern)
+    return Path(there).glob(rest)
+
+
+def _divided(path: Path) -> tuple[str, str]:
+    """The first part of a path, which is there, and the rest."""
+    there = next(part for part in (path, *path.parents, Path()) if part.exists())
+    return str(there), str(path.relative_to(there)) if there != path else ""
 
 
 def _packed(given: str) -> str:

@@ -262,17 +262,13 @@ def test_linked_members_are_counted_as_the_sample_they_would_be(tmp_path: Path) 
     found = report(tmp_path / "out")
     assert (found["seen"], found["kept"]) == (5, 3)
     hard = "hard links (tar them with --hard-dereference)"
-    assert found["left out"] == {hard: 2, "images without captions": 1} or found["left out"] == {
-        hard: 1,
-        "images without captions": 1,
-        f"members left out: {hard}": 1,
-    }
+    assert found["left out"] == {hard: 1, "images without captions": 1, f"members left out: {hard}": 1}
 
 
 def test_tars_of_no_use_name_the_cause(tmp_path: Path) -> None:
     (tmp_path / "absolute").mkdir()
     write_tar(tmp_path / "absolute" / "0.tar", pairs("/data/a", "/data/b"))
-    with pytest.raises(DataError, match=r"4 members left out: absolute names .*, such as '/data/a.jpg'"):
+    with pytest.raises(DataError, match=r"4 members left out: absolute names .*, such as '/data/a\.jpg'"):
         load_index(tmp_path / "absolute")
     for name, mode in (("gzip", "w:gz"), ("bzip2", "w:bz2"), ("xz", "w:xz")):
         (tmp_path / name).mkdir()

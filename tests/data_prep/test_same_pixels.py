@@ -48,7 +48,7 @@ def from_folder(root: Path, out: list[str]) -> int:
     root.mkdir()
     for name, data in SOURCES.items():
         (root / name).write_bytes(data)
-        (root / name).with_suffix(".txt").write_text(name)
+        (root / name).with_suffix(".txt").write_text("a picture")
     return folder.main(["--images", str(root), *out])
 
 
@@ -56,7 +56,7 @@ def from_coco(root: Path, out: list[str]) -> int:
     from_folder(root, [*out[:1], f"{out[1]}_first", *out[2:]])
     content = {
         "images": [{"id": i, "file_name": name, "width": 1, "height": 1} for i, name in enumerate(SOURCES)],
-        "annotations": [{"id": i, "image_id": i, "caption": name} for i, name in enumerate(SOURCES)],
+        "annotations": [{"id": i, "image_id": i, "caption": "a picture"} for i, name in enumerate(SOURCES)],
     }
     (root / "captions.json").write_text(json.dumps(content))
     return coco.main(["--images", str(root), "--captions", str(root / "captions.json"), *out])
@@ -75,7 +75,7 @@ def from_tars(root: Path, out: list[str]) -> int:
     for name, data in SOURCES.items():
         members += [
             (name, data),
-            (f"{Path(name).stem}.json", json.dumps({"captions": [name], "file_name": name}).encode()),
+            (f"{Path(name).stem}.json", json.dumps({"captions": ["a picture"], "file_name": name}).encode()),
         ]
     write_tar(root / "0.tar", members)
     return webdataset_shards.main(["--shards", str(root), *out])
@@ -83,7 +83,7 @@ def from_tars(root: Path, out: list[str]) -> int:
 
 def from_parquet(root: Path, out: list[str]) -> int:
     root.mkdir()
-    rows = [{"image": {"bytes": data, "path": name}, "text": name} for name, data in SOURCES.items()]
+    rows = [{"image": {"bytes": data, "path": name}, "text": "a picture"} for name, data in SOURCES.items()]
     pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet")
     return huggingface.main(["--data", str(root), *out])
 
