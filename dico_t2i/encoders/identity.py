@@ -31,8 +31,8 @@ def check_identities(trained: Mapping[str, Mapping[str, Any]], found: Identities
         parts = [part for part in sorted({*made, *ours}) if not same_encoder(_only(made, part), _only(ours, part))]
         shown = "; ".join(f"{part} was {_short(made.get(part))}, is {_short(ours.get(part))}" for part in parts)
         raise ConfigError(
-            f"{source} was trained with another {key}: {shown}. Images would be wrong without a word:"
-            f" put the files back that {key} in its config.yaml names, or name a folder that has them"
+            f"{source} was trained with another {key}: {shown}. With this one the images would be"
+            f" wrong: put back the files that {key} in its config.yaml names, or name a folder that has them"
         )
 
 
