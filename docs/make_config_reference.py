@@ -58,6 +58,19 @@ A key that takes text keeps a number as it is written: `name=0123`, `cluster.tim
 `cluster.env` are text whatever they look like. What SLURM gets is what you typed: the value of `--sbatch KEY=VALUE`
 is not read as YAML at all; in a profile's `sbatch:`, `true` is an option without a value and `false` leaves one out.
 On the command line ` #` begins no comment.
+
+Files of prompts, captions, labels and names, and the demo's fields, have one reader (`dico_t2i/text_lines.py`):
+UTF-8, or what a byte-order mark says; marks are no part of the text; a line ends at `\\n`, `\\r\\n` or `\\r` alone,
+so U+2028, vertical tabs and form feeds stay in their line; bytes that are no text are an error with the line and the
+character.
+
+## What may change within a run
+
+The network, the diffusion process, the frozen encoders, the seed, the batch and the order of the data stay as they
+are once a run has a checkpoint; before that, and for all other keys, a new start may bring another config, and says
+what has changed. A start that is refused writes nothing. A run folder that is copied or renamed goes on under its new
+name (`name=NEW`). Each checkpoint keeps hashes of the encoders' weights: training, sampling, export, demo and
+evaluations refuse to use others; checkpoints without them, of older versions, are used with a note.
 """
 
 

@@ -220,15 +220,19 @@ def test_a_torn_line_swallows_no_other(tmp_path, torn):
     assert [line["step"] for line in json_lines(path)] == [1, 2, *([3] if torn.endswith("}") else []), 4, 5, 6]
 
 
-def test_a_line_that_did_not_fit_on_the_disk_is_ended_first(tmp_path):
+def test_a_line_that_did_not_fit_on_the_disk_leaves_nothing(tmp_path):
     writer = LogWriter(tmp_path / "log.jsonl")
     original = writer._file
-    writer._file = type("Full", (), {"write": lambda _, data: original.write(data[:5])})()
+    writer._file = type(
+        "Full",
+        (),
+        {"write": lambda _, data: original.write(data[:5]), "seek": original.seek, "truncate": original.truncate},
+    )()
     with pytest.raises(OSError, match="only 5 of"):
         writer.write({"step": 1})
     writer._file = original
     writer.write({"step": 2})
-    assert [line["step"] for line in json_lines(tmp_path / "log.jsonl")] == [2]
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n'
 
 
 @pytest.mark.parametrize(
