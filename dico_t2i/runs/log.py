@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LogWriter:
-    """Appends JSON lines to a file, each at once; a torn line that a crash or a full disk left is ended first."""
+    """Appends JSON lines to a file, each at once; a torn line that a crash left is ended first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -20,9 +20,10 @@ class LogWriter:
     def write(self, line: Mapping[str, Any]) -> None:
         """Raises OSError if the line could not be written."""
         content = (b"\n" if self._torn else b"") + json.dumps(line).encode() + b"\n"
-        self._torn = True  # until all of it is there
+        start = self._file.seek(0, os.SEEK_END)
         written = self._file.write(content)
         if written != len(content):
+            self._file.truncate(start)
             raise OSError(f"only {written} of {len(content)} bytes were written")
         self._torn = False
 

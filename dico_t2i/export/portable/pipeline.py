@@ -183,7 +183,7 @@ class DiCoPipeline(DiffusionPipeline):
             return _texts("prompt", prompt)
         if labels is None or prompt is not None:
             raise ValueError("this model takes class_labels, and no prompt")
-        listed = [labels] if isinstance(labels, str) or not hasattr(labels, "__iter__") else list(labels)
+        listed = _listed(labels)
         if not listed:
             raise ValueError("class_labels: none are given")
         return [self._class(one) for one in listed]
@@ -292,9 +292,8 @@ def _seeds(
 ) -> list[int]:
     """One for each image."""
     if seed is not None:
-        listed = list(seed) if hasattr(seed, "__iter__") else [seed]
-        seeds = check_seeds(listed)
-        if not hasattr(seed, "__iter__"):
+        seeds = check_seeds(_listed(seed))
+        if not _is_several(seed):
             seeds = check_seeds(range(seeds[0], seeds[0] + count))
     elif isinstance(generator, Sequence):
         seeds = [_draw(one, 1)[0] for one in generator]
@@ -305,9 +304,18 @@ def _seeds(
     return seeds
 
 
+def _is_several(value: Any) -> bool:
+    """Whether it is a list, or an array with an axis; a text is one."""
+    return not isinstance(value, str) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if _is_several(value) else [value]
+
+
 def _texts(name: str, given: Any) -> list[str]:
     """One text, or several. Raises ValueError for none and for what is no text."""
-    listed = [given] if isinstance(given, str) or not hasattr(given, "__iter__") else list(given)
+    listed = _listed(given)
     if not listed:
         raise ValueError(f"{name}: none are given")
     for number, text in enumerate(listed):
