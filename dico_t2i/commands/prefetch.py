@@ -81,7 +81,9 @@ def check(out: Path, config: Config | None = None) -> int:
         wrong += [f"{name}: none of its files are there" for name in _models(config) if not _has(manifest, name)]
     if wrong:
         shown = "\n  ".join(wrong)
-        raise PrefetchError(f"{out}: {len(wrong)} problems:\n  {shown}\nrun dico prefetch again")
+        raise PrefetchError(
+            f"{out}: {len(wrong)} of its files are missing or changed:\n  {shown}\nrun dico prefetch again"
+        )
     return len(manifest)
 
 
