@@ -60,18 +60,18 @@ A key that takes text keeps a number unchanged: `name=0123`, `cluster.time=90`, 
 a profile's `sbatch:`, `true` is an option without a value and `false` leaves the option out. On the command line ` #`
 does not start a comment.
 
-Files of prompts, captions, labels and names, and the demo's fields, have one reader (`dico_t2i/text_lines.py`). It reads
-UTF-8, or what a byte-order mark says; the mark is not part of the text. A line ends only at `\\n`, `\\r\\n` or `\\r`, so
-that U+2028, vertical tabs and form feeds stay inside their line. Bytes that are not text are an error that names the
-line and the character.
+Files of prompts, captions, labels and names, and the demo's fields, have one reader (`dico_t2i/text_lines.py`). It
+reads UTF-8, or what a byte-order mark says; the mark is not part of the text. A line ends only at `\\n`, `\\r\\n` or
+`\\r`, so that U+2028, vertical tabs and form feeds stay inside their line. Bytes that are not text are an error that
+names the line and the character.
 
 ## What may change within a run
 
-The network, the diffusion process, the frozen encoders, the seed, the batch and the order of the data stay the same once
-a run has a checkpoint. Before that, and for all other keys, a new start may bring a different config, and reports what
-has changed. A start that is refused writes nothing. A run folder that is copied or renamed resumes under its new name
-(`name=NEW`). Each checkpoint keeps hashes of the encoders' weights: training, sampling, export, demo and evaluations
-refuse to use different ones; checkpoints of older versions, which have no hashes, are used with a note.
+The network, the diffusion process, the frozen encoders, the seed, the batch and the order of the data stay the same
+once a run has a checkpoint. Before that, and for all other keys, a new start may bring a different config, and
+reports what has changed. A start that is refused writes nothing. A run folder that is copied or renamed resumes under
+its new name (`name=NEW`). Each checkpoint keeps hashes of the encoders' weights: training, sampling, export, demo and
+evaluations refuse to use different ones; checkpoints of older versions, which have no hashes, are used with a note.
 """
 
 
