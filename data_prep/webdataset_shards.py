@@ -28,6 +28,7 @@ from dico_t2i.data.errors import ShardError
 from dico_t2i.data.remote import base_name, describe, download, file_system, is_url, patiently, without_query
 from dico_t2i.data.sample import Caption, captions_in
 from dico_t2i.data.shard import ShardIndex, index_shard
+from dico_t2i.data.tar import PACKED
 from dico_t2i.text_lines import decode_text
 
 RETRIES = 3
@@ -204,8 +205,16 @@ def _divided(path: Path) -> tuple[str, str]:
 
 def _packed(given: str) -> str:
     """A hint where there is a folder of compressed tars."""
-    packed = [] if is_url(given) or not Path(given).is_dir() else sorted(Path(given).glob("*.t*z*"))
-    return f"; {len(packed)} are compressed, such as {packed[0].name}: unpack them" if packed else ""
+    packed = compressed_in(given)
+    return f"; {len(packed)} are compressed, such as {packed[0]}: unpack them" if packed else ""
+
+
+def compressed_in(given: str) -> list[str]:
+    """The names of compressed tars in a folder; none for anything else."""
+    folder = Path(given)
+    if is_url(given) or not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(PACKED))
 
 
 class Archives:
@@ -256,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.encoding is not None:
         check_encoding(args.encoding)
-    return run_pipeline(Archives(expand(args.shards), args.caption_fields, args.encoding, args.number_keys), args)
+    archives = Archives(expand(args.shards), args.caption_fields, args.encoding, args.number_keys)
+    compressed = [name for given in args.shards for name in compressed_in(given)]
+    return run_pipeline(archives, args, [Dropped("compressed archives (unpack them)", name) for name in compressed])
 
 
 if __name__ == "__main__":

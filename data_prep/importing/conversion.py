@@ -262,8 +262,10 @@ def _digest(item: Raw | Dropped) -> bytes:
     """A hash of all that a sample is made of."""
     if isinstance(item, Dropped):
         return hashlib.sha256(item.reason.encode()).digest()
+    digest = hashlib.sha256(item.image)
     words = repr((item.key, item.captions, item.label, dict(item.about), item.sources, item.other))
-    return hashlib.sha256(item.image + words.encode("utf-8", "backslashreplace")).digest()
+    digest.update(words.encode("utf-8", "backslashreplace"))
+    return digest.digest()
 
 
 def fingerprint(unit: Unit) -> str:

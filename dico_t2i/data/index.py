@@ -22,10 +22,10 @@ import numpy as np
 from dico_t2i.data.errors import DataError, ShardError
 from dico_t2i.data.quarantine import Quarantine, quarantined_samples, read_quarantine
 from dico_t2i.data.shard import MOMENTS, VERSION, Kind, ShardIndex, index_path, index_shard, rebuild_remedy
+from dico_t2i.data.tar import PACKED
 from dico_t2i.files import write_atomically
 
 _log = getLogger(__name__)
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def write_index(
     root = Path(root)
     tars = sorted(root.glob("*.tar"))
     if not tars:
-        packed = sorted(path.name for path in root.glob("*.t*") if path.name.endswith(_PACKED))
+        packed = sorted(path.name for path in root.glob("*.t*") if path.name.endswith(PACKED))
         cause = f"; {len(packed)} are compressed, such as {packed[0]}: unpack them" if packed else ""
         raise DataError(f"{root}: no shards (*.tar) in this folder{cause}")
     stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]

@@ -18,6 +18,7 @@ _PIXELS = {*IMAGE_EXTENSIONS, "moments.npy"}
 _DESCRIPTIONS = {"json", "txt", "cls"}
 _KNOWN = _PIXELS | _DESCRIPTIONS | {"text.npy", "pooled.npy"}
 
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # names of compressed tars
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 _EXTRA_HEADERS = (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_prep import coco, folder, imagenet, verify, webdataset_shards
-from evals.quality.captions import find_files
+from evals.quality.captions import _one_an_image, find_files
 from tests.data_prep.test_webdataset_shards import members, write_tar
 from tests.shards import image_bytes, read_samples
 
@@ -139,3 +139,15 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,caption,caption\na.jpg,one,two\n")
     with pytest.raises(ValueError, match="two columns are named 'caption'"):
         folder.main(["--images", str(root), "--table", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")])
+
+
+def test_evaluations_draw_text_only(tmp_path: Path) -> None:
+    images = [(i, f"{i}.jpg") for i in range(6)]
+    values: list[Any] = [None, ["a dog", "a cat"], 7, {"en": "a dog"}, "a  bird ", " "]
+    content = coco.read_annotations(annotations(tmp_path / "c.json", images, list(enumerate(values))))
+    names = {image.id: image.file_name for image in content.images.values()}
+    drawn = _one_an_image(tmp_path / "c.json", content.captions, names, 0)  # type: ignore[arg-type]
+    assert drawn == {1: (1, "a dog"), 4: (4, "a bird")}
+    odd = coco.read_annotations(annotations(tmp_path / "d.json", [("x", "a.jpg")], [("x", "a dog")]))
+    with pytest.raises(ValueError, match="id 'x' is no number"):
+        _one_an_image(tmp_path / "d.json", odd.captions, {}, 0)

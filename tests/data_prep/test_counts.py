@@ -281,6 +281,17 @@ def test_tars_of_no_use_name_the_cause(tmp_path: Path) -> None:
             load_index(tmp_path / name)
 
 
+def test_compressed_tars_beside_others_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "0.tar", pairs("a"))
+    for name in ("1.tar.gz", "2.tgz"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    options = ["--shards", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert webdataset_shards.main(options) == 0
+    assert report(tmp_path / "out")["left out"] == {"compressed archives (unpack them)": 2}
+    assert report(tmp_path / "out")["seen"] == 3
+
+
 def test_a_compressed_tar_of_an_import_is_told_and_left_to_be_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

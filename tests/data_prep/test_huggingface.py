@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
@@ -128,3 +129,22 @@ def test_shards_do_not_depend_on_processes(tmp_path: Path) -> None:
 def test_no_data_set_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no .parquet or .arrow files there"):
         prepare(tmp_path, tmp_path / "out")
+
+
+def test_a_data_set_far_away_is_read_by_its_row_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = fsspec.filesystem("memory")
+    parquet(tmp_path / "train-00000-of-00001.parquet", rows(9), row_group_size=4)
+    memory.pipe("/far/data/train-00000-of-00001.parquet", (tmp_path / "train-00000-of-00001.parquet").read_bytes())
+    samples = prepare("memory://far", tmp_path / "out")
+    assert [sample["jpg"] for sample in samples] == [image_bytes(i) for i in range(9)]
+    prepare("memory://far", tmp_path / "out")
+    assert "already holds" in capsys.readouterr().out
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        ValueError, match="--data someone/birds: no such folder, and as a name on the hub it cannot"
+    ) as error:
+        prepare("someone/birds", tmp_path / "out")
+    assert "\n" not in str(error.value)
