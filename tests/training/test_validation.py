@@ -56,7 +56,7 @@ def test_known_answer(runs, held_out, alone):
     validation = Validation(config, alone, 2, inputs)
     seen = []
 
-    def network(x, t, cond):
+    def network(x, t, **conditioning):
         seen.extend(t.tolist())
         return torch.zeros_like(x)
 
