@@ -5,12 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dico_t2i.command import non_negative, positive, run
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,9 +78,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sample_options(parser: argparse.ArgumentParser) -> None:
+def _sampler_name(text: str) -> str:
+    """The name of a sampler; the config, which knows them, is imported only when one is given."""
     from dico_t2i.config import SAMPLER_NAMES
 
+    if text not in SAMPLER_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SAMPLER_NAMES)}")
+    return text
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text; may be given several times")
@@ -93,7 +96,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; new, empty, or of the same command")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
     parser.add_argument("--per-prompt", type=positive, default=1, help="images of each prompt or label")
-    parser.add_argument("--sampler", choices=SAMPLER_NAMES, help="default: the config's")
+    parser.add_argument("--sampler", type=_sampler_name, metavar="NAME", help="default: the config's sampler.kind")
     parser.add_argument("--steps", type=positive)
     parser.add_argument(
         "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"

@@ -97,7 +97,7 @@ def test_other_data_are_told(runs, tmp_path):
         for number in range(32):
             writer.write(make_sample(number, size=16, seed=1, two_objects=0.0, held_out=False))
     output = runs.train("grown", f"data.path={tmp_path / 'more'}", "train.duration.steps=2")
-    assert "WARNING: {'samples': 32, 'shards': 2}, but {'samples': " in output
+    assert "WARNING: the data are {'samples': 32, 'shards': 2}, but were {'samples': " in output
 
 
 @pytest.mark.parametrize(
