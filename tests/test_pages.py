@@ -169,7 +169,7 @@ def test_what_cannot_be_asked_for_is_said(pipeline, classes):
     ):
         with pytest.raises(ValueError, match=problem):
             read_conditions(text, classes)
-    with pytest.raises(ValueError, match="at most 64"):
+    with pytest.raises(ValueError, match="the limit is 64"):
         read_settings(pipeline, "a", 0, 65, 16, "ddim", 2, 1.0)
     with pytest.raises(ValueError, match="0 or more"):
         read_settings(pipeline, "a", -1, 1, 16, "ddim", 2, 1.0)
