@@ -73,7 +73,7 @@ def test_damage_is_found_and_mended(vae, tmp_path):
         check(out, config_of("nobody/other"))
     with pytest.raises(PrefetchError, match="has no manifest"):
         check(tmp_path)
-    with pytest.raises(MissingModelError, match="/none/vae: not there"):
+    with pytest.raises(MissingModelError, match="/none/vae: not found"):
         prefetch(config_of("/none/vae"), out)
 
 
