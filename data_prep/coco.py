@@ -7,31 +7,60 @@ resized as the loader would do it, or kept byte for byte with --crop none. What 
 with examples, in report.json.
 """
 
-import contextlib
-import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.importing.conversion import Raw, add_options, options_of, read_image_file, run_pipeline
+from data_prep.importing.conversion import Raw, add_options, options_of, read_image_file, run_pipeline, state_of
+from data_prep.importing.files import is_image, place_in
 from data_prep.importing.filters import Dropped
 from dico_t2i.command import run, script_parser
+from dico_t2i.data.sample import captions_in
+from dico_t2i.text_lines import read_text
+
+Id = int | str
+
+
+class AnnotatedImage(NamedTuple):
+    """An image of an annotation file. where: the file and the entry, for messages; about: its other fields."""
+
+    id: Id
+    file_name: str
+    where: str
+    about: Mapping[str, Any]
+
+
+class Annotation(NamedTuple):
+    """A caption of an annotation file: any value, of which ``captions_in`` says what it is."""
+
+    id: Id
+    image_id: Id
+    caption: Any
+
+
+class Annotations(NamedTuple):
+    """An annotation file: its images by id, and its captions in order."""
+
+    file: Path
+    images: dict[Id, AnnotatedImage]
+    captions: list[Annotation]
 
 
 class Record(NamedTuple):
     """An image with what the annotations say of it. place: its file, in the folder of images."""
 
+    key: str
     place: str
-    image_id: int
+    image_id: Id
     file_name: str
-    width: int
-    height: int
     captions: list[str]
+    other: list[str]
 
 
 @dataclass(frozen=True)
@@ -41,84 +70,187 @@ class Records:
     root: Path = field(repr=False)
     records: tuple[Record, ...]
 
+    def state(self) -> str:
+        return "\n".join(state_of(self.root / record.place) for record in self.records)
+
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
         for record in self.records:
-            about = {name: getattr(record, name) for name in ("image_id", "file_name", "width", "height")}
+            about = {"image_id": record.image_id, "file_name": record.file_name}
             try:
                 image = read_image_file(self.root / record.place, record.file_name)
-                yield Raw(f"{record.image_id:012d}", image, record.file_name, record.captions, about=about)
+                yield Raw(record.key, image, record.file_name, record.captions, about=about, other=record.other)
             except Dropped as dropped:
                 yield dropped
 
 
-def read_annotations(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Images and caption annotations of COCO caption files. Raises ValueError if a file is not one."""
-    from pycocotools.coco import COCO
+def read_annotations(file: Path) -> Annotations:
+    """A COCO caption file. Ids that are numbers, or texts of digits, are numbers.
 
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"--captions {file}: no such file")
-        coco = COCO()
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            # Without the categories that some caption files name, and which COCO() expects captions to have.
-            coco.dataset = {name: content[name] for name in ("images", "annotations")}
-            with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress with print
-                coco.createIndex()
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--captions {file}: not a COCO annotation file: {error!r}") from None
-        if not any("caption" in item for item in coco.anns.values()):
-            raise ValueError(f"--captions {file}: has no captions; expected a captions_*.json")
-        images += coco.imgs.values()
-        annotations += coco.anns.values()
-    return images, annotations
+    Raises ValueError, with file, entry and field, if it is not one or two of its entries have one id.
+    """
+    if not file.is_file():
+        raise ValueError(f"--captions {file}: no such file")
+    try:
+        content = json.loads(read_text(file))
+        if not isinstance(content, dict):
+            raise TypeError("no object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"--captions {file}: not a COCO annotation file: {error!r}") from None
+    images: dict[Id, AnnotatedImage] = {}
+    for where, entry in _entries(file, content, "images"):
+        image = AnnotatedImage(_id(where, entry, "id"), _text(where, entry, "file_name"), where, entry)
+        earlier = images.setdefault(image.id, image)
+        if earlier.file_name != image.file_name:
+            raise ValueError(
+                f"{where}: id {image.id!r} of {image.file_name!r} is that of {earlier.file_name!r}, {earlier.where}"
+            )
+    captions: dict[Id, Annotation] = {}
+    for where, entry in _entries(file, content, "annotations"):
+        note = Annotation(_id(where, entry, "id"), _id(where, entry, "image_id"), entry.get("caption"))
+        if captions.setdefault(note.id, note) != note:
+            raise ValueError(
+                f"{where}: id {note.id!r} is that of another annotation, of image {captions[note.id].image_id!r}"
+            )
+    if not any("caption" in entry for _, entry in _entries(file, content, "annotations")):
+        raise ValueError(f"--captions {file}: has no captions; expected a captions_*.json")
+    return Annotations(file, images, list(captions.values()))
+
+
+def _entries(file: Path, content: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a list, each with what it is called in messages."""
+    if not isinstance(content.get(name), list):
+        raise ValueError(f"--captions {file}: not a COCO annotation file: {name!r} is no list in it")
+    for number, entry in enumerate(content[name]):
+        where = f"--captions {file}: {name}[{number}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: is no object")
+        yield where, entry
+
+
+def _id(where: str, entry: dict[str, Any], name: str) -> Id:
+    value = entry.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ValueError(f"{where}: {name} is {value!r}; expected a number or a text")
+    return value
+
+
+def _text(where: str, entry: dict[str, Any], name: str) -> str:
+    value = entry.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where}: {name} is {value!r}; expected a text")
+    return value
 
 
 def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], list[Dropped]]:
     """The images that have a file and a caption, by id, and what was left out.
 
-    Raises ValueError if the folder is missing or no image matches.
+    Ids are looked up in their own file. An image of several files, which has one file name in all of them, has the
+    captions of all. Raises ValueError if the folder is missing, no image matches, or two images lie in one place.
     """
     if not images_folder.is_dir():
         raise ValueError(f"--images {images_folder}: no such folder")
-    images, annotations = read_annotations(files)
-    noted = []
-    captions: dict[int, list[str]] = {image["id"]: [] for image in images}
-    for item in annotations:
-        text = " ".join(str(item.get("caption", "")).split())
-        if item["image_id"] not in captions:
-            noted.append(Dropped("captions of images not in the annotations", str(item["image_id"])))
-        elif text:
-            captions[item["image_id"]].append(text)
-    found = _files_by_name(images_folder)
+    contents, places = [read_annotations(file) for file in files], Places(images_folder)
+    noted: list[Dropped] = []
+    found: dict[str, tuple[AnnotatedImage, int, list[str], list[str]]] = {}
+    for number, content in enumerate(contents):
+        captions = _captions_by_image(content, noted)
+        for image in content.images.values():
+            place = places.find(image.file_name, image.where)
+            if isinstance(place, Dropped):
+                noted.append(place)
+                continue
+            first, _, texts, other = found.setdefault(place, (image, number, [], []))
+            if first.file_name != image.file_name:
+                raise ValueError(
+                    f"{image.where}: {image.file_name!r} is the same file as {first.file_name!r}, {first.where}"
+                )
+            texts += captions[image.id][0]
+            other += captions[image.id][1]
+    noted += [Dropped("images that are not in the annotations", place) for place in places.unused(found)]
+    repeated = max(Counter(image.id for image, *_ in found.values()).values(), default=0) > 1
     records = []
-    for _, image in sorted({image["id"]: image for image in images}.items()):
-        name = image["file_name"]
-        if name not in found:
-            noted.append(Dropped("missing image files", name))
-        elif not captions[image["id"]]:
-            noted.append(Dropped("images without captions", name))
+    for place, (image, number, texts, other) in sorted(found.items(), key=lambda item: _order(item[1])):
+        key = f"{image.id:012d}" if isinstance(image.id, int) else image.id.replace("/", "%2F")
+        if texts:
+            key = f"{number}-{key}" if repeated else key
+            records.append(Record(key, place, image.id, image.file_name, texts, other))
         else:
-            size = (image.get("width", 0), image.get("height", 0))
-            records.append(Record(found[name], image["id"], name, *size, captions[image["id"]]))
+            why = f"{image.file_name}: {', '.join(other)} instead" if other else image.file_name
+            noted.append(Dropped("images without captions", why))
     if not records:
-        example = images[0]["file_name"] if images else "none"
+        total = sum(len(content.images) for content in contents)
+        example = next((image.file_name for content in contents for image in content.images.values()), "none")
         raise ValueError(
-            f"--images {images_folder}: not one of {len(images)} annotated images is there with a caption;"
+            f"--images {images_folder}: not one of {total} annotated images is there with a caption;"
             f" looked for names such as {example} in the folder and the folders directly in it"
         )
     return records, noted
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
-    """Files of a folder and of the folders directly in it: their places in it, by name."""
-    found = {}
-    for inner in [*sorted(path.name for path in folder.iterdir() if path.is_dir()), ""]:
-        with os.scandir(folder / inner) as entries:
-            found.update({entry.name: f"{inner}/{entry.name}" if inner else entry.name for entry in entries})
-    return found
+def _order(found: tuple[AnnotatedImage, int, list[str], list[str]]) -> tuple[int, bool, int, str]:
+    image, number = found[0], found[1]
+    is_text = isinstance(image.id, str)
+    return number, is_text, 0 if isinstance(image.id, str) else image.id, str(image.id)
+
+
+def _captions_by_image(content: Annotations, noted: list[Dropped]) -> dict[Id, tuple[list[str], list[str]]]:
+    """The captions of each image that are not blank, and what stands in place of others."""
+    captions: dict[Id, tuple[list[str], list[str]]] = {image: ([], []) for image in content.images}
+    for note in content.captions:
+        if note.image_id not in captions:
+            noted.append(Dropped("captions of images not in the annotations", str(note.image_id), part=True))
+            continue
+        found, other = captions_in(note.caption)
+        texts = [" ".join(caption.text.split()) for caption in found]
+        captions[note.image_id][0].extend(text for text in texts if text)
+        captions[note.image_id][1].extend(other)
+    return captions
+
+
+class Places:
+    """Where the images of annotations lie, in a folder or the folders directly in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._by_name: dict[str, list[str]] = {}
+        for inner in ["", *sorted(path.name for path in root.iterdir() if path.is_dir())]:
+            with os.scandir(root / inner) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    place = f"{inner}/{entry.name}" if inner else entry.name
+                    self._by_name.setdefault(entry.name, []).append(place)
+
+    def find(self, file_name: str, where: str) -> str | Dropped:
+        """The place of an image, relative to the folder where it is in it.
+
+        ``where`` is what asks for it. Raises ValueError if several files may be meant.
+        """
+        name = file_name if "/" in file_name else file_name.replace("\\", "/")
+        *folders, base = [part for part in name.split("/") if part != "."]
+        if name.startswith("/") or ".." in folders:
+            place = place_in(self.root, name)
+            if place is None:
+                return Dropped("paths outside --images", file_name)
+            return str(place) if place.is_file() else Dropped("missing image files", file_name)
+        if (self.root / name).is_file():
+            return "/".join([*folders, base])
+        found = self._by_name.get(base, [])
+        if folders:  # the given folder may be the one in front of the name, or the one that holds that
+            found = [place for place in found if place == base or place.split("/")[0] == folders[-1]]
+        if len(found) > 1:
+            raise ValueError(
+                f"{where}: {file_name!r} may be {found[0]} or {found[1]} of --images {self.root}; give the folder of"
+                " one of them, or write it in front of the name"
+            )
+        return found[0] if found else Dropped("missing image files", file_name)
+
+    def unused(self, used: Container[str]) -> Iterator[str]:
+        """Image files of no annotation, in the folders that were looked into."""
+        for places in self._by_name.values():
+            yield from (place for place in places if place not in used and is_image(place))
 
 
 @dataclass(frozen=True)
@@ -129,6 +261,8 @@ class Coco:
     records: list[Record]
     samples_per_shard: int
     meta: dict[str, Any]
+
+    contents: ClassVar[tuple[str, ...]] = ("images", "captions")
 
     def units(self) -> Iterator[Records]:
         for start in range(0, len(self.records), self.samples_per_shard):

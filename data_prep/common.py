@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -11,10 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # it imports torch, which the scripts of cluster/ do not need
     from dico_t2i.data.index import DatasetIndex
+
+SETTINGS = "settings.json"  # of a folder that is filled shard by shard
 
 Result = TypeVar("Result")
 
@@ -38,24 +42,61 @@ def is_finished(out: Path, meta: dict[str, Any]) -> bool:
 def finished_or_absent(out: Path) -> Iterator[Path]:
     """A folder to write to that becomes ``out`` when the block ends without an error.
 
-    It is ``<out>.partial``; what an interrupted run left there is removed first.
+    It is ``<out>.partial``; what an interrupted run left there is removed first. Raises ValueError if another process
+    is writing it.
     """
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = partial / ".lock"
+    with lock.open("a") as file:
+        if not _lock(file):
+            raise _in_use(out)
+        for leftover in set(partial.iterdir()) - {lock}:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield partial
+        lock.unlink()
+        partial.rename(out)
 
 
-def claim(out: Path, meta: dict[str, Any]) -> None:
+@contextmanager
+def held(out: Path, shards: Iterable[int]) -> Iterator[None]:
+    """Keep the shards with these numbers, of a folder that was claimed, to this process.
+
+    Raises ValueError if another process is making one of them. Several processes may share a folder.
+    """
+    with (out / SETTINGS).open("r+") as file:
+        if not all(_lock(file, number) for number in shards):
+            raise _in_use(out)
+        yield
+
+
+def _lock(file: IO[str], byte: int = 0) -> bool:
+    """Lock a byte of a file, until it is closed; False if another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # some file systems have no locks
+    return True
+
+
+def _in_use(out: Path) -> ValueError:
+    return ValueError(
+        f"--out {out}: another process is making the same shards; wait until it ends or stop it, or share the work with"
+        " --part"
+    )
+
+
+def claim(out: Path, meta: dict[str, Any], contents: Collection[str] = ()) -> None:
     """Note in ``out``, a folder filled shard by shard, what it will hold.
 
+    contents: keys of the meta data that describe the source's content and not the settings; they may have changed.
     Raises ValueError if it holds something else already: nothing is overwritten, and restarts and parts agree.
     """
-    file = out / "settings.json"
+    file, wanted = out / SETTINGS, json.loads(json.dumps(meta))
     if file.exists():
-        found, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(meta))
-        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        found = settings_of(out)
+        names = {*found, *wanted} - set(contents)
+        differ = sorted(name for name in names if found.get(name) != wanted.get(name))
         if differ:
             raise ValueError(f"--out {out}: made with another {', '.join(differ)}; choose another folder")
         return
@@ -65,6 +106,14 @@ def claim(out: Path, meta: dict[str, Any]) -> None:
     part = out / f".settings.{os.getpid()}.part"
     part.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """What was noted in a folder that is filled shard by shard; nothing if it is new."""
+    try:
+        return dict(json.loads((out / SETTINGS).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
 
 
 def remove_leftovers(out: Path, shards: Collection[str]) -> None:

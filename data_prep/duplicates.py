@@ -17,10 +17,9 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
@@ -34,6 +33,9 @@ from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import DatasetIndex, load_index
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHOWN = 16  # pairs of duplicates.png
 _CONTRAST = 8.0  # grey levels between the brightest and the darkest cell, below which there is nothing to compare
@@ -130,10 +132,12 @@ class Duplicates:
         reader = ShardReader(self.index)
         rows = [[self._thumbnail(reader, place) for place in row] for row in zip(*chosen, strict=True)]
         reader.close()
+        import torch
+
         grid = torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
-    def _thumbnail(self, reader: ShardReader, place: int) -> torch.Tensor:
+    def _thumbnail(self, reader: ShardReader, place: int) -> "Tensor":
         sample = reader.read(*self.exact.place(place))
         return decode_image(next(sample[name] for name in IMAGE_EXTENSIONS if name in sample), 128, "resize")
 

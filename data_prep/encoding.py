@@ -1,5 +1,7 @@
 """Keeps an encoder busy: decoded batches ahead of it, writing behind it, and where the time went."""
 
+from __future__ import annotations
+
 import os
 import time
 from collections import deque
@@ -7,15 +9,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError, SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.reader import ShardReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COPIED = ("json", "txt", "cls")  # members that go along with the features
 AHEAD = 4  # batches read and decoded while one is encoded

@@ -1,27 +1,28 @@
 """Pack a folder of images with captions into shards.
 
 python data_prep/folder.py --images photos --out data/photos                  # photos/a/1.jpg with photos/a/1.txt
+python data_prep/folder.py --images imagefolder --out data/photos             # with metadata.jsonl anywhere in it
 python data_prep/folder.py --images photos --table captions.parquet --path-column file --caption-columns short long \\
     --min-field aesthetic=5.0 --out data/photos
 
 Captions are the lines of a text file beside each image, or columns of CSV, TSV, JSON lines or parquet files. Paths
-in a table are relative to --images; a parquet column may hold the image itself. Other columns of numbers and text
-go along in each sample's json, and filters can ask for them.
+in a table are relative to --images, in a metadata.jsonl (.csv, .parquet) to the folder it is in; a parquet column may
+hold the image itself. Other columns of numbers and text go along in each sample's json, and filters can ask for them.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.importing.captions import check_encoding, decode
+from data_prep.importing.captions import check_encoding
 from data_prep.importing.conversion import (
-    EXTENSIONS,
     Raw,
     Unit,
     Unreadable,
@@ -29,14 +30,18 @@ from data_prep.importing.conversion import (
     options_of,
     read_image_file,
     run_pipeline,
+    state_of,
 )
+from data_prep.importing.files import EXTENSIONS, File, not_read, place_in, walk
 from data_prep.importing.filters import Dropped
-from data_prep.importing.tables import Row, Stretch, columns, stretches
+from data_prep.importing.tables import BadRow, Row, Stretch, columns, stretches
 from dico_t2i.command import run, script_parser
-from dico_t2i.text_lines import split_lines
+from dico_t2i.data.sample import Caption, captions_in
+from dico_t2i.text_lines import decode_text, split_lines
 
 PATHS = ("path", "file_name", "filename", "image", "file")
 CAPTIONS = ("captions", "caption", "text")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of an imagefolder
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class Files:
     names: tuple[str, ...]
     first: int
     encoding: str
+
+    def state(self) -> str:
+        files = [self.root / name for name in self.names]
+        return "\n".join(f"{state_of(file)} {state_of(file.with_suffix('.txt'))}" for file in files)
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
         for number, name in enumerate(self.names, self.first):
@@ -60,50 +69,80 @@ class Files:
         """The lines of the text file; none if there is no such file."""
         try:
             data = read_image_file((self.root / name).with_suffix(".txt"), name)
-            return split_lines(decode(data, self.encoding))
-        except UnicodeDecodeError:
-            raise Dropped(f"text that is not {self.encoding}", name) from None
         except Dropped:
             return []
+        try:
+            return split_lines(decode_text(data, name, self.encoding))
+        except ValueError as error:
+            raise Dropped(f"text that is not {self.encoding}", str(error)) from None
 
 
 @dataclass(frozen=True)
 class Walk:
-    """All images of a folder and the folders in it, by name; only one folder's names are in memory at a time."""
+    """The images of a folder and the folders in it, by name, but for those of metadata files.
+
+    described: names of those images and of the metadata files. first: number of the first in the data set.
+    """
 
     root: Path
     samples_per_shard: int
     encoding: str
+    described: frozenset[str] = frozenset()
+    first: int = 0
+
+    contents: ClassVar[tuple[str, ...]] = ()
 
     @property
     def meta(self) -> dict[str, Any]:
         return {"source": "folder", "captions": "txt"}
 
     def units(self) -> Iterator[Unit]:
-        names, first = self._names(self.root), 0
+        files = (file for file in walk(self.root) if isinstance(file, File))
+        names = (file.name for file in files if file.kind == "image" and file.name not in self.described)
+        first = self.first
         while chunk := tuple(islice(names, self.samples_per_shard)):
             yield Files(self.root, chunk, first, self.encoding)
             first += len(chunk)
 
-    def _names(self, folder: Path) -> Iterator[str]:
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-        for name, is_folder in found:
-            if is_folder:
-                yield from self._names(folder / name)
-            elif name.lower().endswith(EXTENSIONS):
-                yield str((folder / name).relative_to(self.root))
+    def noted(self) -> Iterator[Dropped]:
+        """Files that are of no use, and links that were not followed."""
+        for file in walk(self.root):
+            if isinstance(file, Dropped):
+                yield file
+            elif file.kind == "other" and file.name not in self.described:
+                yield not_read(file.name)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that names images and their captions. prefix: of its paths, as the report and the json show them."""
+
+    file: Path | str
+    root: Path
+    prefix: str
+    path_column: str
+    caption_columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Rows of a table. first: number of the first row in the data set."""
+    """Rows of a table. first: number of the first row in the data set; prefix: of the names of its images."""
 
     root: Path = field(repr=False)
     stretch: Stretch
     path_column: str
     caption_columns: tuple[str, ...]
     first: int
+    prefix: str = ""
+
+    def state(self) -> str:
+        try:
+            values = self.stretch.values(self.path_column)
+            paths = [value.get("path") if isinstance(value, dict) else value for value in values]
+            places = [place_in(self.root, path) for path in paths if isinstance(path, str)]
+            return "\n".join([self.stretch.content(), *(state_of(place) if place else "" for place in places)])
+        except OSError as error:
+            raise Unreadable(f"{self.stretch.name}: {error}") from None
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
         try:
@@ -113,21 +152,23 @@ class Listed:
                 except Dropped as dropped:
                     yield dropped
         except OSError as error:
-            raise Unreadable(str(error)) from None
+            raise Unreadable(f"{self.stretch.name}: {error}") from None
 
-    def _raw(self, key: str, row: Row | None) -> Raw:
-        if row is None:
-            raise Dropped("unreadable rows", f"{self.stretch.name}: row {int(key)}")
+    def _raw(self, key: str, row: Row | BadRow) -> Raw:
+        if isinstance(row, BadRow):
+            raise Dropped("unreadable rows", f"{self.stretch.name}: line {row.line}: {row.reason}")
         image, name = self._image(row.get(self.path_column), f"{self.stretch.name}: row {int(key)}")
-        texts: list[str] = []
+        captions, other = list[Caption](), list[str]()
         for column in self.caption_columns:
-            value = row.get(column)
-            texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            found, none = captions_in(_value(row, column))
+            captions += [caption._replace(source=column) for caption in found]
+            other += none
+        texts = [caption.text for caption in captions]
         if not "".join(texts).isascii() and any("\udc80" <= c <= "\udcff" for text in texts for c in text):
             raise Dropped(f"text that is not {self.stretch.encoding}", name)
-        other = {k: v for k, v in row.items() if k not in (self.path_column, *self.caption_columns)}
-        about = {k: v for k, v in other.items() if isinstance(v, str | int | float | bool)}
-        return Raw(key, image, name, texts, about={"file_name": name, **about})
+        sources = [caption.source for caption in captions] if len(self.caption_columns) > 1 else []
+        rest = {k: v for k, v in row.items() if k not in (self.path_column, *self.caption_columns) and _goes_along(v)}
+        return Raw(key, image, name, texts, about={"file_name": name, **rest}, sources=sources, other=other)
 
     def _image(self, value: Any, row: str) -> tuple[bytes, str]:
         """The bytes of a row's image and its name. Hugging Face's tables hold {"bytes", "path"}."""
@@ -136,38 +177,62 @@ class Listed:
         if isinstance(value, bytes):
             return value, row
         if not isinstance(value, str) or not value:
-            raise Dropped("rows without an image", row)
-        path = os.path.normpath(self.root / value)
-        if not path.startswith(os.path.join(os.path.normpath(self.root), "")):  # noqa: PTH118 text, not a file
+            raise Dropped("rows with several images" if isinstance(value, list) else "rows without an image", row)
+        place = place_in(self.root, value)
+        if place is None:
             raise Dropped("paths outside --images", value)
-        return read_image_file(Path(path), value), value
+        return read_image_file(place, value), self.prefix + value
+
+
+def _value(row: Row, column: str) -> Any:
+    """A column of a row, or with dots in its name what is inside: "sentences.raw" the "raw" of each sentence."""
+    if column in row or "." not in column:
+        return row.get(column)
+    outer, _, inner = column.partition(".")
+    value = row.get(outer)
+    if isinstance(value, list):
+        return [_value(item, inner) for item in value if isinstance(item, dict)]
+    return _value(value, inner) if isinstance(value, dict) else value
+
+
+def _goes_along(value: Any) -> bool:
+    """Whether a value of another column is text or a number that JSON can hold."""
+    return isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables that name images and their captions."""
+    """Tables that name images and their captions, and after them images that no table names."""
 
-    root: Path
-    files: tuple[Path, ...]
-    path_column: str
-    caption_columns: tuple[str, ...]
+    files: tuple[Table, ...]
     samples_per_shard: int
     encoding: str
+    rest: Walk | None = None
+
+    contents: ClassVar[tuple[str, ...]] = ("tables",)
 
     @property
     def meta(self) -> dict[str, Any]:
         return {
             "source": "folder",
-            "tables": [{"name": file.name, "bytes": file.stat().st_size} for file in self.files],
-            "captions": list(self.caption_columns),
+            "tables": [
+                {"name": f"{table.prefix}{Path(table.file).name}", "bytes": Path(table.file).stat().st_size}
+                for table in self.files
+            ],
+            "captions": list(dict.fromkeys(column for table in self.files for column in table.caption_columns)),
         }
 
     def units(self) -> Iterator[Unit]:
         first = 0
-        for file in self.files:
-            for stretch in stretches(file, self.samples_per_shard, self.encoding):
-                yield Listed(self.root, stretch, self.path_column, self.caption_columns, first)
+        for table in self.files:
+            for stretch in stretches(table.file, self.samples_per_shard, self.encoding):
+                yield Listed(table.root, stretch, table.path_column, table.caption_columns, first, table.prefix)
                 first += stretch.count
+        if self.rest:
+            yield from replace(self.rest, first=first).units()
+
+    def noted(self) -> Iterator[Dropped]:
+        return self.rest.noted() if self.rest else iter(())
 
 
 def source_of(args: argparse.Namespace) -> Walk | Tables:
@@ -175,24 +240,50 @@ def source_of(args: argparse.Namespace) -> Walk | Tables:
     check_encoding(args.encoding)
     if not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder")
-    if not args.table:
-        walk = Walk(args.images, args.samples_per_shard, args.encoding)
-        if next(walk.units(), None) is None:
-            raise ValueError(f"--images {args.images}: no images ({', '.join(EXTENSIONS)}) in this folder")
-        return walk
-    for file in args.table:
-        if not file.is_file():
-            raise ValueError(f"--table {file}: no such file")
-    there = columns(args.table[0], args.encoding)
-    path = _columns("--path-column", [args.path_column] if args.path_column else None, PATHS, there)[0]
-    captions = _columns("--caption-columns", args.caption_columns, CAPTIONS, there)
-    return Tables(args.images, tuple(args.table), path, tuple(captions), args.samples_per_shard, args.encoding)
+    if args.table:
+        missing = next((file for file in args.table if not file.is_file()), None)
+        if missing is not None:
+            raise ValueError(f"--table {missing}: no such file")
+        tables = tuple(table_of(file, args.images, "", args) for file in args.table)
+        return Tables(tables, args.samples_per_shard, args.encoding)
+    tables = tuple(_described_in(args))
+    rest = Walk(args.images, args.samples_per_shard, args.encoding, frozenset(_names_in(tables, args.encoding)))
+    if not tables and next(rest.units(), None) is None:
+        raise ValueError(f"--images {args.images}: no images ({', '.join(EXTENSIONS)}) in this folder")
+    return Tables(tables, args.samples_per_shard, args.encoding, rest) if tables else rest
 
 
-def _columns(option: str, wanted: Sequence[str] | None, usual: Sequence[str], there: Sequence[str]) -> Sequence[str]:
+def _described_in(args: argparse.Namespace) -> Iterator[Table]:
+    """The metadata files of an imagefolder, anywhere in it; their paths are relative to the folder they are in."""
+    for file in walk(args.images):
+        if isinstance(file, File) and os.path.basename(file.name) in METADATA:  # noqa: PTH119
+            place = args.images / file.name
+            if not {args.path_column, *PATHS} & set(columns(place, args.encoding)):
+                continue  # it is of something else
+            yield table_of(place, place.parent, file.name.removesuffix(place.name), args)
+
+
+def _names_in(tables: Sequence[Table], encoding: str) -> Iterator[str]:
+    """The images that metadata files name, and the files themselves, relative to the root of the imagefolder."""
+    for table in tables:
+        yield f"{table.prefix}{Path(table.file).name}"
+        for stretch in stretches(table.file, 1 << 30, encoding):
+            values = stretch.values(table.path_column)
+            yield from (os.path.normpath(table.prefix + value) for value in values if isinstance(value, str))
+
+
+def table_of(file: Path | str, root: Path, prefix: str, args: argparse.Namespace) -> Table:
+    """A table with the columns that a command line asks for. Raises ValueError."""
+    there = columns(file, args.encoding)
+    path = columns_of("--path-column", [args.path_column] if args.path_column else None, PATHS, there)[0]
+    captions = columns_of("--caption-columns", args.caption_columns, CAPTIONS, there)
+    return Table(file, root, prefix, path, tuple(captions))
+
+
+def columns_of(option: str, wanted: Sequence[str] | None, usual: Sequence[str], there: Sequence[str]) -> Sequence[str]:
     """The wanted columns, or the first of the usual ones that is there. Raises ValueError."""
     chosen = wanted or [name for name in usual if name in there][:1]
-    missing = [name for name in chosen if name not in there]
+    missing = [name for name in chosen if name not in there and name.partition(".")[0] not in there]
     if missing or not chosen:
         raise ValueError(f"{option}: no {', '.join(missing or usual)} in the table; it has {', '.join(there)}")
     return chosen
@@ -209,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser)
     args = parser.parse_args(argv)
     options_of(args)
-    return run_pipeline(source_of(args), args)
+    source = source_of(args)
+    return run_pipeline(source, args, source.noted())
 
 
 if __name__ == "__main__":

@@ -16,24 +16,27 @@ import tarfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.importing.conversion import (
-    EXTENSIONS,
     MAX_FILE,
     Raw,
     add_options,
     options_of,
     read_image_file,
     run_pipeline,
+    state_of,
 )
+from data_prep.importing.files import is_image, not_read, walk
 from data_prep.importing.filters import Dropped
 from dico_t2i import randomness
 from dico_t2i.command import run, script_parser
+from dico_t2i.data.tar import compression
 from dico_t2i.text_lines import read_lines
 
 SYNSET = re.compile(r"n\d{8}")
@@ -48,6 +51,7 @@ class Place(NamedTuple):
     name: str
     label: int
     synset: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,17 @@ class Images:
 
     root: Path = field(repr=False)
     places: tuple[Place, ...]
-    words: Mapping[str, str] = field(repr=False)
+    words: Mapping[str, str]
+
+    def state(self) -> str:
+        files = dict.fromkeys(place.file for place in self.places)
+        return "\n".join(state_of(self.root / file if file else self.root) for file in files)
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
         for place in self.places:
             about = {"synset": place.synset, "name": self.words.get(place.synset, ""), "file_name": place.name}
             try:
-                yield Raw(Path(place.name).stem, self._image(place), place.name, label=place.label, about=about)
+                yield Raw(place.key, self._image(place), place.name, label=place.label, about=about)
             except Dropped as dropped:
                 yield dropped
 
@@ -99,64 +107,97 @@ class Listing:
         self._columns["size"].append(size)
         self.names.append(name)
 
-    def place(self, number: int, classes: Mapping[str, int]) -> Place:
+    def synset(self, number: int) -> str:
+        return self.synsets[self._columns["synset"][number]]
+
+    def place(self, number: int, classes: Mapping[str, int], key: str) -> Place:
         file, offset, size, synset = (column[number] for column in self._columns.values())
         named = self.synsets[synset]
-        return Place(self.files[file], offset, size, self.names[number], classes[named], named)
+        return Place(self.files[file], offset, size, self.names[number], classes[named], named, key)
 
 
 def list_training(images: Path) -> Listing:
     """The images of class folders, class tars, or a tar of class tars. Raises ValueError if there are none."""
     listing = Listing()
     if images.is_file():
-        with _tar(images, listing) as outer:
+        with _tar(images) as outer:
             for member in _regular(outer, images.name, listing):
                 if SYNSET.fullmatch(Path(member.name).stem):
                     _list_tar(outer.extractfile(member), images.name, "", member.offset_data, listing, member.name)
+                else:
+                    listing.noted.append(Dropped("files that are not of a class", f"{images.name}: {member.name}"))
     else:
-        for entry in sorted(images.iterdir()):
-            if entry.is_dir() and SYNSET.fullmatch(entry.name):
-                for name in sorted(os.listdir(entry)):  # noqa: PTH208 a million Path objects would take a while
-                    if name.lower().endswith(EXTENSIONS):
-                        listing.add(f"{entry.name}/{name}", -1, 0, name, entry.name)
-            elif entry.suffix == ".tar" and SYNSET.fullmatch(entry.stem):
-                with entry.open("rb") as file:
-                    _list_tar(file, entry.name, entry.name, 0, listing, entry.name)
+        _list_folder(images, listing)
     if not listing.names:
         raise ValueError(f"--images {images}: no images in folders or tars named by class, such as n01440764")
     return listing
 
 
+def _list_folder(images: Path, listing: Listing) -> None:
+    for file in walk(images):
+        synset, slash, inner = ("", "", "") if isinstance(file, Dropped) else file.name.partition("/")
+        if isinstance(file, Dropped):
+            listing.noted.append(file)
+        elif slash and SYNSET.fullmatch(synset) and file.kind == "image":
+            listing.add(file.name, -1, 0, inner, synset)
+        elif not slash and file.name.endswith(".tar") and SYNSET.fullmatch(Path(file.name).stem):
+            with (images / file.name).open("rb") as opened:
+                _list_tar(opened, file.name, file.name, 0, listing, file.name)
+        elif file.kind == "image":
+            listing.noted.append(Dropped("files that are not of a class", file.name))
+        else:
+            listing.noted.append(not_read(file.name))
+
+
 def list_validation(images: Path, labels: Path) -> Listing:
-    """Images of a flat folder or tar with their classes from a file. Raises ValueError if the two do not fit."""
+    """Images of a folder or tar with their classes from a file. Raises ValueError if the two do not fit."""
     listing = Listing()
+    found: list[tuple[str, str, int, int]] = []  # name, place, offset, size
     if images.is_file():
-        with _tar(images, listing) as tar:
-            found = [(Path(m.name).name, m.offset_data, m.size) for m in _regular(tar, images.name, listing)]
+        with _tar(images) as tar:
+            for member in _regular(tar, images.name, listing):
+                _find(Path(member.name).name, ("", member.offset_data, member.size), found, listing)
     else:
-        found = [(name, -1, 0) for name in os.listdir(images)]  # noqa: PTH208
-    found = sorted(item for item in found if item[0].lower().endswith(EXTENSIONS))
+        for file in walk(images):
+            if isinstance(file, Dropped):
+                listing.noted.append(file)
+            else:
+                _find(Path(file.name).name, (file.name, -1, 0), found, listing)
+    found.sort()
+    for one, other in pairwise(found):
+        if one[0] == other[0]:
+            raise ValueError(f"--images {images}: two images are named {one[0]!r}: {one[1]} and {other[1]}")
     synsets = _read_labels(labels)
-    for number, (name, offset, size) in enumerate(found):
+    for number, (name, place, offset, size) in enumerate(found):
         synset = synsets.get(Path(name).stem) or synsets.get(str(number))
         if synset is None:
             listing.noted.append(Dropped("images without a label", name))
         else:
-            listing.add("" if images.is_file() else name, offset, size, name, synset)
+            listing.add(place, offset, size, name, synset)
     if not listing.names:
         raise ValueError(f"--images {images}: none of {len(found)} images has a class in --val-labels {labels}")
     return listing
 
 
+def _find(name: str, place: tuple[str, int, int], found: list[tuple[str, str, int, int]], listing: Listing) -> None:
+    if is_image(name):
+        found.append((name, *place))
+    else:
+        listing.noted.append(not_read(name))
+
+
 def _read_labels(file: Path) -> dict[str, str]:
     """Synset by the image's name, or by its number where lines hold a synset alone."""
     found: dict[str, str] = {}
-    lines = read_lines(file)
-    for number, line in enumerate(lines):
+    for number, line in enumerate(read_lines(file)):
         words = [word for word in re.split(r"[,\s]+", line) if word]
         synset = next((word for word in words if SYNSET.fullmatch(word)), None)
         if synset is not None:
-            found[str(len(found)) if words[0] == synset else Path(words[0]).stem] = synset
+            key = str(len(found)) if words[0] == synset else Path(words[0]).stem
+            if found.setdefault(key, synset) != synset:
+                raise ValueError(
+                    f"--val-labels {file}: line {number + 1}: {key} has two classes, {found[key]} and {synset}"
+                )
         elif words and number:
             raise ValueError(
                 f"--val-labels {file}: line {number + 1} names no class such as n01440764 ({line[:40]!r});"
@@ -165,7 +206,10 @@ def _read_labels(file: Path) -> dict[str, str]:
     return found
 
 
-def _tar(path: Path, listing: Listing) -> tarfile.TarFile:
+def _tar(path: Path) -> tarfile.TarFile:
+    with path.open("rb") as file:
+        if program := compression(file):
+            raise ValueError(f"--images {path}: is compressed ({program}); unpack it, for tars are read in place")
     try:
         return tarfile.open(path, "r:")
     except tarfile.TarError as error:
@@ -177,19 +221,27 @@ def _list_tar(file: Any, name: str, relative: str, base: int, listing: Listing, 
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in _regular(tar, label, listing):
-                if member.name.lower().endswith(EXTENSIONS):
-                    place = (base + member.offset_data, member.size, Path(member.name).name)
+                if is_image(member.name):
+                    place = (base + member.offset_data, member.size, member.name)
                     listing.add(relative, *place, Path(label).stem)
+                else:
+                    listing.noted.append(not_read(f"{label}: {member.name}"))
     except tarfile.TarError as error:
         listing.noted.append(Dropped("damaged archives", f"{name}: {label}: {error}"))
 
 
 def _regular(tar: tarfile.TarFile, label: str, listing: Listing) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, as far as it can be read."""
+    """The plain files of a tar, as far as it can be read; the others are noted, but for folders."""
     try:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all
-            if member.isreg() and not member.issparse() and (member.size <= MAX_FILE or member.name.endswith(".tar")):
+            where = f"{label}: {member.name}"
+            if not member.isreg() or member.issparse():
+                if not member.isdir():
+                    listing.noted.append(Dropped("links, devices and sparse files in tars", where))
+            elif member.size > MAX_FILE and not member.name.endswith(".tar"):
+                listing.noted.append(Dropped("not image files", where))
+            else:
                 yield member
     except Exception as error:  # a hostile header makes tarfile raise nearly anything
         listing.noted.append(Dropped("damaged archives", f"{label}: {error}"))
@@ -197,17 +249,36 @@ def _regular(tar: tarfile.TarFile, label: str, listing: Listing) -> Iterator[tar
 
 def read_names(file: Path) -> dict[str, str]:
     """Names of the classes by synset, from lines such as "n01440764 tench, Tinca tinca". Raises ValueError."""
-    found = {}
-    for line in filter(str.strip, read_lines(file)):
-        synset, _, words = line.partition(" ")
+    found: dict[str, str] = {}
+    for number, line in enumerate(read_lines(file), 1):
+        synset, _, words = line.strip().partition(" ")
+        if not synset:
+            continue
         if not SYNSET.fullmatch(synset):
-            raise ValueError(f"--names {file}: lines must be such as 'n01440764 tench, Tinca tinca', not {line[:40]!r}")
-        found[synset] = words.strip()
+            raise ValueError(
+                f"--names {file}: line {number}: lines must be such as 'n01440764 tench, Tinca tinca', not"
+                f" {line[:40]!r}"
+            )
+        if found.setdefault(synset, words.strip()) != words.strip():
+            raise ValueError(
+                f"--names {file}: line {number}: {synset} has two names, {found[synset]} and {words.strip()}"
+            )
     return found
+
+
+def _keys(listing: Listing) -> list[str]:
+    """A key for each image: the name of its file, with the class where two classes have one, or else its number."""
+    stems = [Path(name).stem for name in listing.names]
+    if len(set(stems)) == len(stems):
+        return stems
+    named = [f"{listing.synset(number)}-{stem}" for number, stem in enumerate(stems)]
+    return named if len(set(named)) == len(named) else [f"{number:09d}-{stem}" for number, stem in enumerate(stems)]
 
 
 class ImageNet:
     """The images in a fixed random order."""
+
+    contents: ClassVar[tuple[str, ...]] = ("images",)
 
     def __init__(self, root: Path, listing: Listing, names: Mapping[str, str], samples_per_shard: int) -> None:
         there = set(listing.synsets)
@@ -218,12 +289,13 @@ class ImageNet:
         self.words = dict(names)
         self.classes = {synset: number for number, synset in enumerate(sorted(names or there))}
         self.meta = {"source": "imagenet", "classes": len(self.classes), "images": len(listing.names)}
+        self._keys = _keys(listing)
         self._order = randomness.permutation(0, "imagenet", 0, len(listing.names))
 
     def units(self) -> Iterator[Images]:
         for start in range(0, len(self._order), self.samples_per_shard):
             chosen = np.asarray(self._order[start : start + self.samples_per_shard]).tolist()
-            places = tuple(self.listing.place(number, self.classes) for number in chosen)
+            places = tuple(self.listing.place(number, self.classes, self._keys[number]) for number in chosen)
             yield Images(self.root, places, {place.synset: self.words.get(place.synset, "") for place in places})
 
 

@@ -9,6 +9,8 @@ to finish writes the index. Samples in quarantine and bad images are left out, c
 check.png shows the first images beside what the decoder makes of their latents.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -17,14 +19,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.common import claim, remove_leftovers
+from data_prep.common import claim, held, remove_leftovers
 from data_prep.encoding import Batch, Clock, Image, batches_of
 from dico_t2i.command import part, progress_bar, run, script_parser
 from dico_t2i.config import AutoencoderConfig, load_config
@@ -34,9 +35,13 @@ from dico_t2i.data.index import DatasetIndex, load_index, write_index
 from dico_t2i.data.sample import POOLED, TEXT, captions_of
 from dico_t2i.data.shard import MOMENTS
 from dico_t2i.data.writer import ShardFile
-from dico_t2i.encoders import Autoencoder, TextEncoder, load_autoencoder, load_text_encoder
 from dico_t2i.files import write_atomically
 from dico_t2i.text_lines import read_lines
+
+if TYPE_CHECKING:  # --help must not wait for them
+    import torch
+
+    from dico_t2i.encoders import Autoencoder, TextEncoder
 
 _CHECKED = 8  # images of check.png
 
@@ -67,7 +72,7 @@ class Shard:
         self._skipped: list[SampleError] = []
         self._ended = False
 
-    def write(self, encoded: "Encoded", bucket: int | None) -> None:
+    def write(self, encoded: Encoded, bucket: int | None) -> None:
         """Add samples; those with features that float16 cannot hold are skipped."""
         if self._ended:
             return
@@ -146,6 +151,8 @@ def _next(batches: Iterator[Batch], clock: Clock) -> Batch | None:
 
 def _encode(job: Job, batch: Batch) -> Encoded:
     """Moments (2C, h, w), or (2, 2C, h, w) with the mirror image's, and with a text encoder the captions' features."""
+    import torch
+
     images, skipped, captions = [], list(batch.skipped), []
     for image in batch.images:
         try:
@@ -169,6 +176,8 @@ def _encode(job: Job, batch: Batch) -> Encoded:
 
 def _encode_text(encoder: TextEncoder, captions: list[list[str]], batch: int) -> Iterator[dict[str, np.ndarray]]:
     """The features of each image's captions, encoded ``batch`` captions at a time."""
+    import torch
+
     ids = encoder.tokenize([text for texts in captions for text in texts])
     parts = [encoder.encode(part) for part in ids.split(batch)]
     tokens, pooled = (torch.cat(part).to(torch.float16).cpu().numpy() for part in zip(*parts, strict=True))
@@ -181,6 +190,8 @@ def _encode_text(encoder: TextEncoder, captions: list[list[str]], batch: int) ->
 
 def draw_check(job: Job, encoded: Encoded) -> None:
     """check.png: columns of an image, of its latents decoded, and of its mirror image's."""
+    import torch
+
     images = encoded.images[:_CHECKED]
     moments = torch.from_numpy(np.stack([arrays[MOMENTS] for arrays in encoded.arrays[:_CHECKED]]))
     rows = [torch.stack([image.pixels for image in images])]
@@ -222,8 +233,8 @@ def encode_dataset(job: Job, part: tuple[int, int]) -> None:
     source, out = job.source, job.out
     there = {entry.name for entry in os.scandir(out)}
     missing = [shard for shard in range(part[0], len(source.names), part[1]) if source.names[shard] not in there]
-    remove_leftovers(out, {source.names[shard] for shard in missing})
-    with progress_bar() as progress:
+    with held(out, missing), progress_bar() as progress:
+        remove_leftovers(out, {source.names[shard] for shard in missing})
         task = progress.add_task("images", total=int(source.samples[missing].sum()))
         line = encode_shards(job, missing, lambda samples: progress.advance(task, samples))
     if missing:
@@ -256,6 +267,8 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -282,6 +295,10 @@ def add_encoder_options(parser: argparse.ArgumentParser, required: bool) -> None
 
 def prepare(args: argparse.Namespace) -> Job:
     """The job of a command line. Raises ValueError for what does not fit, and before anything is written."""
+    import torch
+
+    from dico_t2i.encoders import load_autoencoder, load_text_encoder
+
     if args.batch < 1 or args.size < 1 or args.scale <= 0:
         raise ValueError("--batch, --size: at least 1; --scale: above 0")
     source = load_index(args.data)

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep import latents
 from data_prep.checking import quarantine
-from data_prep.checking.hashes import HashFile, equal
+from data_prep.checking.hashes import HashFile, equal, key_hash
 from data_prep.checking.quarantine import Entry
 from data_prep.common import alone, in_parallel
 from dico_t2i.command import progress_bar, run, script_parser
@@ -124,13 +123,8 @@ def verify_shard(shard: int, index: DatasetIndex) -> Findings:
         reasons = _sample_problems(reader, member, shapes[member] if shapes else None, found)
         found.entries += [Entry(name, table.key(member), reason) for reason in reasons]
     reader.close()
-    digests = b"".join(_digest(table.key(member)) for member in range(len(table)))
-    found.keys = np.frombuffer(digests, np.uint64)
+    found.keys = np.array([key_hash(table.key(member)) for member in range(len(table))], np.uint64)
     return found
-
-
-def _digest(key: str) -> bytes:
-    return blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
 
 
 def _moment_shapes(index: DatasetIndex, table: ShardIndex) -> list[Shape] | None:

@@ -65,3 +65,8 @@ def check_text(text: str, what: str) -> str:
         shown = f"0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"  # as Python escapes bytes
         raise ValueError(f"{what}: character {error.start + 1}: {shown} is not UTF-8 text") from None
     return text
+
+
+def encoding_of(start: bytes, encoding: str) -> tuple[str, int]:
+    """The encoding that a file's first four bytes name with a mark, and the mark's length; else ``encoding`` and 0."""
+    return next(((name, len(mark)) for mark, name in _MARKS if start.startswith(mark)), (encoding, 0))

@@ -34,48 +34,49 @@ _WORDS = {
 _HEAD = """\
 # Config reference
 
-Made from `dico_t2i/config/` by `python docs/make_config_reference.py`; change it there.
+This page is generated from `dico_t2i/config/` by `python docs/make_config_reference.py`; edit the comments there.
 
-A config is a YAML file; `extends: other.yaml` takes another's keys first. `key.path=value` on the command line changes
-any key. An unknown key, a wrong type or an impossible combination is an error that names it, before anything starts.
-A key without a default must be given. `model.kind` chooses the network (docs/networks.md): DiCo where it is left out.
-`model.variant: DiCo-S` (or B, L, XL, H) stands for width, depths and FFN ratio, `DiT-XL/2` and the like for a peer's.
+A config is a YAML file. With `extends: other.yaml` it starts from the keys of that file. `key.path=value` on the
+command line changes any key. An unknown key, a wrong type or an impossible combination is an error that names the key,
+before anything starts. A key without a default is required. `model.kind` selects the network (docs/networks.md); the
+default is DiCo. `model.variant: DiCo-S` (or B, L, XL, H) stands for hidden size, depths and FFN ratio; `DiT-XL/2` and
+the like stand for the sizes of a peer.
 
 ## How values are read
 
-Files, `key.path=value`, cluster profiles and sweeps are read by the rules of YAML 1.2, in UTF-8 (or as a byte-order
-mark says), and a key that is given twice is an error.
+Files, `key.path=value`, cluster profiles and sweeps follow the rules of YAML 1.2. Files are in UTF-8 unless a byte-
+order mark says otherwise. A key that is given twice is an error.
 
-| written | what it is |
+| written | meaning |
 | --- | --- |
 | `12`, `-3`, `1.5`, `1e-4`, `.inf` | a number; numbers are decimal |
-| `010`, `0x1F`, `1_000`, `1:30`, `2026-12-01` | text; an error where a key takes a whole number |
+| `010`, `0x1F`, `1_000`, `1:30`, `2026-12-01` | text; an error for a key that takes an integer |
 | `true`, `false` (also `True`, `TRUE`, ...) | true, false |
-| `on`, `off`, `yes`, `no` | text: `train.compile=off`; where a key takes true or false they mean these |
+| `on`, `off`, `yes`, `no` | text, as in `train.compile=off`; true or false for a key that takes these |
 | `null`, `~`, nothing | none |
 
-A key that takes text keeps a number as it is written: `name=0123`, `cluster.time=90`, `data.path=1e5`. The entries of
-`cluster.env` are text whatever they look like. What SLURM gets is what you typed: the value of `--sbatch KEY=VALUE`
-is not read as YAML at all; in a profile's `sbatch:`, `true` is an option without a value and `false` leaves one out.
-On the command line ` #` begins no comment.
+A key that takes text keeps a number unchanged: `name=0123`, `cluster.time=90`, `data.path=1e5`. The entries of
+`cluster.env` are always text. `--sbatch KEY=VALUE` passes the value to SLURM unchanged, without reading it as YAML. In
+a profile's `sbatch:`, `true` is an option without a value and `false` leaves the option out. On the command line ` #`
+does not start a comment.
 
-Files of prompts, captions, labels and names, and the demo's fields, have one reader (`dico_t2i/text_lines.py`):
-UTF-8, or what a byte-order mark says; marks are no part of the text; a line ends at `\\n`, `\\r\\n` or `\\r` alone,
-so U+2028, vertical tabs and form feeds stay in their line; bytes that are no text are an error with the line and the
-character.
+Files of prompts, captions, labels and names, and the demo's fields, have one reader (`dico_t2i/text_lines.py`). It
+reads UTF-8, or what a byte-order mark says; the mark is not part of the text. A line ends only at `\\n`, `\\r\\n` or
+`\\r`, so that U+2028, vertical tabs and form feeds stay inside their line. Bytes that are not text are an error that
+names the line and the character.
 
 ## What may change within a run
 
-The network, the diffusion process, the frozen encoders, the seed, the batch and the order of the data stay as they
-are once a run has a checkpoint; before that, and for all other keys, a new start may bring another config, and says
-what has changed. A start that is refused writes nothing. A run folder that is copied or renamed goes on under its new
-name (`name=NEW`). Each checkpoint keeps hashes of the encoders' weights: training, sampling, export, demo and
-evaluations refuse to use others; checkpoints without them, of older versions, are used with a note.
+The network, the diffusion process, the frozen encoders, the seed, the batch and the order of the data stay the same
+once a run has a checkpoint. Before that, and for all other keys, a new start may bring a different config, and
+reports what has changed. A start that is refused writes nothing. A run folder that is copied or renamed resumes under
+its new name (`name=NEW`). Each checkpoint keeps hashes of the encoders' weights: training, sampling, export, demo and
+evaluations refuse to use different ones; checkpoints of older versions, which have no hashes, are used with a note.
 """
 
 
 def reference() -> str:
-    """The page, as Markdown."""
+    """The whole page as Markdown."""
     source = "\n".join(file.read_text(encoding="utf-8") for file in sorted(SOURCE.glob("*.py")))
     tree = ast.parse(source)
     page = _Page(tree, source.splitlines())
@@ -95,7 +96,7 @@ class _Page:
         }
 
     def order(self) -> Iterator[tuple[str, str]]:
-        """Sections in depth-first order, each once, with the keys it stands under; spans last."""
+        """Yield each section once, in depth-first order, with the keys that hold it; spans come last."""
         keys: dict[str, list[str]] = {}
 
         def visit(name: str, key: str) -> None:
@@ -114,7 +115,7 @@ class _Page:
         yield "Span", f"A span, such as {spans[0]}"
 
     def _sections(self, annotation: ast.expr) -> Iterator[str]:
-        """The sections in a type, through aliases."""
+        """Yield the sections in a type, and in the aliases that it uses."""
         names = (part for part in ast.walk(annotation) if isinstance(part, ast.Name))
         for part in sorted(names, key=lambda name: (name.lineno, name.col_offset)):
             if part.id in self._classes:
@@ -123,12 +124,12 @@ class _Page:
                 yield from self._sections(self._aliases[part.id])
 
     def _bases(self, name: str) -> list[str]:
-        """The section whose keys a section has as well."""
+        """The sections that a section inherits keys from."""
         bases = [base.id for base in self._classes[name].bases if isinstance(base, ast.Name)]
         return [base for base in bases if base in self._classes and base != "Section"]
 
     def _kind(self, name: str) -> str:
-        """Of a section that is chosen by it, from others that share a base."""
+        """The ``kind`` of a section that is selected by it; empty for other sections."""
         kinds = [f.value for f in self._fields(name) if isinstance(f.target, ast.Name) and f.target.id == "kind"]
         value = next(iter(kinds), None)
         return str(ast.literal_eval(value)) if value is not None and self._bases(name) else ""
@@ -137,7 +138,7 @@ class _Page:
         node = self._classes[name]
         text = ast.get_docstring(node)
         rows = "".join(self._row(field) for field in self._fields(name))
-        also = "".join(f" With the keys of [{base}](#{base.lower()})." for base in self._bases(name))
+        also = "".join(f" It also has the keys of [{base}](#{base.lower()})." for base in self._bases(name))
         intro = f"{text}{also}\n\n" if text else ""
         head = f'\n<a id="{name.lower()}"></a>\n\n## {title}\n\n'
         return f"{head}{intro}| key | type | default | |\n| --- | --- | --- | --- |\n{rows}"
@@ -195,7 +196,7 @@ class _Page:
                 return f"`{_yaml(value)}`"
 
     def _comment(self, field: ast.AnnAssign) -> str:
-        """What stands behind the field, or above it, in the source."""
+        """The comment behind the field in the source, or above it."""
         assert field.end_lineno is not None
         assert field.end_col_offset is not None
         behind = self._lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode().strip()
@@ -210,7 +211,7 @@ class _Page:
 
 
 def _yaml(node: ast.expr) -> str:
-    """A default as it is written in YAML."""
+    """A default in YAML syntax."""
     try:
         value = ast.literal_eval(node)
     except ValueError:  # an expression

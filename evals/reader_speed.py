@@ -34,8 +34,9 @@ from rich.table import Table
 
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import DataConfig
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.index import load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import Order
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.writer import ShardWriter
@@ -77,14 +78,9 @@ def ours(root: Path, workers: int) -> Iterable[Any]:
         config,
         index,
         Order(0, index.samples, STREAMS, config.shuffle_block),
+        Share(BATCH, BATCH),
+        Wanted("text"),
         seed=0,
-        condition="text",
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        rank=0,
-        world=1,
-        start_step=0,
-        tokenize=None,
     )
 
 

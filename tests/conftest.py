@@ -1,7 +1,12 @@
-"""Lets tests import the scripts of cluster/, data_prep/ and evals/, which are not installed; and deals them out."""
+"""Lets tests import the scripts of cluster/, data_prep/ and evals/, which are not installed; and deals them out.
+
+Tests with a short form take the fixture ``long``; ``pytest --long`` runs their long form.
+"""
 
 import os
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +14,22 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each has its share of the cores; before torch is imported
+    share = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 PLACE_AMONG_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LONGEST_FIRST = ("cluster", "faults", "training", "test_plan.py", "test_tutorial.py", "evals")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long form of tests that have a short one")
+
+
+@pytest.fixture(scope="session")
+def long(pytestconfig: pytest.Config) -> bool:
+    """Whether the long form is asked for."""
+    return pytestconfig.getoption("long")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,3 +44,24 @@ def no_place_among_ranks() -> Iterator[None]:
     yield
     for name in PLACE_AMONG_RANKS:
         os.environ.pop(name, None)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python programs that the code under test starts are forks too."""
+    from tests import forkserver
+
+    monkeypatch.setattr(subprocess, "Popen", forkserver.Popen)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The ten files that took longest, where there are several."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.location[0]] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("slowest files")
+        for name, total in seconds.most_common(10):
+            terminalreporter.line(f"{total:6.1f} s  {name}")

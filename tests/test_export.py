@@ -64,7 +64,7 @@ def test_an_export_carries_its_config_and_what_is_not_there_is_named(tmp_path, d
     export(run.checkpoints / "latest", "weight", tmp_path / "a: b #1")
     pipeline = load_pipeline(tmp_path / "a: b #1", "weight", torch.device("cpu"), torch.float32)
     assert pipeline.config.model == load_config(run.path / "config.yaml").model
-    with pytest.raises(ValueError, match="is exported, and holds weight alone"):
+    with pytest.raises(ValueError, match="is an export that holds only weight"):
         load_pipeline(tmp_path / "a: b #1", "ema_0.9", torch.device("cpu"), torch.float32)
     lost = load_file(tmp_path / "out" / "model.safetensors")
     lost["stem.bias"][0] = torch.nan

@@ -147,4 +147,4 @@ def test_numbers_are_written_as_json(tmp_path, capsys):
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["hardware"]["name"] == "H200"
     assert written["estimate"]["memory"]["activations"] > 0
-    assert "no data there yet" in capsys.readouterr().out
+    assert "there are no data yet" in capsys.readouterr().out

@@ -454,9 +454,9 @@ def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
     for name, problem in (
         ("b.two", "same is defined in"),
         ("c.three", "inside a function"),
-        ("d.four", "another name"),
+        ("d.four", "a different name"),
     ):
         with pytest.raises(InlineError, match=problem):
             standalone([f"inlinable.{name}"], "doc")
-    with pytest.raises(InlineError, match="no definition of five"):
+    with pytest.raises(InlineError, match="does not define five"):
         standalone(["inlinable.a.five"], "doc")

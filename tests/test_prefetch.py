@@ -69,7 +69,7 @@ def test_damage_is_found_and_mended(vae, tmp_path):
     assert "safetensors: changed" in str(caught.value)
     prefetch(config, out, report=lambda line: None)
     assert check(out) == 2
-    with pytest.raises(PrefetchError, match="nobody/other: nothing of it is here"):
+    with pytest.raises(PrefetchError, match="nobody/other: none of its files are there"):
         check(out, config_of("nobody/other"))
     with pytest.raises(PrefetchError, match="has no manifest"):
         check(tmp_path)

@@ -131,7 +131,7 @@ def test_classes_by_name():
         class_number("crane")
     with pytest.raises(ValueError, match=r"several classes; .*638.*639"):
         class_number("maillot")
-    with pytest.raises(ValueError, match=r"no class of ImageNet; did you mean golden retriever \(207\)"):
+    with pytest.raises(ValueError, match=r"not a class of ImageNet; did you mean golden retriever \(207\)"):
         class_number("golden retreiver")
     with pytest.raises(ValueError, match=r"labrador.*Labrador retriever \(208\)"):
         class_number("labrador")

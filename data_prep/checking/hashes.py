@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ class HashFile:
         """Shard and member of a sample."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         return shard, number - int(self.starts[shard])
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a sample's key."""
+    return int.from_bytes(blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def equal(hashes: np.ndarray) -> Iterator[Pairs]:

@@ -4,7 +4,7 @@ Each line is {"shard": name, "key": a sample's or null for all of the shard, "re
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -43,9 +43,18 @@ def replace(root: Path, entries: Iterable[Entry], duplicates: bool) -> int:
 
     duplicates: whether they are duplicates. The file is replaced at once, and removed when nothing is left.
     """
-    file, part, count = root / FILE, temporary(root / FILE), 0
     kept = (entry for entry in read(root) if entry.reason.startswith(DUPLICATE) != duplicates)
-    listed = chain(kept, entries)
+    return _write(root, chain(kept, entries))
+
+
+def forget(root: Path, shards: Collection[str]) -> None:
+    """Remove the entries of shards that were made anew."""
+    if (root / FILE).exists():
+        _write(root, (entry for entry in read(root) if entry.shard not in shards))
+
+
+def _write(root: Path, listed: Iterator[Entry]) -> int:
+    file, part, count = root / FILE, temporary(root / FILE), 0
     first = next(listed, None)
     if first is None:
         file.unlink(missing_ok=True)

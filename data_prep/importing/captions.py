@@ -1,16 +1,8 @@
-"""Captions as text: decoding, cleaning, and what no language would say."""
+"""Captions as text: cleaning, and what no language would say."""
 
-import codecs
 import re
 import unicodedata
 
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its beginning
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _REMOVED = {"Cc", "Cs", "Co", "Cn"}  # control, surrogates, private use, unassigned; Cf joins letters in many scripts
 _URL = re.compile(r"\b(?:https?://|www\.)\S+", re.IGNORECASE)
 _FILE_NAME = re.compile(
@@ -21,12 +13,6 @@ _FILE_NAME = re.compile(
 _RUN = re.compile(r"(\S)\1{9,}")
 _FEW_CHARACTERS = 4  # different ones, in a caption of
 _MANY = 24
-
-
-def decode(data: bytes, encoding: str = "utf-8") -> str:
-    """Text of bytes: by their byte order mark, else in ``encoding``. Raises UnicodeDecodeError."""
-    marked = next((name for mark, name in _MARKS if data.startswith(mark)), encoding)
-    return data.decode(marked)
 
 
 def check_encoding(name: str) -> None:

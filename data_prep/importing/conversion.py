@@ -10,37 +10,50 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from PIL import Image
 
-from data_prep.common import claim, in_parallel, remove_leftovers
+from data_prep.checking import quarantine
+from data_prep.checking.hashes import HashFile, equal, key_hash
+from data_prep.common import claim, held, in_parallel, remove_leftovers, settings_of
 from data_prep.importing.captions import clean
 from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.importing.report import Report, draw_histograms, draw_samples
 from dico_t2i.command import part, progress_bar
 from dico_t2i.data.decode import MAX_PIXELS, decode_image, decode_whole, read_header
 from dico_t2i.data.errors import DataError, SampleError
-from dico_t2i.data.index import write_index
+from dico_t2i.data.index import DatasetIndex, write_index
+from dico_t2i.data.sample import Caption
+from dico_t2i.data.shard import index_path
+from dico_t2i.data.tar import key_without_dots
 from dico_t2i.data.writer import ShardFile
 
 Crop = Literal["center", "resize", "none"]
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of image files to look for
 MAX_FILE = 1 << 28  # bytes of an image file
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte with --crop none, under these names
+_SHARD = re.compile(r"shard-(\d{6,})\.tar")
 _LOOKED_AT = 64  # pixels
+_LOOKING = 16  # units whose files are looked at, at once
 _TOO_LARGE = f"more than {MAX_PIXELS} pixels"
 
 Result = TypeVar("Result")
 
 
 class Raw(NamedTuple):
-    """A sample as its source has it. key: unique in the data set; name: for the report; about: goes along as json."""
+    """A sample as its source has it. key: unique in the data set; name: for the report; about: goes along as json.
+
+    sources: the source of each caption, if they are of several. other: what stood in place of captions, in words.
+    """
 
     key: str
     image: bytes
@@ -48,6 +61,8 @@ class Raw(NamedTuple):
     captions: Sequence[str] = ()
     label: int | None = None
     about: Mapping[str, Any] = {}
+    sources: Sequence[str] = ()
+    other: Sequence[str] = ()
 
 
 class Unreadable(Exception):  # noqa: N818 a state of the source for now
@@ -55,14 +70,22 @@ class Unreadable(Exception):  # noqa: N818 a state of the source for now
 
 
 class Unit(Protocol):
-    """What becomes one shard. Its repr says all that it depends on; it is sent to another process."""
+    """What becomes one shard; it is sent to another process. Its repr holds nothing of where the source lies."""
+
+    def state(self) -> str:
+        """What changes when the files that are read do: sizes, times, hashes, ETags. Cheap; nothing is decoded.
+
+        Raises Unreadable.
+        """
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
         """The samples, in order, or why one is none. scratch: a temporary file's name. Raises Unreadable."""
 
 
 class Source(Protocol):
-    """A data set to bring in. meta: what it is, for the index."""
+    """A data set to bring in. meta: what it is, for the index; contents: the keys of meta that tell of its content."""
+
+    contents: ClassVar[tuple[str, ...]]
 
     @property
     def meta(self) -> dict[str, Any]: ...
@@ -94,15 +117,18 @@ def add_options(parser: argparse.ArgumentParser, samples_per_shard: bool = True)
     add("--crop", choices=("center", "resize", "none"), help="none: images as they are (default: %(default)s)")
     add("--quality", type=int, default=95, help="of the stored JPEG, 1 to 100 (default: 95)")
     if samples_per_shard:
-        add("--samples-per-shard", type=int, default=1000, metavar="N", help="before filters (default: 1000)")
+        add("--samples-per-shard", type=int, metavar="N", help="before filters (default: 1000, or as before)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
     add("--part", type=part, default=(0, 1), metavar="K/N", help="every N-th shard from K on (default: 0/1)")
+    add("--redo-changed", action="store_true", help="make shards anew whose source has changed (default: refuse)")
     parser.set_defaults(crop="center")
     add_filter_options(parser)
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """The options of a command line. Raises ValueError."""
+    """The options of a command line; the size of shards is that of a folder to go on with. Raises ValueError."""
+    if getattr(args, "samples_per_shard", 0) is None:
+        args.samples_per_shard = settings_of(args.out).get("samples_per_shard", 1000)
     if min(args.size, args.workers, getattr(args, "samples_per_shard", 1)) < 1 or not 1 <= args.quality <= 100:
         raise ValueError("--size, --samples-per-shard, --workers: at least 1; --quality: 1 to 100")
     return Options(args.size, args.crop, args.quality, filters_of(args))
@@ -121,26 +147,44 @@ def read_image_file(path: Path, name: str) -> bytes:
         raise Dropped("unreadable image files", f"{name}: {error}") from None
 
 
+def state_of(path: Path) -> str:
+    """Size and time of a file's last change; "" if it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def make_sample(raw: Raw, options: Options, report: Report) -> dict[str, Any]:
     """The shard's sample. Raises Dropped."""
     filters, lost = options.filters, report.counts.total()
     width, height, form = _readable(read_header, raw, raw.image)
-    captions = filters.captions(raw.captions, report.count)
+    kept = [
+        Caption(text, source)
+        for caption, source in zip(raw.captions, raw.sources or [""] * len(raw.captions), strict=True)
+        for text in filters.captions([caption], report.count)
+    ]
+    captions = [caption.text for caption in kept]
     report.measure(width, height, [clean(text) for text in raw.captions], kept=False)
     filters.check_size(width, height, raw.name)
     filters.check_fields(raw.about, raw.name)
     if not captions and raw.label is None:
+        why = f"{raw.name}: {', '.join(raw.other)} instead" if raw.other else raw.name
         lost = report.counts.total() > lost
-        raise Dropped("images without a caption left" if lost else "images without captions", raw.name)
+        raise Dropped("images without a caption left" if lost else "images without captions", why)
     content, extension = _readable(_content, raw, raw, form, options)
     report.measure(width, height, captions, kept=True)
     report.bytes += len(content)
-    about = {**({"captions": captions} if captions else {}), **raw.about}
+    for kind in raw.other:
+        report.count("captions that are not text", f"{raw.name}: {kind}")
+    sources = {"caption_sources": [caption.source for caption in kept]} if any(raw.sources) else {}
+    about = {**({"captions": captions, **sources} if captions else {}), **raw.about}
     about = {**about, "width": width, "height": height}
     # What is no text (a lone surrogate, of a file name or out of JSON) is escaped.
     text = json.dumps(about, ensure_ascii=False).encode("utf-8", "backslashreplace")
     label = {} if raw.label is None else {"cls": raw.label}
-    return {"__key__": raw.key, extension: content, "json": text, **label}
+    return {"__key__": key_without_dots(raw.key), extension: content, "json": text, **label}
 
 
 def _readable(work: Callable[..., Result], raw: Raw, *arguments: Any) -> Result:
@@ -175,13 +219,15 @@ def shard_name(number: int) -> str:
 
 def convert(number: int, unit: Unit, out: Path, options: Options) -> Report | str:
     """Write the shard of a unit and its report; or say why the unit cannot be read now."""
-    name, report = shard_name(number), Report()
-    file = ShardFile(out / name)
+    name, report, content = shard_name(number), Report(), hashlib.sha256()
+    file, keys = ShardFile(out / name), set[str]()
     scratch = out / f".{name}.source.part"
     try:
+        state = fingerprint(unit)  # before it is read: what changes meanwhile has changed
         for item in unit.read(scratch):
-            _add(file, item, options, report)
-        report.save(_report_path(out, number), {"unit": fingerprint(unit)})
+            content.update(_digest(item))
+            _add(file, item, keys, options, report)
+        report.save(_report_path(out, number), {"state": state, "content": content.hexdigest()})
         file.commit()
     except Unreadable as error:
         file.discard()
@@ -194,85 +240,185 @@ def convert(number: int, unit: Unit, out: Path, options: Options) -> Report | st
     return report
 
 
-def _add(file: ShardFile, item: Raw | Dropped, options: Options, report: Report) -> None:
+def _add(file: ShardFile, item: Raw | Dropped, keys: set[str], options: Options, report: Report) -> None:
+    if isinstance(item, Dropped):
+        report.note(item)
+        return
     report.seen += 1
     try:
-        if isinstance(item, Dropped):
-            raise item
-        file.write(make_sample(item, options, report))
+        sample = make_sample(item, options, report)
+        if sample["__key__"] in keys:
+            raise Dropped("keys that an earlier sample has", f"{item.name}: {item.key!r}")
+        file.write(sample)
+        keys.add(sample["__key__"])
         report.kept += 1
     except Dropped as dropped:
         report.count(dropped.reason, dropped.what)
     except DataError:
-        report.count("unusable keys", repr(getattr(item, "key", "")))
+        report.count("unusable keys", repr(item.key))
+
+
+def _digest(item: Raw | Dropped) -> bytes:
+    """A hash of all that a sample is made of."""
+    if isinstance(item, Dropped):
+        return hashlib.sha256(item.reason.encode()).digest()
+    digest = hashlib.sha256(item.image)
+    words = repr((item.key, item.captions, item.label, dict(item.about), item.sources, item.other))
+    digest.update(words.encode("utf-8", "backslashreplace"))
+    return digest.digest()
 
 
 def fingerprint(unit: Unit) -> str:
-    """Changes with what a unit reads, but not with where the source lies."""
-    return hashlib.sha256(repr(unit).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    """Changes with what a unit reads, but not with where the source lies. Raises Unreadable."""
+    words = f"{unit!r}\n{unit.state()}"
+    return hashlib.sha256(words.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def run_pipeline(source: Source, args: argparse.Namespace, noted: Iterable[Dropped] = ()) -> int:
     """Make the missing shards of this part; then, if no shard of any part is missing, the index and the report.
 
     noted: what was left out before there were units. Returns the exit status. Raises ValueError if the folder is
-    of something else or nothing is left.
+    of something else, the source of shards that are there has changed, or nothing is left.
     """
     options, out = options_of(args), args.out
-    meta = {**source.meta, **options.describe()}
-    claim(out, meta)
+    meta, total = {**source.meta, **options.describe()}, sum(1 for _ in source.units())  # before anything is written
+    size = {"samples_per_shard": args.samples_per_shard} if "samples_per_shard" in args else {}
+    unknown = set(size) - set(settings_of(out))  # older folders do not note it
+    claim(out, {**meta, **size}, {*source.contents, *unknown})
     (out / "reports").mkdir(exist_ok=True)
-    total = sum(1 for _ in source.units())
-    names = {entry.name for entry in os.scandir(out) if entry.name.endswith(".tar")}
-    if (out / "index.json").exists() and all(shard_name(n) in names for n in range(total)):
-        print(f"{out}: already holds these images")
-        return 0
-    absent = {shard_name(n) for n in range(args.part[0], total, args.part[1])} - names
-    remove_leftovers(out, absent)
-    work = partial(convert, out=out, options=options)
-    with progress_bar() as progress:
-        results = in_parallel(work, _missing(source, out, args.part, absent), args.workers)
-        tracked = progress.track(results, total=len(absent), description="shards")
-        unread = [result for result in tracked if isinstance(result, str)]
+    mine = range(args.part[0], total, args.part[1])
+    with held(out, mine):
+        names = {entry.name for entry in os.scandir(out) if entry.name.endswith(".tar")}
+        absent = {shard_name(number) for number in mine} - names
+        absent |= _stale(source, out, args.part, names, args.redo_changed)
+        if not absent and (out / "index.json").exists():
+            print(f"{out}: already holds these images")
+            return 0
+        unread = _make(source, absent, args, options)
     for reason in unread[:10]:
         print(f"not read: {reason}")
     if unread:
-        print(f"{out}: {len(unread)} shards could not be made now; the same command makes them later")
+        print(f"{out}: {len(unread)} shards could not be made; when they can be read, the same command makes them")
         return 1
-    return _finish(out, total, meta, noted)
+    return _finish(source, out, total, meta, noted)
 
 
-def _missing(source: Source, out: Path, part: tuple[int, int], absent: set[str]) -> Iterator[tuple[int, Unit]]:
-    for number, unit in enumerate(source.units()):
-        if number % part[1] != part[0]:
-            continue
-        if shard_name(number) in absent:
-            yield number, unit
-        elif Report.load(_report_path(out, number))[1].get("unit") != fingerprint(unit):
-            raise ValueError(f"{out / shard_name(number)}: the source has changed since; choose another --out")
+def _make(source: Source, absent: set[str], args: argparse.Namespace, options: Options) -> list[str]:
+    """Make these shards. Returns why units could not be read."""
+    remove_leftovers(args.out, absent)
+    missing = ((n, unit) for n, unit in _own(source, args.part) if shard_name(n) in absent)
+    with progress_bar() as progress:
+        results = in_parallel(partial(convert, out=args.out, options=options), missing, args.workers)
+        tracked = progress.track(results, total=len(absent), description="shards")
+        return [result for result in tracked if isinstance(result, str)]
+
+
+def _own(source: Source, part: tuple[int, int]) -> Iterator[tuple[int, Unit]]:
+    """The units of a part, with their numbers."""
+    return ((number, unit) for number, unit in enumerate(source.units()) if number % part[1] == part[0])
+
+
+def _stale(source: Source, out: Path, part: tuple[int, int], names: set[str], redo: bool) -> set[str]:
+    """Shards of this part whose source has changed since they were made, and which are therefore to be made anew.
+
+    Shards that the source has no more units for are removed. Raises ValueError for either, unless ``redo``.
+    """
+    own = _own(source, part)
+    changed, unknown, total = set[str](), list[str](), 0
+    with ThreadPoolExecutor(_LOOKING) as pool:
+        while batch := list(islice(own, _LOOKING * 4)):
+            total = batch[-1][0] + 1
+            there = [item for item in batch if shard_name(item[0]) in names]
+            for (number, _), state in zip(
+                there, pool.map(lambda item: _state(item[0], item[1], out), there), strict=True
+            ):
+                unknown += [state] if isinstance(state, str) else []
+                changed |= {shard_name(number)} if state is True else set()
+    numbers = {int(found[1]): found[0] for name in names if (found := _SHARD.fullmatch(name))}
+    surplus = {name for number, name in numbers.items() if number >= total and number % part[1] == part[0]}
+    for reason in unknown[:10]:
+        print(f"cannot see whether it has changed: {reason}")
+    if not changed and not surplus:
+        return set()
+    first = min(changed | surplus)
+    if not redo:
+        raise ValueError(
+            f"{out}: the source has changed since {len(changed | surplus)} shards were made, such as {first};"
+            " --redo-changed makes those anew, or choose another --out"
+        )
+    print(f"{out}: the source of {len(changed | surplus)} shards has changed, such as {first}; they are made anew")
+    (out / "index.json").unlink(missing_ok=True)
+    quarantine.forget(out, changed | surplus)
+    for name in changed | surplus:
+        (out / name).unlink()
+        index_path(out / name).unlink(missing_ok=True)
+    return changed
+
+
+def _state(number: int, unit: Unit, out: Path) -> bool | str:
+    """Whether the source of a shard has changed; or why that cannot be seen.
+
+    Where files were written anew, as by a copy, their content is what decides.
+    """
+    made = Report.load(_report_path(out, number))[1]
+    if "content" not in made:  # by a version that did not note it
+        return False
+    try:
+        if fingerprint(unit) == made["state"]:
+            return False
+        content, scratch = hashlib.sha256(), out / f".{shard_name(number)}.source.part"
+        try:
+            for item in unit.read(scratch):
+                content.update(_digest(item))
+        finally:
+            scratch.unlink(missing_ok=True)
+        return content.hexdigest() != made["content"]
+    except Unreadable as error:
+        return str(error)
 
 
 def _report_path(out: Path, number: int) -> Path:
     return out / "reports" / f"{number:06d}.json"
 
 
-def _finish(out: Path, total: int, meta: dict[str, Any], noted: Iterable[Dropped]) -> int:
+def _finish(source: Source, out: Path, total: int, meta: dict[str, Any], noted: Iterable[Dropped]) -> int:
     missing = sum(not (out / shard_name(number)).exists() for number in range(total))
     if missing:
         print(f"{out}: {missing} of {total} shards are left to other parts")
         return 0
-    report = Report()
+    report, content = Report(), hashlib.sha256()
     for dropped in noted:
-        report.count(dropped.reason, dropped.what)
+        report.note(dropped)
     for number in range(total):
-        report.add(Report.load(_report_path(out, number))[0])
+        one, made = Report.load(_report_path(out, number))
+        report.add(one)
+        content.update(str(made.get("content")).encode())
     if not report.kept:
         raise ValueError(f"{out}: no image is left of {report.seen}; {'; '.join(report.lines()[:3])}")
+    index = write_index(out, "images", {**meta, "content": content.hexdigest()})
+    _check_keys(index)
     report.save(out / "report.json", {})
     draw_histograms(report, out / "report.png")
-    index = write_index(out, "images", meta)
     draw_samples(index, out / "samples.png")
     print(f"{out}: {report.kept} of {report.seen} samples in {total} shards, {report.bytes / 1e6:.1f} MB of images")
     for line in report.lines():
         print(f"  {line}")
     return 0
+
+
+def _check_keys(index: DatasetIndex) -> None:
+    """Raise ValueError, naming both shards, if a key is in two of them; then there is no index."""
+    hashes = HashFile(index.samples, index.root)
+    for number in range(len(index.names)):
+        shard = index.shard(number)
+        hashes.put(number, np.array([key_hash(shard.key(member)) for member in range(len(shard))], np.uint64))
+    for first, later in equal(hashes.values):
+        for one, other in zip(first.tolist(), later.tolist(), strict=True):
+            (a, i), (b, j) = hashes.place(one), hashes.place(other)
+            if index.shard(a).key(i) == (key := index.shard(b).key(j)):
+                (index.root / "index.json").unlink()
+                raise ValueError(
+                    f"{index.root}: the key {key!r} is in {index.names[a]} and in {index.names[b]}; import sources with"
+                    " equal keys into folders of their own and mix them in training, or give webdataset_shards.py"
+                    " --number-keys"
+                )

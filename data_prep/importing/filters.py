@@ -13,11 +13,14 @@ Value = TypeVar("Value")
 
 
 class Dropped(Exception):  # noqa: N818 it is no error: a source may yield it in a sample's place
-    """A sample that is left out. reason: counted by the report; what: the sample, an example of it."""
+    """Something that is left out. reason: counted by the report; what: its name, an example of it.
 
-    def __init__(self, reason: str, what: str) -> None:
-        super().__init__(reason, what)
-        self.reason, self.what = reason, what
+    part: it is only a part of a sample, such as one of its captions; the reason begins with "captions" or "members".
+    """
+
+    def __init__(self, reason: str, what: str, part: bool = False) -> None:
+        super().__init__(reason, what, part)
+        self.reason, self.what, self.part = reason, what, part
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dico_t2i import randomness
+from data_prep.importing.filters import Dropped
 from dico_t2i.data.decode import IMAGE_EXTENSIONS, decode_image
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex
@@ -37,6 +37,9 @@ _LEGEND = 40  # pixels below a thumbnail
 class Report:
     """Samples seen and kept, what was left out by reason, with the first examples, and histograms of ``EDGES``.
 
+    What was seen is what was kept and what was left out, to the last file, row or member. Reasons that begin with
+    "captions" or "members" are of parts of samples and do not take part in this sum.
+
     histograms: int64 (2, bins) each, of what was seen and of what was kept; what lies outside counts at the ends.
     """
 
@@ -55,6 +58,11 @@ class Report:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:  # for terminals: no control characters
             examples.append("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in example[:_LONGEST]))
+
+    def note(self, dropped: Dropped) -> None:
+        """Count something left out; if it is more than a part of a sample, as seen."""
+        self.seen += not dropped.part
+        self.count(dropped.reason, dropped.what)
 
     def measure(self, width: int, height: int, captions: list[str], kept: bool) -> None:
         """Add a sample to the histograms of what was seen, or of what was kept."""
@@ -162,6 +170,8 @@ def draw_samples(index: DatasetIndex, path: Path) -> None:
 def _spread(samples: int, count: int) -> list[int]:
     """``count`` of ``samples`` numbers, one out of each of as many equal stretches."""
     import torch
+
+    from dico_t2i import randomness
 
     bounds = np.linspace(0, samples, count + 1).astype(np.int64)
     draws = randomness.uniform(0, "contact sheet", torch.arange(count)).numpy()

@@ -1,1 +1,1 @@
-"""The subcommands of ``dico`` that have rooms of their own."""
+"""The larger subcommands of ``dico``, each in its own module."""

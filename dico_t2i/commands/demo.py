@@ -1,4 +1,4 @@
-"""A web page to try checkpoints on, alone or two side by side. Needs gradio (pip install 'dico_t2i[demo]')."""
+"""Serves a web page for trying one checkpoint, or two side by side. Needs gradio (pip install 'dico_t2i[demo]')."""
 
 import importlib.util
 import os
@@ -20,11 +20,11 @@ from dico_t2i.text_lines import split_lines
 if TYPE_CHECKING:
     import gradio
 
-MAX_IMAGES = 64  # of one click
-_WAITING = 16  # clicks in the queue
-_KEPT_S = 24 * 3600  # pictures on the server's disk
+MAX_IMAGES = 64  # most images of one click
+_WAITING = 16  # most clicks in the queue
+_KEPT_S = 24 * 3600  # how long images are kept on the server's disk
 
-# The page may ask nothing of other hosts, whatever the version of gradio would like to.
+# The page must not load anything from other hosts, whatever the version of gradio tries.
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
     " style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
@@ -33,16 +33,16 @@ _POLICY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a click asks for."""
+    """The settings of one click."""
 
-    conditions: tuple[str | int, ...]  # one an image
+    conditions: tuple[str | int, ...]  # one for each image
     seeds: tuple[int, ...]
     size: int  # pixels
     sampler: SamplerConfig
 
 
 def check_gradio() -> None:
-    """Raises ValueError, before anything is loaded, if the package is missing."""
+    """Raise ValueError, before anything is loaded, if gradio is missing."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the package gradio is not installed; pip install 'dico_t2i[demo]'")
 
@@ -50,7 +50,7 @@ def check_gradio() -> None:
 def serve(
     checkpoints: Sequence[Path], weights: str | None, device: torch.device, dtype: torch.dtype, host: str, port: int
 ) -> None:
-    """Load the checkpoints and serve the page until interrupted. Raises ValueError saying what to correct."""
+    """Load the checkpoints and serve the page until interrupted. Raises ValueError that says what to correct."""
     check_gradio()
     names = [path.name for path in checkpoints]
     if len(set(names)) < len(names):
@@ -59,7 +59,7 @@ def serve(
     pipelines = dict(zip(names, loaded, strict=True))
     kinds = {pipeline.config.model.condition for pipeline in pipelines.values()}
     if len(kinds) > 1:
-        raise ValueError("--compare: one checkpoint takes text and the other classes; give two of one kind")
+        raise ValueError("--compare: one checkpoint takes text and the other classes; give two of the same kind")
     launch(build(pipelines), host, port)
 
 
@@ -88,16 +88,16 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
 
 
 def generate(pipeline: Pipeline, settings: Settings, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Images (N, 3, H, W) uint8, those of ``dico sample`` for the same prompts and seeds."""
+    """Images (N, 3, H, W) uint8, equal to those of ``dico sample`` for the same prompts and seeds."""
     return resized(pipeline, settings.size).generate(
         settings.conditions, settings.seeds, settings.sampler, progress=progress
     )
 
 
 def resized(pipeline: Pipeline, size: int) -> Pipeline:
-    """The same weights for images of ``size`` pixels: a convolutional network takes any that it can halve twice.
+    """The same weights for images of ``size`` pixels; a convolutional network takes all sizes that it can halve twice.
 
-    Raises ConfigError for one that does not fit.
+    Raises ConfigError for a size that does not fit.
     """
     config = pipeline.config
     if size == config.data.image_size:
@@ -108,15 +108,18 @@ def resized(pipeline: Pipeline, size: int) -> Pipeline:
 
 
 def read_conditions(text: str, pipeline: Pipeline) -> list[str | int]:
-    """A prompt, or the number or ImageNet name of a class, on each line. Raises ValueError."""
+    """The conditions of a text with a prompt, or the number or ImageNet name of a class, on each line.
+
+    Raises ValueError for classes that the model does not have.
+    """
     lines = [line.strip() for line in split_lines(text) if line.strip()]
     if not lines:
-        raise ValueError("Write a prompt, or several, one on each line.")
+        raise ValueError("Write one or several prompts, one on each line.")
     model = pipeline.config.model
     if model.condition == "text":
         return list(lines)
     if model.num_classes != CLASSES and not all(line.isdecimal() for line in lines):
-        raise ValueError(f"This model has {model.num_classes} classes, not ImageNet's: give numbers.")
+        raise ValueError(f"This model has {model.num_classes} classes, which are not ImageNet's: give numbers.")
     numbers = [class_number(line) for line in lines]
     beyond = [number for number in numbers if number >= model.num_classes]
     if beyond:
@@ -127,10 +130,10 @@ def read_conditions(text: str, pipeline: Pipeline) -> list[str | int]:
 def read_settings(
     pipeline: Pipeline, text: str, seed: float, each: float, size: float, kind: str, steps: float, guidance: float
 ) -> Settings:
-    """What the fields of the page say. Raises ValueError, in words for the page."""
+    """The settings in the fields of the page. Raises ValueError with a message for the page."""
     conditions = [condition for condition in read_conditions(text, pipeline) for _ in range(int(each))]
     if len(conditions) > MAX_IMAGES:
-        raise ValueError(f"{len(conditions)} images are too many for one click; at most {MAX_IMAGES}.")
+        raise ValueError(f"{len(conditions)} images are too many for one click; the limit is {MAX_IMAGES}.")
     if seed is None or seed < 0:
         raise ValueError("The seed must be 0 or more.")
     changes = {"kind": kind, "steps": int(steps), "guidance": float(guidance)}
@@ -141,8 +144,8 @@ def read_settings(
 
 
 def build(pipelines: dict[str, Pipeline]) -> "gradio.Blocks":
-    """The page: settings on the left, a gallery for each checkpoint on the right."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would ask for it
+    """The page, with settings on the left and a gallery for each checkpoint on the right."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
     import gradio as gr
 
     with gr.Blocks(title="DiCo", analytics_enabled=False, delete_cache=(3600, _KEPT_S)) as page:
@@ -164,7 +167,7 @@ def build(pipelines: dict[str, Pipeline]) -> "gradio.Blocks":
 
 
 def _fields(pipeline: Pipeline) -> list[Any]:
-    """In the order of ``read_settings``'s arguments."""
+    """The fields of the page, in the order of the arguments of ``read_settings``."""
     import gradio as gr
 
     config = pipeline.config
@@ -199,10 +202,10 @@ def _gallery(name: str, number: int) -> Any:
 
 
 def _handler(pipelines: dict[str, Pipeline]) -> Callable[..., Iterator[Any]]:
-    """One checkpoint after the other, each shown as soon as it is done."""
+    """A handler that samples one checkpoint after the other, and shows each result as soon as it is done."""
     import gradio as gr
 
-    # gradio finds the progress bar by the default.
+    # gradio recognises the progress bar by this default value.
     def run(*fields: Any, progress: Any = gr.Progress()) -> Iterator[Any]:  # noqa: B008
         shown: list[Any] = [[] for _ in pipelines]
         yield _one_or_all(shown)
@@ -223,12 +226,12 @@ def _tell(progress: Any, name: str, done: int, total: int) -> None:
 
 
 def _one_or_all(values: list[Any]) -> Any:
-    """What gradio takes for one output, or for several."""
+    """The value in the form that gradio expects for one output, or for several."""
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def _captioned(images: Tensor, settings: Settings) -> list[tuple[Image.Image, str]]:
-    """For the gallery; prompt and seed go into the PNG as well."""
+    """Images with captions for the gallery; prompt and seed are also stored in the PNG."""
     found = []
     for image, condition, seed in zip(images, settings.conditions, settings.seeds, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -238,7 +241,7 @@ def _captioned(images: Tensor, settings: Settings) -> list[tuple[Image.Image, st
 
 
 def _theme() -> Any:
-    """The default one, with the fonts that the reader's system has."""
+    """gradio's default theme, with fonts of the reader's system."""
     import gradio as gr
 
     fonts = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
@@ -246,7 +249,7 @@ def _theme() -> Any:
 
 
 class _OnlyThisHost:
-    """Adds the policy to every answer."""
+    """Adds the content security policy to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""What this machine has for training, and what to change: every line ok, warn or fail, with the remedy."""
+"""Checks a machine for training: each finding is ok, warn or fail, with what to do about it."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. remedy: what to do about it; empty when all is well."""
+    """The result of one check. remedy: what to do about it; empty if all is well."""
 
     topic: str
     state: Literal["ok", "warn", "fail"]
@@ -32,7 +32,7 @@ class Finding:
 
 
 def examine(config: Config | None, runs: Path) -> Iterator[Finding]:
-    """Look at the machine, and with a config at what it needs; one finding after the other, the slow ones last."""
+    """Check the machine and, with a config, everything that the config needs; slow checks come last."""
     yield from _versions()
     yield from _devices(config)
     yield from _communication()
@@ -46,7 +46,7 @@ def examine(config: Config | None, runs: Path) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    """The interpreter, and every package that this one asks for."""
+    """Check the interpreter and all required packages."""
     from packaging.requirements import Requirement
 
     yield Finding("python", "ok", f"{platform.python_version()}, {sys.executable}")
@@ -72,7 +72,7 @@ def _devices(config: Config | None) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             remedy = "install a torch built for the driver's CUDA (nvidia-smi shows it); see CUDA_VISIBLE_DEVICES"
-            yield Finding("GPUs", "fail", "the driver is here, but torch sees no GPU", remedy)
+            yield Finding("GPUs", "fail", "there is a driver, but torch sees no GPU", remedy)
             return
         bf16 = config is not None and config.train.precision == "bf16"
         remedy = "train.precision=fp32: bf16 is slow on CPUs" if bf16 else "small runs only"
@@ -84,7 +84,7 @@ def _devices(config: Config | None) -> Iterator[Finding]:
         compute = f"compute {properties.major}.{properties.minor}"
         text = f"{properties.name}, {total / _GB:.0f} GB, {free / _GB:.0f} free, {compute}"
         busy = free < 0.9 * total
-        remedy = "another process holds memory of it (nvidia-smi)" if busy else ""
+        remedy = "another process uses its memory (see nvidia-smi)" if busy else ""
         yield Finding(f"GPU {number}", "warn" if busy else "ok", text, remedy)
     if torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("bf16", "ok", "in hardware")
@@ -115,9 +115,11 @@ def _communication() -> Iterator[Finding]:
 
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None:
-        return Finding("SLURM", "ok", "not here: start with torchrun, or cluster/launch.py --local")
+        return Finding("SLURM", "ok", "not installed: start with torchrun, or cluster/launch.py --local")
     if shutil.which("scontrol") is None:
-        return Finding("SLURM", "warn", "sbatch without scontrol", "put all of SLURM on PATH; scontrol requeues jobs")
+        return Finding(
+            "SLURM", "warn", "sbatch without scontrol", "put all SLURM commands on PATH; scontrol requeues jobs"
+        )
     job = os.environ.get("SLURM_JOB_ID")
     return Finding("SLURM", "ok", f"{shutil.which('sbatch')}{f', in job {job}' if job else ''}")
 
@@ -125,14 +127,14 @@ def _slurm() -> Finding:
 def _compiler() -> Finding:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
-        return Finding("C compiler", "warn", "none", "apt-get install gcc: operators for CPUs are built with it")
+        return Finding("C compiler", "warn", "none", "apt-get install gcc: it compiles the operators for CPUs")
     return Finding("C compiler", "ok", compiler)
 
 
 def _limits(config: Config | None) -> Iterator[Finding]:
     shared = Path("/dev/shm")
     if not shared.is_dir():
-        yield Finding("/dev/shm", "fail", "not there", "data workers hand batches over in it: mount it")
+        yield Finding("/dev/shm", "fail", "does not exist", "mount it: data workers pass batches through it")
     else:
         usage = shutil.disk_usage(shared)
         small = usage.free < _SHM_BYTES and (config is None or config.data.workers > 0)
@@ -150,21 +152,21 @@ def _disk(config: Config | None, runs: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     text = f"{free / _GB:.1f} GB free in {folder}"
     if not os.access(folder, os.W_OK):
-        return Finding("runs folder", "fail", f"{folder} cannot be written", "give another with --runs")
+        return Finding("runs folder", "fail", f"{folder} cannot be written", "give a different folder with --runs")
     if config is None:
         return Finding("runs folder", "ok", text)
     one = _checkpoint_bytes(config)
-    kept = config.checkpoint.keep_last + 1  # one more while the next is written
+    kept = config.checkpoint.keep_last + 1  # there is one more while the next is written
     text += f"; a checkpoint takes {one / _GB:.2f} GB, {kept} of them {kept * one / _GB:.2f}"
     if free < 2 * one:
-        return Finding("runs folder", "fail", text, "make room, or give another folder with --runs")
+        return Finding("runs folder", "fail", text, "make room, or give a different folder with --runs")
     if free < kept * one:
         return Finding("runs folder", "warn", text, "make room, or lower checkpoint.keep_last")
     return Finding("runs folder", "ok", text)
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """fp32 weights, two moments, and the averages."""
+    """The size of a checkpoint: fp32 weights, two moments, and the averages."""
     from dico_t2i.models import count_parameters
 
     return 4 * (3 + len(config.optimizer.ema)) * count_parameters(config.model)
@@ -182,7 +184,7 @@ def _weights(config: Config) -> Iterator[Finding]:
             files = find()
         except MissingModelError as error:
             places, _, remedy = str(error).partition("\nOn a machine")
-            fetch = "dico prefetch --config FILE --out DIR where there is network, then DICO_WEIGHTS=DIR"
+            fetch = "dico prefetch --config FILE --out DIR on a machine with network access, then DICO_WEIGHTS=DIR"
             own = "set the key to a folder with the files, or to a hub id"
             yield Finding(topic, "fail", places.removesuffix(own), fetch if remedy else own)
         except ValueError as error:
@@ -194,15 +196,19 @@ def _weights(config: Config) -> Iterator[Finding]:
 
 
 def _data(config: Config) -> Iterator[Finding]:
-    """What the shards hold, and how fast this config's loader reads them."""
+    """Check the shards, and measure how fast the config's loader reads them."""
+    from dico_t2i.data.batches import Wanted
     from dico_t2i.data.checks import check_data
-    from dico_t2i.data.loader import make_loader
+    from dico_t2i.data.loader import Share, make_loader
     from dico_t2i.data.sources import load_data, make_order
 
     bare = [root for root in map(Path, config.data.paths) if root.is_dir() and not (root / "index.json").exists()]
     for root in bare:
         yield Finding(
-            "data", "warn", f"{root} has no index yet", f"python -m dico_t2i.data {root}, or let the start do it"
+            "data",
+            "warn",
+            f"{root} has no index yet",
+            f"python -m dico_t2i.data {root}, or let the start of training make it",
         )
     if bare:
         return
@@ -218,18 +224,12 @@ def _data(config: Config) -> Iterator[Finding]:
             config.data,
             index,
             order,
+            Share(config.train.global_batch, micro),
+            Wanted(config.model.condition, config.model.num_classes),
             seed=config.seed,
-            condition=config.model.condition,
-            classes=config.model.num_classes,
-            global_batch=config.train.global_batch,
-            micro_batch=micro,
-            rank=0,
-            world=1,
-            start_step=0,
-            tokenize=None,
         )
     )
-    next(batches)  # the workers have started
+    next(batches)  # wait until the workers have started
     samples, bad, started = 0, 0, time.monotonic()
     while time.monotonic() - started < _READ_S:
         batch = next(batches)
@@ -242,7 +242,7 @@ def _data(config: Config) -> Iterator[Finding]:
 
 
 def _guarded(topic: str, work: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Findings of work that tells of trouble by a ValueError."""
+    """The findings of ``work``; a ValueError becomes a finding."""
     try:
         yield from work()
     except ValueError as error:

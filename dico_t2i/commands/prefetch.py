@@ -1,8 +1,8 @@
-"""One folder with every pretrained file that a config needs, for machines without network.
+"""Collects all pretrained files that a config needs in one folder, for machines without network access.
 
 DIR/manifest.json               sizes and hashes, written last
-DIR/<hub id>/<file>             what DICO_WEIGHTS=DIR makes the encoders find
-DIR/files/<name>                single files, such as the weights of an evaluation's extractor
+DIR/<hub id>/<file>             files that the encoders find with DICO_WEIGHTS=DIR
+DIR/files/<name>                single files, such as the weights of an evaluation's feature extractor
 """
 
 import json
@@ -30,15 +30,15 @@ Report = Callable[[str], None]
 
 
 class PrefetchError(ValueError):
-    """Files that could not be had, or that are not what the manifest says; the message lists them."""
+    """Raised if files cannot be downloaded or do not match the manifest; the message lists them."""
 
 
 def prefetch(config: Config, out: Path, urls: Sequence[str] = (), report: Report = print) -> None:
     """Copy or download what the config needs into ``out``, and each of ``urls`` into ``out``/files.
 
-    What is there already and whole is left alone. Local folders and the cache come first; calling this is the
-    permission to use the network for the rest. huggingface_hub must have been imported with DICO_ALLOW_DOWNLOAD=1, or
-    it stays off line. Raises PrefetchError, MissingModelError.
+    Files that are complete already are kept. Local folders and the cache are used first, and the network for the rest.
+    huggingface_hub must have been imported with DICO_ALLOW_DOWNLOAD=1, or it stays offline. Raises PrefetchError or
+    MissingModelError.
     """
     manifest = _read_manifest(out)
     _ask_network_once(config, [url for url in urls if not _is_whole(out, _url_target(url), manifest)])
@@ -63,12 +63,14 @@ def prefetch(config: Config, out: Path, urls: Sequence[str] = (), report: Report
 
 
 def check(out: Path, config: Config | None = None) -> int:
-    """Hash every file of the folder and hold it against the manifest. Returns how many there are.
+    """Compare every file of the folder with the manifest by its hash. Returns the number of files.
 
-    With a config, what it needs must be among them. Raises PrefetchError listing what is wrong.
+    With a config, the models that it needs must be among them. Raises PrefetchError that lists what is wrong.
     """
     if not (out / MANIFEST).exists():
-        raise PrefetchError(f"{out}: has no {MANIFEST}; fill it with dico prefetch --config FILE --out {out}")
+        raise PrefetchError(
+            f"{out}: it has no {MANIFEST}; fill the folder with dico prefetch --config FILE --out {out}"
+        )
     manifest = _read_manifest(out)
     wrong = [
         f"{name}: {'changed' if (out / name).exists() else 'missing'}"
@@ -76,15 +78,17 @@ def check(out: Path, config: Config | None = None) -> int:
         if not _is_whole(out, Path(name), manifest)
     ]
     if config is not None:
-        wrong += [f"{name}: nothing of it is here" for name in _models(config) if not _has(manifest, name)]
+        wrong += [f"{name}: none of its files are there" for name in _models(config) if not _has(manifest, name)]
     if wrong:
         shown = "\n  ".join(wrong)
-        raise PrefetchError(f"{out}: {len(wrong)} of its files are not as they should be:\n  {shown}\nfetch it again")
+        raise PrefetchError(
+            f"{out}: {len(wrong)} of its files are missing or changed:\n  {shown}\nrun dico prefetch again"
+        )
     return len(manifest)
 
 
 def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
-    """How to find the files of each pretrained model of a config, by its folder or hub id."""
+    """For each pretrained model of a config: its folder or hub id -> a function that finds its files."""
     models: dict[str, Callable[[], list[Path]]] = {}
     if config.autoencoder.kind != "pixels":
         models[config.autoencoder.path] = partial(find_autoencoder, config.autoencoder)
@@ -98,9 +102,9 @@ def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
 
 
 def _ask_network_once(config: Config, urls: Sequence[str]) -> None:
-    """Raise PrefetchError within seconds if something is missing and its host cannot be reached.
+    """Raise PrefetchError within seconds if files are missing and their host cannot be reached.
 
-    The hub's client would try each file for half a minute.
+    The hub's client would try for half a minute with each file.
     """
     missing = {}
     for name, find in _models(config).items():
@@ -119,11 +123,11 @@ def _ask_network_once(config: Config, urls: Sequence[str]) -> None:
     for host, wanted in hosts.items():
         if problem := _unreachable(host):
             details = "".join(f"\n{text}" for text in missing.values())
-            raise PrefetchError(f"{host} cannot be reached ({problem}), and these are not here: {wanted}{details}")
+            raise PrefetchError(f"{host} cannot be reached ({problem}), and these are missing: {wanted}{details}")
 
 
 def _unreachable(host: str) -> str:
-    """Why a host gives no answer; empty if it gives one, be it an error's."""
+    """The reason why a host does not respond; empty if it responds, even with an error."""
     try:
         urllib.request.urlopen(urllib.request.Request(host, method="HEAD"), timeout=_PROBE_S).close()
     except urllib.error.HTTPError:
@@ -136,7 +140,7 @@ def _unreachable(host: str) -> str:
 def _url_target(url: str) -> Path:
     name = Path(urlsplit(url).path).name
     if urlsplit(url).scheme not in ("https", "http") or not name:
-        raise PrefetchError(f"--also {url}: not the http(s) address of a file")
+        raise PrefetchError(f"--also {url}: it is not the http(s) address of a file")
     return Path(FILES, name)
 
 
@@ -148,11 +152,11 @@ def _download(url: str, target: Path) -> None:
     except OSError as error:
         raise PrefetchError(f"{url}: {error}") from error
     if expected is not None and int(expected) != target.stat().st_size:
-        raise PrefetchError(f"{url}: {target.stat().st_size} of {expected} bytes came; start again")
+        raise PrefetchError(f"{url}: only {target.stat().st_size} of {expected} bytes were received; start again")
 
 
 def _place(target: Path, write: Callable[[Path], object]) -> None:
-    """Fill a file under a temporary name; it gets its own when it is whole."""
+    """Write a file under a temporary name, and rename it when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(target)
     try:
@@ -185,7 +189,9 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text())["files"])
     except (ValueError, KeyError, TypeError):
-        raise PrefetchError(f"{path}: not a manifest of dico prefetch; remove it, and fetch again") from None
+        raise PrefetchError(
+            f"{path}: it is not a manifest of dico prefetch; delete it and run dico prefetch again"
+        ) from None
 
 
 def _write_manifest(out: Path, files: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""Images of many prompts or labels into a folder: each batch is written as it is made, and a second start goes on.
+"""Samples images of many prompts or labels into a folder. Each batch is written at once, and a second start resumes.
 
 out/
-  00000.png ...   numbered in the order of the prompts, prompt and seed as metadata
-  sample.json     what they are made of; the same command makes what is missing, another one is refused
-  grid.png        the first images with their prompts, made last
+  00000.png ...   images in the order of the prompts, with prompt and seed as metadata
+  sample.json     settings of the images; the same command makes missing images, and a different one is refused
+  grid.png        the first images with their prompts, written last
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dico_t2i.config import SamplerConfig, parse_section
 from dico_t2i.files import write_atomically
 from dico_t2i.ops.backend import OPERATORS
 from dico_t2i.randomness import check_seeds
-from dico_t2i.runs.checkpoint import MANIFEST
+from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.weights import exported_weights, locate_checkpoint
 from dico_t2i.sampling.images import image_path, save_grid, save_image
 from dico_t2i.sampling.labels import CLASSES, class_number
@@ -33,7 +33,7 @@ _RECORD = "sample.json"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`dico sample`. Raises ValueError or OSError saying what to correct, before anything is loaded where it can."""
+    """Run `dico sample`. Raises ValueError or OSError that says what to correct, if possible before loading."""
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     seeds = check_seeds(range(arguments.seed, arguments.seed + len(conditions)))
     device, dtype = choose_device(arguments.dtype)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     _begin(arguments.out, {**record, "sampler": sampler.model_dump(mode="json")})
     if len(missing) < len(conditions):
         there = len(conditions) - len(missing)
-        print(f"{there} of {len(conditions)} images are in {arguments.out} already", file=sys.stderr)
+        print(f"{arguments.out} already has {there} of {len(conditions)} images", file=sys.stderr)
     _make(pipeline, arguments, conditions, seeds, sampler, missing)
     save_grid([image_path(arguments.out, number) for number in range(len(conditions))], arguments.out)
     print(f"{len(conditions)} images and grid.png in {arguments.out}")
@@ -65,7 +65,7 @@ def _make(
     sampler: SamplerConfig,
     missing: set[int],
 ) -> None:
-    """Make the batches in which images are missing, whole: an image's last bits may depend on its neighbours."""
+    """Sample all batches with missing images completely, as the last bits of an image may depend on its batch."""
     batches = [range(i, min(i + arguments.batch, len(seeds))) for i in range(0, len(seeds), arguments.batch)]
     batches = [batch for batch in batches if missing.intersection(batch)]
     with Progress(transient=True) as progress:
@@ -84,7 +84,7 @@ def _make(
 
 
 def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtype: torch.dtype) -> dict[str, Any]:
-    """What the images depend on, as far as it is known before the model is loaded."""
+    """The settings that the images depend on, as far as they are known before the model is loaded."""
     return {
         **_weights_identity(arguments.checkpoint),
         "weights": arguments.weights,
@@ -97,7 +97,7 @@ def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtyp
 
 
 def _weights_identity(path: Path) -> dict[str, str]:
-    """Raises ValueError if there is no checkpoint and no export."""
+    """The identity of the weights. Raises ValueError if there is neither a checkpoint nor an export."""
     exported = exported_weights(path)
     if exported is not None:
         content = hashlib.sha256((path / "export.json").read_bytes()).hexdigest()[:16]
@@ -108,9 +108,9 @@ def _weights_identity(path: Path) -> dict[str, str]:
 
 
 def _missing(out: Path, record: Mapping[str, Any], count: int) -> set[int]:
-    """The numbers of the images that are not in the folder. Raises ValueError if it holds something else."""
-    out.mkdir(parents=True, exist_ok=True)  # now, rather than when the images are made
-    there = [path for path in out.iterdir() if not path.name.endswith(".part")]  # of a process that was killed
+    """The numbers of the images that are missing in the folder. Raises ValueError if it holds something else."""
+    out.mkdir(parents=True, exist_ok=True)  # now, so that an error does not come after sampling
+    there = [path for path in out.iterdir() if not path.name.endswith(".part")]  # left by a killed process
     if not there:
         return set(range(count))
     try:
@@ -118,12 +118,12 @@ def _missing(out: Path, record: Mapping[str, Any], count: int) -> set[int]:
     except (OSError, ValueError):
         before = None
     if not isinstance(before, dict):
-        raise ValueError(f"--out {out}: not empty; nothing is overwritten, give a new folder")
+        raise ValueError(f"--out {out}: it is not empty, and nothing is overwritten; give a new folder")
     other = [key for key, value in record.items() if before.get(key) != value]
     if other:
         raise ValueError(
-            f"--out {out}: holds images of another command ({', '.join(other)} differ, see {_RECORD}); nothing is"
-            " overwritten, give a new folder"
+            f"--out {out}: it holds images of a different command ({', '.join(other)} differ, see {_RECORD}), and"
+            " nothing is overwritten; give a new folder"
         )
     return {number for number in range(count) if not image_path(out, number).exists()}
 
@@ -134,28 +134,28 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def _conditions(arguments: argparse.Namespace) -> list[str | int]:
-    """The prompts or class numbers that are asked for. Raises ValueError."""
+    """The prompts or class numbers of the arguments. Raises ValueError if they cannot be read."""
     if arguments.labels is not None:
         return [class_number(check_text(label, "--labels")) for label in arguments.labels]
     if arguments.prompt:
         return [check_text(prompt, f"--prompt {number}") for number, prompt in enumerate(arguments.prompt, 1)]
     if not arguments.prompts.is_file():
-        raise ValueError(f"--prompts {arguments.prompts}: no such file")
+        raise ValueError(f"--prompts {arguments.prompts}: there is no such file")
     try:
         lines = read_lines(arguments.prompts)
     except ValueError as error:
         raise ValueError(f"--prompts {error}") from None
     prompts: list[str | int] = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompts {arguments.prompts}: has no prompts")
+        raise ValueError(f"--prompts {arguments.prompts}: the file has no prompts")
     return prompts
 
 
 def _check_conditions(arguments: argparse.Namespace, numbers: Sequence[str | int], pipeline: Pipeline) -> None:
-    """Raise ValueError for prompts where the model takes classes, or the other way round, and for unknown classes."""
+    """Raise ValueError if the model does not take these conditions, text or classes, or for unknown classes."""
     model, labels = pipeline.config.model, arguments.labels
     if model.condition != ("text" if labels is None else "class"):
-        raise ValueError(f"{arguments.checkpoint} is {model.condition}-conditional; give it that")
+        raise ValueError(f"{arguments.checkpoint} is {model.condition}-conditional; use --labels only for classes")
     if labels is None:
         return
     names = [label for label in labels if not label.strip().isdecimal()]
@@ -168,7 +168,7 @@ def _check_conditions(arguments: argparse.Namespace, numbers: Sequence[str | int
 
 
 def chosen_sampler(arguments: argparse.Namespace, default: SamplerConfig) -> SamplerConfig:
-    """The config's sampler under --fast under what is asked for by name."""
+    """The config's sampler, changed by --fast and then by the other options."""
     changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
     asked = {key: value for key, value in changes.items() if value is not None}
     fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
@@ -176,7 +176,7 @@ def chosen_sampler(arguments: argparse.Namespace, default: SamplerConfig) -> Sam
 
 
 def choose_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where to sample, and in what: as wished, or bf16 on a GPU and fp32 on a CPU."""
+    """The device and the dtype for sampling; the default dtype is bf16 on a GPU and fp32 on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
     return device, torch.bfloat16 if wished == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""The typed config tree. One object, ``Config``, describes a run; it is checked as a whole before anything starts."""
+"""The typed config tree. One object, ``Config``, describes a run and is checked as a whole before anything starts."""
 
 from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Span
 from dico_t2i.config.cluster import ClusterConfig, HardwareConfig

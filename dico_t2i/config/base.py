@@ -1,4 +1,4 @@
-"""The base of every section of a config, the error they raise, and durations."""
+"""The base class of all config sections, the error they raise, and durations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and an unknown key or a number that is not finite is an error."""
+    """Base class of all sections: they are immutable and refuse unknown keys and numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -47,12 +47,12 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Span(Section):
-    """A duration or an interval, in exactly one unit."""
+    """A duration or an interval, given in exactly one unit."""
 
-    steps: Positive | None = None
-    images: Positive | None = None
-    epochs: PositiveFloat | None = None
-    minutes: PositiveFloat | None = None
+    steps: Positive | None = None  # Counts optimizer steps.
+    images: Positive | None = None  # Counts training images.
+    epochs: PositiveFloat | None = None  # Counts passes over the data set; fractions are allowed.
+    minutes: PositiveFloat | None = None  # Counts minutes of wall-clock time; only checkpoint.every takes them.
 
     @model_validator(mode="after")
     def _one_unit(self) -> Span:
@@ -61,7 +61,7 @@ class Span(Section):
         return self
 
     def in_steps(self, batch: int, samples_per_epoch: int) -> int | None:
-        """The span in optimizer steps, at least 1; None if it is given in minutes."""
+        """Return the span in optimizer steps, at least 1, or None if it is given in minutes."""
         if self.minutes is not None:
             return None
         if self.steps is not None:

@@ -1,4 +1,4 @@
-"""Config sections of the frozen encoders: autoencoder, text and vision."""
+"""Config sections for the frozen encoders: autoencoder, text encoder and image encoder."""
 
 from __future__ import annotations
 
@@ -12,53 +12,57 @@ from dico_t2i.config.yaml12 import Text
 
 
 class AutoencoderConfig(Section):
-    """The frozen map between images and latents."""
+    """The frozen autoencoder between images and latents."""
 
+    # kl is Stable Diffusion's autoencoder, tiny is TAESD, and pixels trains without an autoencoder.
     kind: Literal["kl", "tiny", "pixels"] = "kl"
-    path: Text = "stabilityai/sd-vae-ft-ema"  # a local folder or a hub id
-    scale: PositiveFloat = 0.18215  # latents times this are what the network sees; 1 for tiny and pixels
+    path: Text = "stabilityai/sd-vae-ft-ema"  # A local folder or a hub id.
+    # The factor that latents are multiplied by for the network; its default is 1 for tiny and pixels.
+    scale: PositiveFloat = 0.18215
 
     @model_validator(mode="before")
     @classmethod
     def _scale_of_kind(cls, data: Any) -> Any:
-        """Only Stable Diffusion's autoencoders have latents that are not of unit size."""
+        """Set the scale to 1 except for Stable Diffusion's autoencoders, whose latents do not have unit variance."""
         if isinstance(data, Mapping) and data.get("kind", "kl") != "kl" and "scale" not in data:
             return {**data, "scale": 1.0}
         return data
 
 
 class SeededTower(Section):
-    """Size of a randomly initialised encoder."""
+    """The size of a randomly initialised encoder."""
 
-    width: Positive = 128
-    layers: Positive = 2
-    heads: Positive = 4
-    seed: Seed = 0
+    width: Positive = 128  # The width of the hidden layers.
+    layers: Positive = 2  # The number of layers.
+    heads: Positive = 4  # The number of attention heads.
+    seed: Seed = 0  # The seed of the random weights.
 
 
 class TextTowerConfig(Section):
     """One of several frozen text encoders."""
 
-    kind: Literal["open_clip", "transformers", "t5"] = "transformers"  # the first two are CLIP's, by library
-    # t5 and transformers: a local folder or a hub id; open_clip: an architecture such as ViT-L-14.
+    # The family of encoder: CLIP from open_clip, CLIP from transformers, or T5.
+    kind: Literal["open_clip", "transformers", "t5"] = "transformers"
+    # For t5 and transformers, a local folder or a hub id; for open_clip, an architecture such as ViT-L-14.
     model: Text = "openai/clip-vit-large-patch14"
-    # pretrained, or seeded: random frozen weights, for machines without any.
+    # pretrained loads weights; seeded makes random frozen weights, for machines that have none.
     weights: Literal["pretrained", "seeded"] = "pretrained"
-    pretrained: Text = "openai"  # open_clip only: a tag it knows, or a file of weights
-    tokens: Positive = 77  # to which captions are cut or padded; t5 alone takes other numbers than 77
-    seeded: SeededTower = SeededTower()
+    pretrained: Text = "openai"  # For open_clip only: a tag that it knows, or a file of weights.
+    # The number of tokens that captions are cut or padded to; only t5 takes numbers other than 77.
+    tokens: Positive = 77
+    seeded: SeededTower = SeededTower()  # The size of the encoder with weights: seeded.
 
     @model_validator(mode="after")
     def _positions(self) -> TextTowerConfig:
         if self.kind != "t5" and self.tokens != 77:
-            raise ValueError(f"tokens: {self.tokens}, but CLIP has 77; leave it out")
+            raise ValueError(f"tokens: {self.tokens}, but CLIP always has 77 tokens; leave it out")
         return self
 
 
 class TextEncoderConfig(TextTowerConfig):
     """The frozen text encoder."""
 
-    also: tuple[TextTowerConfig, ...] = ()  # further ones, whose tokens follow the first one's in the sequence
+    also: tuple[TextTowerConfig, ...] = ()  # Further encoders, whose tokens follow those of the first in the sequence.
 
     @property
     def towers(self) -> tuple[TextTowerConfig, ...]:
@@ -66,20 +70,22 @@ class TextEncoderConfig(TextTowerConfig):
 
 
 class VisionEncoderConfig(Section):
-    """A frozen image encoder, of which the features of patches are used."""
+    """A frozen image encoder that gives features of image patches."""
 
-    kind: Literal["transformers", "timm"] = "transformers"
-    model: Text = "facebook/dinov2-base"  # a local folder or a hub id
-    # pretrained, or seeded: random frozen weights, for machines without any.
+    kind: Literal["transformers", "timm"] = "transformers"  # The library that the encoder comes from.
+    model: Text = "facebook/dinov2-base"  # A local folder or a hub id.
+    # pretrained loads weights; seeded makes random frozen weights, for machines that have none.
     weights: Literal["pretrained", "seeded"] = "pretrained"
-    image_size: Positive = 224  # pixels, square, that images are resized to; REPA: 224 for 256, 448 for 512
-    seeded: SeededTower = SeededTower()  # of patches of 14x14 pixels
+    # Height and width in pixels that images are resized to; REPA takes 224 for images of 256 and 448 for 512.
+    image_size: Positive = 224
+    seeded: SeededTower = SeededTower()  # The size of the encoder with weights: seeded; its patches have 14x14 pixels.
 
 
 class AlignmentConfig(Section):
-    """REPA (Yu et al. 2024): features of a block of the network are drawn to those of an image encoder."""
+    """REPA (Yu et al. 2024): trains the features of one block to match those of a frozen image encoder."""
 
-    block: Text  # its path in the network: stages.middle.4 is the fifth of DiCo's middle stage
-    encoder: VisionEncoderConfig = VisionEncoderConfig()
-    weight: PositiveFloat = 0.5  # of the mean negative cosine similarity, in the loss
-    hidden: Positive = 2048  # width of the projector, an MLP of three layers that trains with the network
+    # The path of the aligned block in the network; stages.middle.4 is the fifth block of DiCo's middle stage.
+    block: Text
+    encoder: VisionEncoderConfig = VisionEncoderConfig()  # The image encoder whose features are the target.
+    weight: PositiveFloat = 0.5  # The weight of the mean negative cosine similarity in the loss.
+    hidden: Positive = 2048  # The hidden width of the projector, an MLP of three layers that trains with the network.

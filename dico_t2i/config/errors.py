@@ -1,4 +1,4 @@
-"""Turns validation errors into lines that name the key and suggest what was meant."""
+"""Turns validation errors into lines that name the key and suggest a correction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dico_t2i.config.networks import NetworkConfig
 
 
 def explain(error: ValidationError, root: type[Section]) -> str:
-    """One line for each error, with the key's path in ``root`` and the remedy."""
+    """Return one line for each error, with the key's path in ``root`` and how to correct it."""
     lines = []
     for item in error.errors():
         loc, section = _resolve(item["loc"], root)
@@ -28,19 +28,19 @@ def explain(error: ValidationError, root: type[Section]) -> str:
     return "\n".join(lines)
 
 
-# What other languages, or YAML 1.1, read as numbers: 1:30, 010, 0x1F, 1_000.
+# Forms that other languages or YAML 1.1 read as numbers: 1:30, 010, 0x1F, 1_000.
 _NUMERAL = re.compile(r"[-+]?(?:\d+(?::\d+)+|0\d+|0[xob][0-9a-fA-F]+|\d[\d_]*_[\d_]*)")
 
 
 def _numeral(found: Any) -> str:
-    """The remedy for a number in another notation than the decimal one."""
+    """The advice for a number that is not in decimal notation; empty for everything else."""
     return "; write a plain decimal number" if isinstance(found, str) and _NUMERAL.fullmatch(found) else ""
 
 
 def _resolve(loc: tuple[int | str, ...], section: type[Section]) -> tuple[list[int | str], type[Section]]:
-    """The keys of an error's place, without the kinds that stand among them, and the section of the last one."""
+    """Return the keys of pydantic's location, without the kinds it contains, and the section of the last key."""
     keys: list[int | str] = []
-    kinds: dict[str, type[Section]] = {}  # that the next part may name: of a choice by kind
+    kinds: dict[str, type[Section]] = {}  # where ``kind`` selects the section, the next part of loc is a kind
     for number, part in enumerate(loc):
         if part in kinds:
             section, kinds = kinds[str(part)], {}
@@ -56,17 +56,17 @@ def _resolve(loc: tuple[int | str, ...], section: type[Section]) -> tuple[list[i
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """The sections in a field's type: one, one or None, several, or a list of one."""
+    """Return the sections in a field's type, which may be a section, an optional one, a union or a list."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, Section) else []
     return [section for part in getattr(annotation, "__args__", ()) for section in _sections(part)]
 
 
 def _suggestion(key: str, section: type[Section]) -> str:
-    """The known key nearest to an unknown one."""
+    """Suggest the known key that is most similar to an unknown one."""
     import difflib
 
     named = issubclass(section, NetworkConfig) and section.variants
     known = list(section.model_fields) + (["variant"] if named else [])
     near = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+    return f"; did you mean {near[0]}?" if near else f"; the known keys are: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Config sections of the networks: DiCo, the peers it is compared with, and their named sizes."""
+"""Config sections for the networks: DiCo, the peers it is compared with, and their named sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dico_t2i.config.yaml12 import Flag, Text
 Stage = Literal["encoder1", "encoder2", "middle", "decoder2", "decoder1"]
 
 
-# The released sizes (paper, Table 11). `variant: DiCo-XL` in a config stands for these three values.
+# The released sizes (paper, table 11). `variant: DiCo-XL` in a config stands for these three values.
 VARIANTS: dict[str, dict[str, Any]] = {
     "DiCo-S": {"hidden_size": 128, "depths": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
     "DiCo-B": {"hidden_size": 256, "depths": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
@@ -23,8 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Peers, by their own papers: DiT (arXiv 2212.09748, table 1), U-ViT (2209.12152, table 7), PixArt-alpha (2310.00426) at
-# DiT's sizes.
+# The peers' sizes come from their papers: DiT (arXiv 2212.09748, table 1), U-ViT (2209.12152, table 7). PixArt-alpha
+# (2310.00426) has DiT's sizes.
 DIT_VARIANTS: dict[str, dict[str, Any]] = {
     "DiT-S/2": {"hidden_size": 384, "depth": 12, "num_heads": 6, "patch_size": 2},
     "DiT-B/2": {"hidden_size": 768, "depth": 12, "num_heads": 12, "patch_size": 2},
@@ -43,22 +43,27 @@ PIXART_VARIANTS = {name.replace("DiT", "PixArt"): sizes for name, sizes in DIT_V
 
 
 class NetworkConfig(Section):
-    """What all networks share: their channels, and what they are conditioned on."""
+    """Keys that all networks share: their channels, and what they are conditioned on."""
 
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # sizes with a name, for `variant:` in a config
-    stages: ClassVar[tuple[str, ...]] = ()  # of checkpoint_stages, most activations first
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the named sizes, for `variant:` in a config
+    stages: ClassVar[tuple[str, ...]] = ()  # choices for checkpoint_stages, most activations first
 
-    kind: Text
+    kind: Text  # The network.
+    # The number of channels of the latents: 4 for Stable Diffusion's autoencoder, 3 for pixels.
     in_channels: Positive = 4
+    # Predicts the variance of a denoising step as well (iDDPM), which doubles the output channels.
     learn_sigma: Flag = True
-    condition: Literal["class", "text"] = "class"
-    num_classes: Positive = 1000
-    dropout_prob: Probability = 0.1  # of the condition, for guidance; 0 also drops the null class's row
-    text_dim: Positive = 768  # of several encoders, that of the widest: the others are padded with zeros
-    text_tokens: Positive = 77  # of all encoders together
-    pooled_text: Flag = False  # add a projection of the pooled text to the timestep embedding
-    pooled_dim: Positive = 768
-    checkpoint_stages: tuple[Text, ...] = ()  # stages that recompute activations in the backward pass
+    condition: Literal["class", "text"] = "class"  # What the network is conditioned on: class labels or text.
+    num_classes: Positive = 1000  # The number of classes, with condition: class.
+    # The probability with which training drops the condition, for guidance; with 0 there is no null class.
+    dropout_prob: Probability = 0.1
+    # The width of the text tokens; with several encoders that of the widest, to which the others are padded with zeros.
+    text_dim: Positive = 768
+    text_tokens: Positive = 77  # The number of text tokens, of all encoders together.
+    pooled_text: Flag = False  # Adds a projection of the pooled text to the timestep embedding.
+    pooled_dim: Positive = 768  # The width of the pooled text.
+    # The stages that recompute their activations in the backward pass to save memory.
+    checkpoint_stages: tuple[Text, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -68,8 +73,8 @@ class NetworkConfig(Section):
         data = dict(data)
         variant = data.pop("variant")
         if variant not in cls.variants:
-            known = ", ".join(cls.variants) or "none: give hidden_size and the others"
-            raise ValueError(f"variant: {variant!r} is not among those of this kind ({known})")
+            known = ", ".join(cls.variants) or "it has none: give hidden_size and the other sizes"
+            raise ValueError(f"variant: {variant!r} is not a variant of this kind ({known})")
         clash = sorted(set(data) & set(cls.variants[variant]))
         if clash:
             raise ValueError(f"variant: {variant} already sets {', '.join(clash)}; give one or the other")
@@ -78,7 +83,7 @@ class NetworkConfig(Section):
     @model_validator(mode="after")
     def _pooled_is_of_text(self) -> NetworkConfig:
         if self.pooled_text and self.condition == "class":
-            raise ValueError("pooled_text: is for condition: text; leave it out")
+            raise ValueError("pooled_text: it needs condition: text; leave it out")
         return self
 
     @property
@@ -87,7 +92,7 @@ class NetworkConfig(Section):
 
     @property
     def latent_divisor(self) -> int:
-        """What height and width of the network's input must be divisible by."""
+        """Return the number that must divide the height and width of the network's input."""
         return 1
 
 
@@ -97,30 +102,40 @@ class DiCoConfig(NetworkConfig):
     variants = VARIANTS
     stages = ("decoder1", "encoder1", "decoder2", "encoder2", "middle")
 
-    kind: Literal["dico"] = "dico"
-    hidden_size: Positive
+    kind: Literal["dico"] = "dico"  # Selects this network.
+    hidden_size: Positive  # The number of channels at the highest resolution; each down-sampling doubles it.
+    # The number of blocks of each stage: encoder1, encoder2, middle, decoder2, decoder1.
     depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
-    mlp_ratio: PositiveFloat
+    mlp_ratio: PositiveFloat  # The hidden width of the feed-forward, as a multiple of the block's channels.
+    # How text enters a block: dwc is a depthwise convolution whose kernels are made from the tokens.
     text_fusion: Literal["dwc", "cross_attention"] = "dwc"
-    text_projection: Literal["block", "stage"] = "block"  # one MLP in each block, or one for each stage
-    # Tokens and width of each of several encoders: [[77, 768], [256, 1024]]. Each gets a layer to one common width.
+    # For dwc: where the MLP that makes the kernels is, in each block or once for each stage.
+    text_projection: Literal["block", "stage"] = "block"
+    # Tokens and width of each of several encoders, such as [[77, 768], [256, 1024]]; a linear layer for each encoder
+    # brings its tokens to one common width.
     text_inputs: tuple[tuple[Positive, Positive], ...] = ()
-    text_inputs_width: Positive | None = None  # that width; none: text_dim
-    text_mask: Flag = False  # tokens of zeros are padding (T5's): attention leaves them out
-    text_kernel: Literal[5, 7, 9, 11] = 9  # side of dwc's kernels; the last token repeats where tokens are fewer
-    text_pooling: Literal["none", "attention"] = "none"  # dwc: learned pooling of the tokens to the kernels' taps
-    # The switches of the paper's ablations (section 6; docs/networks.md). isotropic: patches of 2x2, one width for all.
+    text_inputs_width: Positive | None = None  # The common width of text_inputs; with none it is text_dim.
+    text_mask: Flag = False  # Treats tokens of zeros as padding, as T5 needs: attention leaves them out.
+    # Height and width of dwc's kernels; where there are fewer tokens than kernel taps, the last token is repeated.
+    text_kernel: Literal[5, 7, 9, 11] = 9
+    # For dwc: attention pools any number of tokens to the taps of the kernels with learned queries.
+    text_pooling: Literal["none", "attention"] = "none"
+    # The arrangement of the blocks: a U-shape, or one width and one resolution with patches of 2x2, without or with
+    # long skips. This key and the next four are the switches of the paper's ablations (section 6; docs/networks.md).
     layout: Literal["u", "isotropic", "isotropic_skips"] = "u"
-    mixer: Literal["conv", "attention", "window", "focused_linear", "agent"] = "conv"  # in the ConvModule's place
-    channel_attention: Literal["compact", "se", "self", "none"] = "compact"  # in the ConvModule; compact is CCA
-    depthwise_kernel: Literal[3, 5, 7] = 3  # in the ConvModule
-    activation: Literal["gelu", "relu"] = "gelu"  # in the ConvModule and the feed-forward
-    checkpoint_stages: tuple[Stage, ...] = ()  # stages that recompute activations in the backward pass
+    # The spatial layer of a block: conv is the paper's ConvModule, the others are attentions in its place.
+    mixer: Literal["conv", "attention", "window", "focused_linear", "agent"] = "conv"
+    # The channel attention in the ConvModule; compact is the paper's CCA.
+    channel_attention: Literal["compact", "se", "self", "none"] = "compact"
+    depthwise_kernel: Literal[3, 5, 7] = 3  # Height and width of the depthwise convolution in the ConvModule.
+    activation: Literal["gelu", "relu"] = "gelu"  # The activation in the ConvModule and in the feed-forward.
+    # The stages that recompute their activations in the backward pass to save memory.
+    checkpoint_stages: tuple[Stage, ...] = ()
 
     @model_validator(mode="after")
     def _widths(self) -> DiCoConfig:
         if self.hidden_size % 2:
-            raise ValueError(f"hidden_size: {self.hidden_size} must be even (down-sampling halves it)")
+            raise ValueError(f"hidden_size: {self.hidden_size} must be even, since down-sampling halves it")
         return self
 
     @model_validator(mode="after")
@@ -134,21 +149,23 @@ class DiCoConfig(NetworkConfig):
         if not dwc:
             self._refuse_keys_of_dwc()
         if self.text_mask and dwc and not pooled and not self.text_inputs:
-            raise ValueError("text_mask: has no effect on kernels made of the tokens as they are; leave it out")
+            raise ValueError(
+                "text_mask: it has no effect on kernels that are made directly from the tokens; leave it out"
+            )
         if self.text_inputs_width and not self.text_inputs:
-            raise ValueError("text_inputs_width: is for several encoders; give text_inputs, or leave it out")
+            raise ValueError("text_inputs_width: it is for several encoders; give text_inputs, or leave it out")
         sums = {"text_tokens": sum(count for count, _ in self.text_inputs)}
         sums["text_dim"] = max((dim for _, dim in self.text_inputs), default=0)
         for key, size in sums.items():
             if self.text_inputs and getattr(self, key) != size:
-                raise ValueError(f"{key}: {getattr(self, key)}, but text_inputs make {size}; set {key}: {size}")
+                raise ValueError(f"{key}: {getattr(self, key)}, but text_inputs amount to {size}; set {key}: {size}")
         return self
 
     def _refuse_keys_of_dwc(self) -> None:
         for key in ("text_pooling", "text_kernel", "text_projection"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"{key}: is for text_fusion: dwc; cross_attention takes any number of tokens, and has keys and"
+                    f"{key}: it is for text_fusion: dwc; cross_attention takes any number of tokens and makes keys and"
                     " values in each block"
                 )
 
@@ -156,37 +173,38 @@ class DiCoConfig(NetworkConfig):
     def _switches_of_the_conv_module(self) -> DiCoConfig:
         lost = sorted({"channel_attention", "depthwise_kernel"} & ablated(self).keys())
         if self.mixer != "conv" and lost:
-            raise ValueError(f"{lost[0]}: is a part of mixer: conv; leave it out with mixer: {self.mixer}")
+            raise ValueError(f"{lost[0]}: it belongs to mixer: conv; leave it out with mixer: {self.mixer}")
         return self
 
     @property
     def text_width(self) -> int:
-        """Of the tokens that the blocks get."""
+        """Return the width of the tokens that the blocks receive."""
         return self.text_inputs_width or self.text_dim
 
     @property
     def latent_divisor(self) -> int:
-        """Down-sampled twice."""
+        """Return 4, since the input is down-sampled twice."""
         return 4
 
 
 def ablated(network: DiCoConfig) -> dict[str, Any]:
-    """The switches of the paper's ablations that are not as in DiCo; none for the network of the paper."""
+    """Return the ablation switches that differ from the paper's network; empty for that network."""
     switches = ("layout", "mixer", "channel_attention", "depthwise_kernel", "activation")
     values = {key: getattr(network, key) for key in switches}
     return {key: value for key, value in values.items() if value != DiCoConfig.model_fields[key].default}
 
 
 class TransformerConfig(NetworkConfig):
-    """What the peers share: transformers over patches."""
+    """Keys that the peers share: they are transformers over patches."""
 
     stages = ("blocks",)
 
-    hidden_size: Positive
-    depth: Positive  # blocks
-    num_heads: Positive
-    patch_size: Positive = 2
-    checkpoint_stages: tuple[Literal["blocks"], ...] = ()  # [blocks]: recompute activations in the backward pass
+    hidden_size: Positive  # The width of the tokens.
+    depth: Positive  # The number of blocks.
+    num_heads: Positive  # The number of attention heads.
+    patch_size: Positive = 2  # Height and width of a patch of the latents.
+    # [blocks] recomputes all activations in the backward pass to save memory.
+    checkpoint_stages: tuple[Literal["blocks"], ...] = ()
 
     @model_validator(mode="after")
     def _heads(self) -> TransformerConfig:
@@ -202,20 +220,20 @@ class TransformerConfig(NetworkConfig):
 
 
 class DiTConfig(TransformerConfig):
-    """DiT of classes (Peebles and Xie 2023)."""
+    """DiT with class labels (Peebles and Xie 2023)."""
 
     variants = DIT_VARIANTS
 
-    kind: Literal["dit"] = "dit"
-    condition: Literal["class"] = "class"
-    pooled_text: Literal[False] = False
-    mlp_ratio: PositiveFloat = 4.0
+    kind: Literal["dit"] = "dit"  # Selects this network.
+    condition: Literal["class"] = "class"  # DiT takes class labels only.
+    pooled_text: Literal[False] = False  # DiT takes no text.
+    mlp_ratio: PositiveFloat = 4.0  # The hidden width of the feed-forward, as a multiple of hidden_size.
 
 
 class SizedConfig(TransformerConfig):
-    """A transformer whose positions are made for one size."""
+    """A transformer whose position embedding is made for one input size."""
 
-    latent_size: Positive = 32  # height and width of the network's input
+    latent_size: Positive = 32  # Height and width of the network's input.
 
 
 class UViTConfig(SizedConfig):
@@ -223,39 +241,41 @@ class UViTConfig(SizedConfig):
 
     variants = UVIT_VARIANTS
 
-    kind: Literal["uvit"] = "uvit"
-    condition: Literal["text"] = "text"
-    pooled_text: Literal[False] = False
-    mlp_ratio: PositiveFloat = 4.0
+    kind: Literal["uvit"] = "uvit"  # Selects this network.
+    condition: Literal["text"] = "text"  # This U-ViT takes text only.
+    pooled_text: Literal[False] = False  # U-ViT takes no pooled text.
+    mlp_ratio: PositiveFloat = 4.0  # The hidden width of the feed-forward, as a multiple of hidden_size.
 
     @model_validator(mode="after")
     def _a_middle(self) -> UViTConfig:
         if self.depth % 2 == 0:
-            raise ValueError(f"depth: {self.depth} must be odd: as many blocks before the middle one as after it")
+            raise ValueError(
+                f"depth: {self.depth} must be odd: one middle block, with as many blocks before it as after it"
+            )
         return self
 
 
 class PixArtConfig(SizedConfig):
-    """PixArt-alpha: DiT with cross-attention to the text (Chen et al. 2023), as diffusers has it."""
+    """PixArt-alpha: DiT with cross-attention to the text (Chen et al. 2023), as implemented in diffusers."""
 
     variants = PIXART_VARIANTS
 
-    kind: Literal["pixart"] = "pixart"
-    condition: Literal["text"] = "text"
-    pooled_text: Literal[False] = False
-    text_mask: Flag = False  # tokens of zeros are padding (T5's): attention leaves them out
+    kind: Literal["pixart"] = "pixart"  # Selects this network.
+    condition: Literal["text"] = "text"  # PixArt takes text only.
+    pooled_text: Literal[False] = False  # PixArt takes no pooled text.
+    text_mask: Flag = False  # Treats tokens of zeros as padding, as T5 needs: attention leaves them out.
 
 
 class MMDiTConfig(SizedConfig):
-    """MMDiT: text and image attend to each other (Esser et al. 2024), as diffusers has it in Stable Diffusion 3."""
+    """MMDiT: text and image attend to each other (Esser et al. 2024); diffusers' network of Stable Diffusion 3."""
 
-    kind: Literal["mmdit"] = "mmdit"
-    condition: Literal["text"] = "text"
-    pooled_text: Literal[True] = True
+    kind: Literal["mmdit"] = "mmdit"  # Selects this network.
+    condition: Literal["text"] = "text"  # MMDiT takes text only.
+    pooled_text: Literal[True] = True  # MMDiT always takes the pooled text.
 
 
 def _kind(model: Any) -> str:
-    """Which network a section is of; DiCo without ``kind``."""
+    """Return the kind of network that a section describes; without ``kind`` it is DiCo."""
     return str(model.get("kind", "dico")) if isinstance(model, Mapping) else getattr(model, "kind", "dico")
 
 

@@ -1,4 +1,4 @@
-"""Config sections of training: optimizer, checkpoints, guard, logging, previews, validation."""
+"""Config sections for training: optimizer, checkpoints, guard, logging, previews, validation."""
 
 from __future__ import annotations
 
@@ -22,82 +22,106 @@ from dico_t2i.config.yaml12 import Flag, Text
 
 
 class OptimizerConfig(Section):
-    lr: PositiveFloat = 1e-4
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping
-    warmup: Span | None = None
+    """AdamW, its learning rate, and the averages (EMA) of the weights."""
+
+    lr: PositiveFloat = 1e-4  # The learning rate after the warmup.
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # The decays of AdamW's two moments.
+    eps: PositiveFloat = 1e-8  # The epsilon in AdamW's denominator.
+    weight_decay: NonNegativeFloat = 0.0  # The decoupled weight decay of all weights.
+    # The largest gradient norm, to which larger ones are scaled down; 0 turns clipping off.
+    clip: NonNegativeFloat = 0.0
+    warmup: Span | None = None  # How long the learning rate rises linearly at the start; with none it starts at lr.
+    # The learning rate after the warmup: constant, or a cosine down to 0 at the end of the run.
     schedule: Literal["constant", "cosine"] = "constant"
-    ema: tuple[Probability, ...] = (0.9999,)  # decays per step
+    # The decays per step of the averages of the weights; each gives a separate average.
+    ema: tuple[Probability, ...] = (0.9999,)
 
     @field_validator("ema")
     @classmethod
     def _names_differ(cls, decays: tuple[float, ...]) -> tuple[float, ...]:
         if len({f"{decay:g}" for decay in decays}) < len(decays):
-            raise ValueError("two decays have the same six digits, by which averages are named")
+            raise ValueError("two decays have the same first six digits, which name the averages")
         return decays
 
 
 class ProfileConfig(Section):
-    """A trace by torch.profiler of rank 0, in the run folder under profile/."""
+    """A torch.profiler trace of rank 0, written to profile/ in the run folder."""
 
-    start: NonNegative  # step before which it begins; the first ones, which warm up, tell little
-    steps: Positive = 3
+    # The step before which the trace starts; choose a later one than the first few, which are slower than the rest.
+    start: NonNegative
+    steps: Positive = 3  # The number of steps in the trace.
 
 
 class TrainConfig(Section):
-    duration: Span
-    global_batch: Positive = 256
-    micro_batch: Positive = 32  # at most this many samples per rank and pass; the rest is gradient accumulation
+    """The training loop."""
+
+    duration: Span  # The length of the run, in steps, images or epochs.
+    global_batch: Positive = 256  # The number of samples in an optimizer step, of all ranks together.
+    # The largest number of samples in one pass of a rank; gradients are accumulated over the passes of a step.
+    micro_batch: Positive = 32
+    # The precision of the network's arithmetic; the optimizer always keeps fp32 weights.
     precision: Literal["bf16", "fp32"] = "bf16"
+    # The ZeRO stage of DeepSpeed: 1 divides the optimizer state among the ranks, 2 also the gradients, 3 also the
+    # weights.
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
-    compile: Literal["off", "blocks"] = "off"  # blocks: torch.compile, one kind of block after the other
-    hang_timeout_s: PositiveFloat = 600.0  # without progress of a rank, after which the job ends and names it
-    first_step_timeout_s: PositiveFloat = 1800.0  # the same for the first step, for saves and for previews
-    profile: ProfileConfig | None = None  # none: no trace
+    compile: Literal["off", "blocks"] = "off"  # blocks compiles each kind of block once with torch.compile.
+    # Seconds without progress of a rank after which the job ends and names that rank.
+    hang_timeout_s: PositiveFloat = 600.0
+    # The same for the first step; saves and previews get as much extra time.
+    first_step_timeout_s: PositiveFloat = 1800.0
+    profile: ProfileConfig | None = None  # A profiler trace of some steps; with none there is no trace.
 
     @model_validator(mode="after")
     def _weights_stay_in_compiled_blocks(self) -> TrainConfig:
         if self.compile != "off" and self.zero_stage == 3:
             raise ValueError(
-                f"compile: {self.compile} does not work with zero_stage: 3, whose weights come and go inside a block;"
-                " take stage 1 or 2, or compile: off"
+                f"compile: {self.compile} does not work with zero_stage: 3, which gathers weights inside a block;"
+                " use stage 1 or 2, or compile: off"
             )
         return self
 
 
 class CheckpointConfig(Section):
-    every: Span = Span(minutes=30)
-    keep_last: Positive = 3
-    keep_every: Span | None = None  # these are never deleted
-    keep_best: Flag = False  # nor the one with the lowest mean loss since the save before it
-    background: Flag = True  # write while training goes on
+    """When checkpoints are written, and which are kept."""
+
+    every: Span = Span(minutes=30)  # The interval between checkpoints.
+    keep_last: Positive = 3  # How many of the newest checkpoints are kept.
+    # The interval of further checkpoints that are never deleted; with none there are no others.
+    keep_every: Span | None = None
+    keep_best: Flag = False  # Keeps the checkpoint with the lowest mean loss since the save before it, too.
+    background: Flag = True  # Writes checkpoints while training continues.
 
 
 class GuardConfig(Section):
-    """What to do about steps that would spoil the weights."""
+    """Protection against steps that would damage the weights."""
 
-    spike: NonNegativeFloat = 0.0  # skip a gradient norm of more than so many times its running mean; 0: none
-    max_skipped: Positive = 10  # skipped steps in a row after which the run goes back to its last checkpoint
-    max_rollbacks: NonNegative = 1  # times it may do so; then it stops
+    # Skips a step whose gradient norm exceeds this many times its running mean; 0 skips none for that reason.
+    spike: NonNegativeFloat = 0.0
+    # The number of skipped steps in a row after which the run returns to its last checkpoint.
+    max_skipped: Positive = 10
+    max_rollbacks: NonNegative = 1  # How many times a run may return to a checkpoint before it stops instead.
 
 
 class LogConfig(Section):
-    every: Span = Span(steps=50)
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
-    wandb_project: Text = "dico_t2i"
-    wandb_artifacts: Flag = False  # at the end, the manifest (not the weights) of the newest checkpoint
-    tensorboard: Flag = False  # event files in the run folder; needs the package tensorboard
+    """Reports and trackers."""
+
+    every: Span = Span(steps=50)  # The interval between reports of the loss and other numbers.
+    # The mode of Weights & Biases; auto is online where there is an API key and offline elsewhere.
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb_project: Text = "dico_t2i"  # The project in Weights & Biases.
+    # Uploads the manifest of the newest checkpoint, without the weights, at the end of the run.
+    wandb_artifacts: Flag = False
+    tensorboard: Flag = False  # Writes event files into the run folder; this needs the package tensorboard.
 
 
 class PreviewConfig(Section):
     """Sample grids during training."""
 
-    every: Span | None = None  # none: no grids
-    prompts: tuple[Text, ...] = ()
-    labels: tuple[NonNegative, ...] = ()
-    sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)  # keys left out are as here
+    every: Span | None = None  # The interval between sample grids; with none there are no grids.
+    prompts: tuple[Text, ...] = ()  # The prompts to sample, for a model with condition: text.
+    labels: tuple[NonNegative, ...] = ()  # The class labels to sample, for a model with condition: class.
+    # The sampler of the grids; keys that are left out have the values shown here.
+    sampler: SamplerConfig = SamplerConfig(kind="dpm++", steps=20, guidance=3.0)
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -108,14 +132,14 @@ class PreviewConfig(Section):
     @model_validator(mode="after")
     def _something_to_sample(self) -> PreviewConfig:
         if self.every is not None and not self.prompts and not self.labels:
-            raise ValueError("every: give prompts or labels to sample as well")
+            raise ValueError("every: there is nothing to sample; give prompts or labels as well")
         return self
 
 
 class ValidationConfig(Section):
-    """The loss on held-out data, with the averaged weights, at fixed timesteps; see training/validation.py."""
+    """The loss of the averaged weights on held-out data at fixed timesteps."""
 
-    every: Span
-    path: Text  # shards made like those of data.path, of other images
-    samples: Positive = 2048  # at least so many: whole batches are taken
-    bands: Positive = 8  # equal bands of timesteps, each seen at its middle
+    every: Span  # The interval between validations.
+    path: Text  # The folder of shards of other images, made in the same way as those of data.path.
+    samples: Positive = 2048  # The smallest number of samples; it is rounded up to whole batches.
+    bands: Positive = 8  # The number of equal bands of timesteps, each of which is evaluated at its middle.

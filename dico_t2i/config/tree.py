@@ -26,25 +26,27 @@ from dico_t2i.config.yaml12 import Text
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a whole run."""
 
-    name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]  # of the run's folder
-    seed: Seed = 0
-    model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
-    alignment: AlignmentConfig | None = None  # none: the diffusion loss alone
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    log: LogConfig = LogConfig()
-    preview: PreviewConfig = PreviewConfig()
-    validation: ValidationConfig | None = None
-    sampler: SamplerConfig = SamplerConfig()  # the default of `dico sample` and of evaluations
-    cluster: ClusterConfig = ClusterConfig()
+    # The name of the run and of its folder.
+    name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]
+    seed: Seed = 0  # The seed of all random draws: initial weights, data order, noise, timesteps, samples.
+    model: ModelConfig  # The network.
+    diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process and its loss.
+    autoencoder: AutoencoderConfig = AutoencoderConfig()  # The autoencoder.
+    text_encoder: TextEncoderConfig = TextEncoderConfig()  # The text encoder, for a model with condition: text.
+    # Alignment of features with an image encoder (REPA); with none the run trains on the diffusion loss alone.
+    alignment: AlignmentConfig | None = None
+    data: DataConfig  # The training data.
+    optimizer: OptimizerConfig = OptimizerConfig()  # The optimizer, the learning rate and the averages of the weights.
+    train: TrainConfig  # Duration, batch size, precision and other settings of the training loop.
+    checkpoint: CheckpointConfig = CheckpointConfig()  # When checkpoints are written, and which are kept.
+    guard: GuardConfig = GuardConfig()  # Protection against bad steps.
+    log: LogConfig = LogConfig()  # Where the numbers of a run go, and how often.
+    preview: PreviewConfig = PreviewConfig()  # Sample grids during training.
+    validation: ValidationConfig | None = None  # The loss on held-out data; with none it is not measured.
+    sampler: SamplerConfig = SamplerConfig()  # The default sampler of `dico sample` and of evaluations.
+    cluster: ClusterConfig = ClusterConfig()  # The cluster that the run is launched on and planned for.
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -59,20 +61,24 @@ class Config(Section):
             )
         channels = 3 if self.autoencoder.kind == "pixels" else self.model.in_channels
         if channels != self.model.in_channels:
-            raise ValueError("model.in_channels: must be 3 with autoencoder.kind: pixels")
+            raise ValueError("model.in_channels: it must be 3 with autoencoder.kind: pixels")
         if self.model.condition == "class" and self.preview.prompts:
             raise ValueError("preview.prompts: a class-conditional model takes preview.labels")
         if self.model.condition == "text" and self.preview.labels:
             raise ValueError("preview.labels: a text-conditional model takes preview.prompts")
         if max(self.preview.labels, default=0) >= self.model.num_classes:
             highest = self.model.num_classes - 1
-            raise ValueError(f"preview.labels: {max(self.preview.labels)}, but model.num_classes ends at {highest}")
+            raise ValueError(
+                f"preview.labels: {max(self.preview.labels)}, but the highest class is {highest} (model.num_classes)"
+            )
         if self.validation and _place(self.validation.path) in map(_place, data.paths):
             raise ValueError(
-                f"validation.path: {self.validation.path} is what the run trains on; hold out other samples"
+                f"validation.path: the run trains on {self.validation.path}; give a folder of held-out samples"
             )
         if self.validation and self.validation.bands > min(self.diffusion.steps, self.validation.samples):
-            raise ValueError(f"validation.bands: {self.validation.bands} bands need as many samples and timesteps")
+            raise ValueError(
+                f"validation.bands: {self.validation.bands} bands need at least as many samples and timesteps"
+            )
         return self
 
     @model_validator(mode="after")
@@ -87,27 +93,29 @@ class Config(Section):
         }
         for key, span in spans.items():
             if span and span.minutes is not None:
-                raise ValueError(f"{key}: give steps, images or epochs; minutes are for checkpoint.every alone")
+                raise ValueError(f"{key}: give steps, images or epochs; only checkpoint.every takes minutes")
         return self
 
     @model_validator(mode="after")
     def _alignment_sees_squares(self) -> Config:
         if self.alignment and self.data.buckets:
-            raise ValueError("alignment: its encoder takes squares; leave data.buckets out, or alignment")
+            raise ValueError("alignment: its image encoder takes squares only; leave out data.buckets or alignment")
         return self
 
     @model_validator(mode="after")
     def _samplers_of_the_process(self) -> Config:
         if self.diffusion.kind == "flow" and self.model.learn_sigma:
-            raise ValueError("model.learn_sigma: must be false with diffusion.kind: flow, which has no variance")
+            raise ValueError(
+                "model.learn_sigma: it must be false with diffusion.kind: flow, which has no variance to learn"
+            )
         check_sampler(self.diffusion, self.sampler)
         check_sampler(self.diffusion, self.preview.sampler, "preview.sampler")
         if self.model.condition == "class" and not self.model.dropout_prob:
             previews = self.preview.every is not None and self.preview.sampler.guidance != 1
             if previews or self.sampler.guidance != 1:
                 raise ValueError(
-                    f"{'preview.' if previews else ''}sampler.guidance: must be 1 with model.dropout_prob: 0, which"
-                    " leaves no class to guide away from"
+                    f"{'preview.' if previews else ''}sampler.guidance: it must be 1 with model.dropout_prob: 0,"
+                    " which trains no null class for guidance"
                 )
         return self
 
@@ -120,24 +128,24 @@ class Config(Section):
                 f" {self.latent_size}x{self.latent_size}; set model.latent_size={self.latent_size}"
             )
         if isinstance(model, UViTConfig) and self.data.buckets:
-            raise ValueError("data.buckets: kind: uvit has learned positions for squares of one size; leave it out")
+            raise ValueError("data.buckets: kind: uvit learns positions for squares of one size; leave buckets out")
         return self
 
     @property
     def downscale(self) -> int:
-        """Image pixels to one of what the network sees, in height and in width."""
+        """Return how many image pixels, in height and in width, correspond to one pixel of the network's input."""
         return 1 if self.autoencoder.kind == "pixels" else 8
 
     @property
     def latent_size(self) -> int:
-        """Height and width of what the network sees."""
+        """Return the height and width of the network's input."""
         return self.data.image_size // self.downscale
 
     def batching(self, ranks: int) -> tuple[int, int]:
-        """Samples per rank and pass, and passes per step, on this many ranks.
+        """Return the samples per rank and pass (the micro-batch), and the passes per step, for this number of ranks.
 
-        The largest micro-batch up to train.micro_batch that comes out even. Raises ConfigError when the ranks do not
-        divide the streams.
+        The micro-batch is the largest one up to train.micro_batch that divides the samples of a rank. Raises
+        ConfigError when the number of ranks does not divide the number of streams.
         """
         streams = self.data.streams
         if streams % ranks:
@@ -150,5 +158,5 @@ class Config(Section):
 
 
 def _place(path: str) -> str:
-    """What two spellings of one folder have in common."""
+    """Return the same string for different spellings of one folder."""
     return path.rstrip("/") if "://" in path else os.path.realpath(path)

@@ -1,7 +1,7 @@
-"""YAML by the core rules of YAML 1.2, for configs, cluster profiles, sweeps and values on the command line.
+"""Reads YAML by the core rules of YAML 1.2: configs, cluster profiles, sweeps and values on the command line.
 
 A plain word is a number, true, false, null or text. Numbers are decimal: 010, 0x1F, 1_000, 1:30 and dates are text, and
-so are on, off, yes and no. Numbers remember how they were written, for keys that are text (``Text``).
+so are on, off, yes and no. Numbers keep their spelling for keys that take text (``Text``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, StrictBool
 
-ENVIRONMENT = "env"  # of this key all entries are text as typed, true and null too
+ENVIRONMENT = "env"  # all entries of this key are text as typed, even true and null
 
 
 class WrittenInt(int):
-    """A whole number that knows its spelling."""
+    """An integer that keeps its spelling."""
 
     text: str
 
@@ -30,7 +30,7 @@ class WrittenInt(int):
 
 
 class WrittenFloat(float):
-    """A number that knows its spelling."""
+    """A float that keeps its spelling."""
 
     text: str
 
@@ -48,7 +48,7 @@ def _as_written(value: Any) -> Any:
 
 
 def _number_as_text(value: Any) -> Any:
-    """Also of numbers that come from elsewhere than YAML."""
+    """Convert any number to text, even one that does not come from YAML."""
     value = _as_written(value)
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -60,13 +60,13 @@ def _flag(value: Any) -> Any:
     return _WORDS.get(value.lower(), value) if isinstance(value, str) else value
 
 
-Text = Annotated[str, BeforeValidator(_as_written)]  # text; a number keeps its spelling: 0123, 1.50
+Text = Annotated[str, BeforeValidator(_as_written)]  # text, in which a number keeps its spelling: 0123, 1.50
 AnyText = Annotated[str, BeforeValidator(_number_as_text)]
-Flag = Annotated[StrictBool, BeforeValidator(_flag)]  # true or false; on and yes, off and no mean the same
+Flag = Annotated[StrictBool, BeforeValidator(_flag)]  # true or false, which may be written as on or yes, off or no
 
 
 class _Core(yaml.SafeLoader):
-    """Also: a key that is given twice is an error; YAML's own rule would drop the first."""
+    """A loader with YAML 1.2's rules, for which a key that is given twice is an error."""
 
     yaml_implicit_resolvers = {}
 
@@ -115,7 +115,10 @@ def read_yaml(text: str) -> Any:
 
 
 def read_value(text: str, raw: bool = False) -> Any:
-    """A value from the command line, where " #" begins no comment. raw: plain words are text. Raises yaml.YAMLError."""
+    """A value from the command line, where " #" does not start a comment. Raises yaml.YAMLError.
+
+    raw: return the text unchanged, except for the quotes of a quoted string.
+    """
     try:
         node: Any = yaml.compose(text, _Core)
     except yaml.YAMLError:

@@ -14,12 +14,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dico_t2i import randomness
 from dico_t2i.config import DataConfig
+from dico_t2i.data.choice import choose_captions
 from dico_t2i.data.decode import IMAGE_EXTENSIONS, check_finite, decode_array, decode_image
 from dico_t2i.data.errors import DataError, QuarantinedError, SampleError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.order import SampleOrder
 from dico_t2i.data.reader import ShardReader
-from dico_t2i.data.sample import POOLED, TEXT, captions_of, label_of, member_of, stored_features
+from dico_t2i.data.sample import POOLED, TEXT, Caption, label_of, member_of, sourced_captions, stored_features
 from dico_t2i.data.shard import MOMENTS
 
 MAX_REPLACEMENTS = 100  # in a row, for one position
@@ -109,7 +110,7 @@ class MicroBatches(IterableDataset[Batch]):
 class _Sample(NamedTuple):
     key: str
     pixels: Any  # an image, uint8 (3, H, W) tensor, or moments, float16 array
-    captions: list[str]
+    captions: list[Caption]
     label: int
     features: tuple[np.ndarray, ...]  # of each caption: text and pooled, where they are stored
 
@@ -122,6 +123,17 @@ class _Tally:
     quarantined: int = 0
 
 
+class Wanted(NamedTuple):
+    """What is wanted of a sample beside its pixels.
+
+    classes: labels from there on make a sample bad. tokenize: captions to token ids, where tokens are wanted.
+    """
+
+    condition: Literal["class", "text"]
+    classes: int | None = None
+    tokenize: Callable[[list[str]], Tensor] | None = None
+
+
 @dataclass
 class Samples:
     """Turns positions into a batch."""
@@ -130,9 +142,7 @@ class Samples:
     reader: ShardReader
     order: SampleOrder
     seed: int
-    condition: Literal["class", "text"]
-    classes: int | None
-    tokenize: Callable[[list[str]], Tensor] | None
+    wanted: Wanted
     shapes: dict[int | None, tuple[int, ...]]  # of images in pixels or of moments as stored, by bucket
 
     def batch(self, positions: np.ndarray) -> Batch:
@@ -151,7 +161,7 @@ class Samples:
             batch.moments = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
         sources = self.order.sources(positions)
         batch.sources = None if sources is None else torch.from_numpy(sources)
-        if self.condition == "class":
+        if self.wanted.condition == "class":
             batch.labels = torch.tensor([sample.label for sample in samples])
         else:
             self._add_text(batch, samples)
@@ -159,14 +169,13 @@ class Samples:
 
     def _add_text(self, batch: Batch, samples: list[_Sample]) -> None:
         """The caption drawn for each sample, and its tokens or features."""
-        counts = torch.tensor([len(sample.captions) for sample in samples])
-        choices = randomness.integers(self.seed, "caption", batch.positions, counts).tolist()
-        batch.captions = [sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)]
+        choices = choose_captions(self.data, self.seed, batch.positions, [sample.captions for sample in samples])
+        batch.captions = [sample.captions[choice].text for sample, choice in zip(samples, choices, strict=True)]
         if self.data.cached_text:
             rows = [[part[choice] for part in s.features] for s, choice in zip(samples, choices, strict=True)]
             batch.text, batch.pooled = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        elif self.tokenize:
-            batch.tokens = self.tokenize(batch.captions)
+        elif self.wanted.tokenize:
+            batch.tokens = self.wanted.tokenize(batch.captions)
 
     def _usable(self, position: int, shard: int, member: int, flip: bool, bucket: int | None, tally: _Tally) -> _Sample:
         """The sample of a position, or the first of its replacements that can be used.
@@ -194,8 +203,8 @@ class Samples:
         sample = self.reader.read(shard, member, patient, bucket)
         key = sample["__key__"]
         try:
-            captions = captions_of(sample) if self.condition == "text" else []
-            label = label_of(sample, self.classes) if self.condition == "class" else -1
+            captions = sourced_captions(sample) if self.wanted.condition == "text" else []
+            label = label_of(sample, self.wanted.classes) if self.wanted.condition == "class" else -1
             features = stored_features(sample, len(captions)) if self.data.cached_text else ()
             return _Sample(key, self._pixels(sample, flip, bucket), captions, label, features)
         except SampleError as error:

@@ -9,25 +9,21 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
 from dico_t2i.config import CacheConfig
 from dico_t2i.data.errors import DataError, ShardError
 from dico_t2i.data.index import DatasetIndex, read_index
 from dico_t2i.data.quarantine import FILE as QUARANTINE
+from dico_t2i.data.remote import download, patiently, read
 from dico_t2i.data.shard import ShardIndex, index_path
 from dico_t2i.files import temporary, write_atomically
 
 GIGABYTE = 10**9
-
-_CONNECT_S, _SILENCE_S = 30.0, 60.0  # of a web server, after which a download has failed
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class CachedIndex(DatasetIndex):
             self._make_room(size or 0)
             part = temporary(path)
             try:
-                _download(f"{self.url}/{path.name}", part)
+                download(f"{self.url}/{path.name}", part)
                 found = part.stat().st_size
                 if size not in (None, found):
                     raise ShardError(f"{self.url}/{path.name}: {found} bytes came, {size} are in the index")
@@ -97,7 +93,7 @@ def cached_index(url: str, cache: CacheConfig, retries: int = 0, retry_wait_s: f
     DataError if there is no index, it cannot be read, or its largest shard is larger than the cache.
     """
     url = url.rstrip("/")
-    content = _patiently(lambda: _read(f"{url}/index.json"), f"{url}/index.json", retries, retry_wait_s)
+    content = _read(f"{url}/index.json", retries, retry_wait_s)
     if content is None:
         raise DataError(
             f"{url}: there is no index.json; index the folder where the shards lie, python -m dico_t2i.data DIR,"
@@ -106,7 +102,7 @@ def cached_index(url: str, cache: CacheConfig, retries: int = 0, retry_wait_s: f
     folder = Path(cache.path).expanduser() / hashlib.sha256(url.encode() + b"\0" + content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "index.json", content)
-    listed = _patiently(lambda: _read(f"{url}/{QUARANTINE}"), f"{url}/{QUARANTINE}", retries, retry_wait_s)
+    listed = _read(f"{url}/{QUARANTINE}", retries, retry_wait_s)
     write_atomically(folder / QUARANTINE, listed or b"")
     index, limit = read_index(folder), int(cache.max_gb * GIGABYTE)
     if index.bytes.max() > limit:
@@ -137,59 +133,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _patiently(work: Callable[[], Result], name: str, retries: int, wait_s: float) -> Result | None:
-    """The result of ``work``, tried again where it fails; None if what it reads is not there."""
-    for attempt in range(retries + 1):
-        try:
-            return work()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            reason = str(error)
-        if attempt < retries:
-            time.sleep(wait_s * 2**attempt)
-    raise DataError(f"{name}: cannot be read: {reason}")
-
-
-def _read(url: str) -> bytes:
-    with _remote_errors(url):
-        system, path = _file_system(url)
-        content: bytes = system.cat_file(path)
-        return content
-
-
-def _download(url: str, to: Path) -> None:
-    with _remote_errors(url):
-        system, path = _file_system(url)
-        system.get_file(path, str(to))
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, as fsspec has it, and the path there. Raises DataError if a package is missing."""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
-        options = {"client_kwargs": {"timeout": timeout}}
+def _read(url: str, retries: int, wait_s: float) -> bytes | None:
+    """A file's content; None if it is not there. Raises DataError."""
     try:
-        return fsspec.url_to_fs(url, **options)
-    except ImportError as error:
-        scheme = url.partition("://")[0]
-        remedy = "pip install dico_t2i[s3]" if scheme in ("s3", "s3a") else str(error)
-        raise DataError(f"{url}: {scheme}:// needs another package: {remedy}") from None
-    except ValueError as error:
-        raise DataError(f"{url}: {error}") from None
-
-
-@contextmanager
-def _remote_errors(url: str) -> Iterator[None]:
-    """File systems of fsspec raise errors of their own kinds; here they become OSError."""
-    try:
-        yield
-    except (OSError, DataError):
-        raise
-    except Exception as error:
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+        return patiently(lambda: read(url), retries, wait_s)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read: {error}") from None

@@ -12,16 +12,16 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.functional import interpolate
 
 from dico_t2i.data.errors import SampleError
+
+if TYPE_CHECKING:  # it is imported where it is used: --help of a script must not wait for it
+    from torch import Tensor
 
 MAX_PIXELS = 1 << 27
 
@@ -90,6 +90,8 @@ def decode_moments(data: bytes, shape: tuple[int, ...]) -> Tensor:
     """
     moments = decode_array(data, shape, "moments")
     check_finite(moments, "moments")
+    import torch
+
     return torch.from_numpy(moments.copy())
 
 
@@ -242,6 +244,9 @@ def _middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
     """uint8 (h, w, 3) -> uint8 (3, height, width), by Lanczos with antialiasing."""
+    import torch
+    from torch.nn.functional import interpolate
+
     if _torch_has_lanczos():  # vectorised; within a level of Pillow's
         planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
         return interpolate(planes, size=(height, width), mode="lanczos", antialias=True)[0].contiguous()
@@ -251,6 +256,9 @@ def _resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _torch_has_lanczos() -> bool:
+    import torch
+    from torch.nn.functional import interpolate
+
     try:
         interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), size=(2, 2), mode="lanczos", antialias=True)
     except (NotImplementedError, ValueError, RuntimeError):  # of older versions

@@ -22,6 +22,7 @@ import numpy as np
 from dico_t2i.data.errors import DataError, ShardError
 from dico_t2i.data.quarantine import Quarantine, quarantined_samples, read_quarantine
 from dico_t2i.data.shard import MOMENTS, VERSION, Kind, ShardIndex, index_path, index_shard, rebuild_remedy
+from dico_t2i.data.tar import PACKED
 from dico_t2i.files import write_atomically
 
 _log = getLogger(__name__)
@@ -108,7 +109,9 @@ def write_index(
     root = Path(root)
     tars = sorted(root.glob("*.tar"))
     if not tars:
-        raise DataError(f"{root}: no shards (*.tar) in this folder")
+        packed = sorted(path.name for path in root.glob("*.t*") if path.name.endswith(PACKED))
+        cause = f"; {len(packed)} are compressed, such as {packed[0]}: unpack them" if packed else ""
+        raise DataError(f"{root}: no shards (*.tar) in this folder{cause}")
     stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         show_progress(pool.map(_index_and_save, stale), len(stale), "indexing shards")
@@ -120,8 +123,8 @@ def write_index(
         entries.append(_entry(tar, shard, buckets))
         found.update(shard.extensions)
     if not any(entry["samples"] for entry in entries):
-        damage = "; ".join(entries[0].get("damage", ()))
-        raise DataError(f"{root}: no samples in its {len(tars)} shards; {damage or 'the tars are empty'}")
+        causes = [*entries[0].get("damage", ()), *_left_out(index_shard(tars[0]))]
+        raise DataError(f"{root}: no samples in its {len(tars)} shards; {'; '.join(causes) or 'the tars are empty'}")
     if kind is None:
         kind = "latents" if MOMENTS in found else "images"
     content = {"version": VERSION, "kind": kind, "shards": entries, "meta": dict(meta or {})}
@@ -151,11 +154,21 @@ def _index_and_save(tar: Path) -> None:
     shard = index_shard(tar)
     for place in shard.damage:
         _log.warning("%s: damaged at %s; %d samples can be read", tar, place, len(shard))
+    for line in _left_out(shard):
+        _log.warning("%s: %s", tar, line)
     with suppress(ShardError):
         known = ShardIndex.load(index_path(tar))
         if np.array_equal(known.key_bytes, shard.key_bytes) and np.array_equal(known.key_bounds, shard.key_bounds):
             shard = replace(shard, bucket=known.bucket)
     shard.save(index_path(tar))
+
+
+def _left_out(shard: ShardIndex) -> list[str]:
+    """One line for each reason why members of a tar are no part of a sample."""
+    names: dict[str, list[str]] = {}
+    for reason, name in shard.left_out:
+        names.setdefault(reason, []).append(name)
+    return [f"{len(found)} members left out: {reason}, such as {found[0]!r}" for reason, found in names.items()]
 
 
 def _entry(tar: Path, shard: ShardIndex, buckets: int) -> dict[str, Any]:

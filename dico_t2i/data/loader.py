@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dico_t2i.config import DataConfig
-from dico_t2i.data.batches import Batch, MicroBatches, Samples, pixel_shapes, wanted_extensions
+from dico_t2i.data.batches import Batch, MicroBatches, Samples, Wanted, pixel_shapes, wanted_extensions
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.order import SampleOrder, rank_positions
@@ -25,42 +24,50 @@ PREFETCH = 4  # micro-batches per worker
 _MAX_OPEN_SHARDS = 256
 
 
+class Share(NamedTuple):
+    """What a rank makes of each step: its positions of the global batch, in micro-batches."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world: int = 1
+
+
 def make_loader(
     data: DataConfig,
     index: DatasetIndex,
     order: SampleOrder,
+    share: Share,
+    wanted: Wanted,
     *,
     seed: int,
-    condition: Literal["class", "text"],
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    start_step: int,
-    tokenize: Callable[[list[str]], Tensor] | None,
-    classes: int | None = None,
-    retries: int = 0,
-    retry_wait_s: float = 0.5,
+    start_step: int = 0,
     timeout_s: float = 0.0,
 ) -> Iterable[Batch]:
     """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut evenly.
 
-    classes: labels from there on make a sample bad. retries, retry_wait_s: see ShardReader. timeout_s: the longest
-    wait for a worker's micro-batch; 0 is for ever.
+    timeout_s: the longest wait for a worker's micro-batch; 0 is for ever.
     Raises DataError if sizes do not divide, or the latents in the index are not those of the config. While
     iterating, raises DataError that names the worker if one died or is late.
     """
-    positions_of = partial(rank_positions, global_batch=global_batch, streams=order.streams, rank=rank, world=world)
+    positions_of = partial(
+        rank_positions,
+        global_batch=share.global_batch,
+        streams=order.streams,
+        rank=share.rank,
+        world=share.world,
+    )
     per_rank = len(positions_of(start_step))
-    if per_rank % micro_batch:
-        raise DataError(f"micro-batch {micro_batch} does not divide the {per_rank} samples of a rank and step")
+    if per_rank % share.micro_batch:
+        raise DataError(f"micro-batch {share.micro_batch} does not divide the {per_rank} samples of a rank and step")
     # A block of a stream spans a few shards; all streams' shards should stay open.
-    open_shards = min(_MAX_OPEN_SHARDS, 4 * order.streams // world)
-    wanted = wanted_extensions(data, index, condition)
-    reader = ShardReader(index, open_shards, retries, retry_wait_s, extensions=wanted, obey_quarantine=True)
-    shapes = pixel_shapes(data, index)
-    samples = Samples(data, reader, order, seed, condition, classes, tokenize, shapes)
-    plan = MicroBatches(samples, positions_of, micro_batch, per_rank // micro_batch, start_step)
+    open_shards = min(_MAX_OPEN_SHARDS, 4 * order.streams // share.world)
+    extensions = wanted_extensions(data, index, wanted.condition)
+    reader = ShardReader(
+        index, open_shards, data.retries, data.retry_wait_s, extensions=extensions, obey_quarantine=True
+    )
+    samples = Samples(data, reader, order, seed, wanted, pixel_shapes(data, index))
+    plan = MicroBatches(samples, positions_of, share.micro_batch, per_rank // share.micro_batch, start_step)
     if not data.workers:
         return DataLoader(plan, batch_size=None, pin_memory=torch.cuda.is_available())
     loader = DataLoader(
@@ -73,4 +80,4 @@ def make_loader(
         worker_init_fn=partial(set_up_worker, os.getpid()),
         timeout=POLL_S,
     )
-    return SupervisedLoader(loader, plan, rank, timeout_s)
+    return SupervisedLoader(loader, plan, share.rank, timeout_s)

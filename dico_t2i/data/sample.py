@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dico_t2i.data.decode import check_finite, decode_rows
 from dico_t2i.data.errors import SampleError
+from dico_t2i.text_lines import decode_text
 
 TEXT, POOLED = "text.npy", "pooled.npy"  # features of each caption: float16 (captions, T, dim), (captions, pooled_dim)
 
@@ -28,41 +29,83 @@ def member_of(sample: dict[str, Any], *extensions: str) -> bytes:
     raise SampleError("", "", f"has no {' or '.join(extensions)}")
 
 
+class Caption(NamedTuple):
+    """A caption with its source, such as "alt" or "short", as the sample's json names it; "" where it does not."""
+
+    text: str
+    source: str = ""
+
+
 def captions_of(sample: dict[str, Any]) -> list[str]:
-    """The captions in the sample's json that are not blank, or else its txt as one. Raises SampleError if none are."""
+    """The texts of ``sourced_captions``."""
+    return [caption.text for caption in sourced_captions(sample)]
+
+
+def sourced_captions(sample: dict[str, Any]) -> list[Caption]:
+    """The captions of a sample that are not blank: those of its json, or else its txt. Raises SampleError if none are.
+
+    ``captions_in`` says what counts as a caption; ``caption_sources`` of the json, a list as long, names their sources.
+    """
     try:
-        found = json.loads(sample.get("json", b"{}")).get("captions")
-        if found is None:
-            found = [_text(member_of(sample, "txt"))]
-        if not isinstance(found, list):
-            raise TypeError("captions is not a list")
-        captions = [text if text.isascii() else _well_formed(text) for text in found if text.strip()]
+        about = json.loads(sample.get("json", b"{}"))
+        found, other = captions_in(about.get("captions"), about.get("caption_sources"), sample.get("txt"))
+        captions = [Caption(_well_formed(text), source) for text, source in found if text.strip()]
+        if not captions and other:
+            raise TypeError(f"found {', '.join(other)}")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SampleError("", "", f"captions cannot be read: {error}") from None
     if not captions:
-        raise SampleError("", "", "has no caption")
+        raise SampleError("", "", "has no caption" if found or "captions" in about else "has no captions and no txt")
     return captions
 
 
-def _text(data: bytes) -> str:
-    """Text in UTF-8 or UTF-16, by their byte order marks if they have any, or else in Windows-1252, Latin-1's superset.
+def captions_in(
+    value: Any, sources: Any = None, txt: bytes | None = None, encoding: str | None = None
+) -> tuple[list[Caption], list[str]]:
+    """The captions in a value of unknown origin, and in words what else there is in it.
+
+    A text is a caption, and so is each text of a list. Null, numbers, objects and lists in lists are none and never
+    become text. If no caption is left that is not blank, txt is the caption, decoded as ``decode_caption`` does.
+    Training, data preparation and evaluations all decide by this function. Raises ValueError for txt that is no text.
+    """
+    items = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    named = sources if isinstance(sources, list | tuple) and len(sources) == len(items) else [""] * len(items)
+    pairs = zip(items, named, strict=True)
+    captions = [Caption(item, str(source)) for item, source in pairs if isinstance(item, str)]
+    other = [_kind(item) for item in items if not isinstance(item, str)]
+    if txt is not None and not any(caption.text.strip() for caption in captions):
+        return [Caption(decode_caption(txt, encoding), "txt")], other
+    return captions, other
+
+
+def _kind(value: Any) -> str:
+    """What a value of JSON or of a table is, in words."""
+    if value is None or value != value:  # NaN is how tables of numbers say that there is none
+        return "null"
+    if isinstance(value, bool | int | float):
+        return "a number"
+    return "a list" if isinstance(value, list | tuple) else "an object"
+
+
+def decode_caption(data: bytes, encoding: str | None = None) -> str:
+    """Text by its byte-order mark, else in ``encoding``, else in UTF-8 or Windows-1252, Latin-1's superset.
 
     Raises ValueError for other bytes.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
+        text = decode_text(data, "txt", encoding or "utf-8")
+    except ValueError:
+        if encoding is not None:
+            raise
         text = data.decode("cp1252")
-    if _CONTROL.search(text):
+    if encoding is None and _CONTROL.search(text):
         raise ValueError("not text in UTF-8, UTF-16 or Windows-1252")
     return text
 
 
 def _well_formed(text: str) -> str:
     """The text without lone surrogates, which JSON can hold and no tokenizer takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def stored_features(sample: dict[str, Any], captions: int) -> tuple[np.ndarray, ...]:

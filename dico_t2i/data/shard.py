@@ -9,19 +9,31 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dico_t2i.data.errors import ShardError
-from dico_t2i.data.tar import CHUNK, split_name, tar_members
+from dico_t2i.data.tar import CHUNK, compression, divide_again, split_name, tar_members, why_left_out
 from dico_t2i.files import write_atomically
 
 Kind = Literal["images", "latents"]
+
+
+_Place = tuple[int, int, int]  # offset, size, crc32
+_Sample = tuple[str, dict[str, _Place]]  # key, and places by extension
+
+
+class _Member(NamedTuple):
+    """A member by its key and extension; place: None if it is cut."""
+
+    name: tuple[str, str]
+    place: _Place | None
 
 
 MOMENTS = "moments.npy"
@@ -35,7 +47,8 @@ class ShardIndex:
     extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two
     in bytes; -1 where a sample lacks that extension. key_bytes: uint8, all keys joined; key_bounds: int64
     (n + 1,). tar_bytes: size of the tar. damage: one line for each place of the tar that could not be read. bucket:
-    int16 (n,), the number of each sample's shape in the dataset's ``buckets``, if they were assigned.
+    int16 (n,), the number of each sample's shape in the dataset's ``buckets``, if they were assigned. left_out: why
+    members are no part of a sample, with the name of each; known when the tar was walked, not saved.
     """
 
     extensions: tuple[str, ...]
@@ -47,6 +60,7 @@ class ShardIndex:
     tar_bytes: int
     damage: tuple[str, ...] = ()
     bucket: np.ndarray | None = None
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -115,34 +129,51 @@ def index_shard(tar_path: str | Path) -> ShardIndex:
     """Read a tar once and index its samples; only regular files with plain relative names count.
 
     A member's key is its name up to the first dot of the base name, its extension the rest, in lower case;
-    neighbours with one key make a sample (webdataset's rule). Unreadable stretches are skipped and listed in
-    ``damage``; a sample with a cut member is left out. Raises ShardError if the file cannot be opened.
+    neighbours with one key make a sample (webdataset's rule), unless ``divide_again`` finds dots in their keys.
+    Unreadable stretches are skipped and listed in ``damage``, members that are no part of a sample in ``left_out``;
+    a sample with a cut member is left out. Raises ShardError if the file cannot be opened or is compressed.
     """
     tar_path = Path(tar_path)
     damage: list[str] = []
-    samples: list[tuple[str, dict[str, tuple[int, int, int]]]] = []
+    left_out: list[tuple[str, str]] = []
+    samples: list[_Sample] = []
+    neighbours: list[_Member] = []
     try:
         with tar_path.open("rb") as file:
+            if program := compression(file):
+                raise ShardError(f"{tar_path}: is compressed ({program}); unpack it, for shards are read by position")
             for info, whole in tar_members(file, damage):
-                name = split_name(info.name)
-                if name is None or not info.isreg() or info.issparse():
+                reason, name = why_left_out(info), split_name(info.name)
+                if reason is not None or name is None:
+                    left_out += [] if info.isdir() else [(str(reason), info.name)]
                     continue
-                key, extension = name
-                if not samples or samples[-1][0] != key or extension in samples[-1][1]:
-                    samples.append((key, {}))
-                if not whole:
-                    samples.pop()
-                    continue
-                crc = _crc32(file, info.offset_data, info.size)
-                samples[-1][1][extension] = (info.offset_data, info.size, crc)
+                if neighbours and neighbours[0].name[0] != name[0]:
+                    samples += _samples_of(neighbours)
+                    neighbours = []
+                crc = _crc32(file, info.offset_data, info.size) if whole else 0
+                neighbours.append(_Member(name, (info.offset_data, info.size, crc) if whole else None))
             tar_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ShardError(f"{tar_path}: cannot be read: {error}") from error
-    return _to_arrays(samples, tar_bytes, damage)
+    return _to_arrays([*samples, *_samples_of(neighbours)], tar_bytes, damage, left_out)
+
+
+def _samples_of(neighbours: Sequence[_Member]) -> list[_Sample]:
+    """The samples of members with one key; a repeated extension starts a new one, a cut member ends its own."""
+    samples: list[_Sample] = []
+    names = divide_again([member.name for member in neighbours])
+    for (key, extension), member in zip(names, neighbours, strict=True):
+        if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+            samples.append((key, {}))
+        if member.place is None:
+            samples.pop()
+        else:
+            samples[-1][1][extension] = member.place
+    return samples
 
 
 def _to_arrays(
-    samples: list[tuple[str, dict[str, tuple[int, int, int]]]], tar_bytes: int, damage: list[str]
+    samples: list[_Sample], tar_bytes: int, damage: list[str], left_out: list[tuple[str, str]]
 ) -> ShardIndex:
     extensions = tuple(sorted({name for _, members in samples for name in members}))
     table = np.full((len(samples), len(extensions), 3), -1, dtype=np.int64)
@@ -153,7 +184,9 @@ def _to_arrays(
     bounds = np.cumsum([0, *map(len, keys)], dtype=np.int64)
     offsets, sizes, crc32 = np.ascontiguousarray(table.transpose(2, 0, 1))
     joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
-    return ShardIndex(extensions, offsets, sizes, crc32, joined, bounds, tar_bytes, tuple(damage))
+    return ShardIndex(
+        extensions, offsets, sizes, crc32, joined, bounds, tar_bytes, tuple(damage), left_out=tuple(left_out)
+    )
 
 
 def index_path(tar: Path) -> Path:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
+
+from dico_t2i.data.decode import IMAGE_EXTENSIONS
 
 CHUNK = 1 << 24
 _MAX_EXTRA_HEADER = 1 << 20  # bytes of a long name or of PAX fields; more is no name
 
+
+_PIXELS = {*IMAGE_EXTENSIONS, "moments.npy"}
+_DESCRIPTIONS = {"json", "txt", "cls"}
+_KNOWN = _PIXELS | _DESCRIPTIONS | {"text.npy", "pooled.npy"}
+
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # names of compressed tars
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 _EXTRA_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
@@ -61,6 +71,23 @@ def tar_members(file: BinaryIO, damage: list[str]) -> Iterator[tuple[tarfile.Tar
         damage.append(f"bytes {end} to {size}: no tar members")
 
 
+def why_left_out(info: tarfile.TarInfo) -> str | None:
+    """Why a member, no folder, can be no part of a sample; None if it can."""
+    if info.islnk():
+        return "hard links (tar them with --hard-dereference)"
+    if info.issym():
+        return "symbolic links (tar them with --dereference)"
+    if not info.isreg():
+        return "devices and pipes"
+    if info.issparse():
+        return "sparse files"
+    if info.name.startswith("/"):
+        return "absolute names (tar them without --absolute-names)"
+    if ".." in info.name.split("/"):
+        return "names with .. in them"
+    return None if split_name(info.name) else "names without a key or an extension"
+
+
 def split_name(name: str) -> tuple[str, str] | None:
     """(key, extension) of a member's name; None if it is no sample's, or reaches out of the folder."""
     name = name.removeprefix("./")
@@ -69,6 +96,38 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not stem or not extension or name.startswith("/") or ".." in folder.split("/"):
         return None
     return folder + slash + stem, extension.lower()
+
+
+def divide_again(members: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Key and extension of neighbours that webdataset's rule gives one key, where their keys have dots in them.
+
+    "a.1.jpg" and "a.1.txt" are a sample "a.1" if the neighbours hold nothing that is named as a member of a sample "a".
+    All are returned as they are where that is not so.
+    """
+    if any(extension in _KNOWN for _, extension in members):
+        return list(members)
+    again = [_at_known_extension(key, extension) for key, extension in members]
+    pictures = {key for key, extension in again if extension in _PIXELS}
+    described = {key for key, extension in again if extension in _DESCRIPTIONS}
+    return again if pictures & described else list(members)
+
+
+def _at_known_extension(key: str, extension: str) -> tuple[str, str]:
+    parts = extension.split(".")
+    start = next((i for i in range(1, len(parts)) if ".".join(parts[i:]) in _KNOWN), len(parts) - 1)
+    return ".".join([key, *parts[:start]]), ".".join(parts[start:])
+
+
+def key_without_dots(key: str) -> str:
+    """A key that any reader of webdataset finds again: dots of its last part written as %2E. Different keys differ."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + re.sub("%(?=2E|25)", "%25", base).replace(".", "%2E")
+
+
+def compression(file: BinaryIO) -> str | None:
+    """The program that compressed a file; None if it is not known to be compressed."""
+    start = os.pread(file.fileno(), 8, 0)
+    return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
 
 
 def _any_nonzero(file: BinaryIO, start: int, stop: int) -> bool:

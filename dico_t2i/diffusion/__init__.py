@@ -1,6 +1,6 @@
-"""Diffusion processes: iDDPM and rectified flow; training losses, guidance and samplers.
+"""Diffusion processes (iDDPM and rectified flow) with their training losses, guidance and samplers.
 
-Everything here works on tensors and a callable that stands for the network, and knows nothing of either.
+Everything here works on tensors and on a callable that stands for the network, and depends on no particular network.
 """
 
 from dico_t2i.config import DiffusionConfig
@@ -27,5 +27,5 @@ __all__ = [
 
 
 def build(config: DiffusionConfig, learn_sigma: bool) -> Process:
-    """The process a config describes. Raises ValueError if there is no such process."""
+    """The process that a config describes. Raises ValueError for an impossible noise schedule."""
     return build_flow(config) if config.kind == "flow" else iddpm.build(config, learn_sigma)

@@ -3,8 +3,8 @@
     x_t = (1 - t) x_0 + t noise,    dx_t/dt = v = noise - x_0,    t from 0 (data) to 1 (noise)
 
 This is the convention of the papers on rectified flow in latent space (SiT, Ma et al. 2024, with its linear path;
-Stable Diffusion 3, Esser et al. 2024) and of REPA's code; SiT's own code runs time the other way. The network sees
-t times ``steps``, so that the sinusoids of its timestep embedding, made for 0..999, tell the times apart.
+Stable Diffusion 3, Esser et al. 2024) and of REPA's code; SiT's own code runs time in the other direction. The
+network sees t times ``steps``, since the sinusoids of its timestep embedding are made for 0..999.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Time = TypeVar("Time", float, Tensor)
 
 @dataclass(frozen=True)
 class Flow:
-    """The linear path, how its times are drawn in training, and how their losses are weighed.
+    """The linear path, the distribution of its times in training, and the weights of their losses.
 
     timesteps "logit_normal": logit(t) ~ N(logit_mean, logit_std^2); ``shift`` then moves the times towards noise.
-    weighting "logit_normal" weighs the losses with the density of that distribution instead, for times that are uniform
-    before the shift.
+    weighting "logit_normal" multiplies the losses by the density of that distribution instead, for times that are
+    uniform before the shift.
     """
 
     steps: int = 1000
@@ -40,7 +40,7 @@ class Flow:
     shift: float = 1.0
 
     def draw_timesteps(self, seed: int, position: Tensor) -> Tensor:
-        """Timesteps in 0..steps, fractional, float64. position (N,) int64 -> (N,)."""
+        """Draw fractional timesteps in 0..steps, float64. position (N,) int64 -> (N,)."""
         if self.timesteps == "uniform":
             time = uniform(seed, "timestep", position)
         else:
@@ -49,7 +49,7 @@ class Flow:
         return self.steps * shifted(time, self.shift)
 
     def training_losses(self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Losses of each sample, (N,): "mse" of the velocity, and "loss", which is mse with its weight.
+        """Losses of each sample, (N,): "mse" of the velocity, and "loss", the weighted mse.
 
         t (N,) in 0..steps, of any dtype. Raises ValueError if the network has the wrong number of channels.
         """
@@ -64,18 +64,18 @@ class Flow:
         return {"loss": weight.to(mse.dtype) * mse, "mse": mse}
 
     def velocity(self, model_fn: ModelFn, x: Tensor, t: Tensor) -> Tensor:
-        """Run the network; its velocity, (N, C, H, W). x (N, C, H, W), t (N,) in 0..steps."""
+        """Run the network and return its velocity (N, C, H, W). x (N, C, H, W), t (N,) in 0..steps."""
         output = full_precision(model_fn(x, t.to(x.dtype)))
         if output.shape != x.shape:
             raise ValueError(
-                f"the network returned {tuple(output.shape)} for {tuple(x.shape)} in; a flow's velocity has the shape"
-                " of its input (model.learn_sigma must be false)"
+                f"the network returned {tuple(output.shape)} for an input of {tuple(x.shape)}; the velocity of a flow"
+                " has the shape of its input (model.learn_sigma must be false)"
             )
         return output
 
 
 def build_flow(config: DiffusionConfig) -> Flow:
-    """The flow a config describes."""
+    """The flow that a config describes."""
     assert config.weighting != "min_snr"  # refused by the config
     return Flow(
         steps=config.steps,
@@ -93,7 +93,7 @@ def shifted(time: Time, shift: float) -> Time:
 
 
 def logit_normal_density(time: Tensor, mean: float, std: float) -> Tensor:
-    """Density of t in 0..1 whose logit is N(mean, std^2), elementwise (Stable Diffusion 3)."""
-    time = time.clamp(2**-33, 1 - 2**-33)  # 0 itself can be drawn, once in 2^32
+    """The density, elementwise, of t in 0..1 whose logit is N(mean, std^2) (Stable Diffusion 3)."""
+    time = time.clamp(2**-33, 1 - 2**-33)  # 0 is drawn once in 2^32 times
     normal = (torch.logit(time) - mean) / std
     return torch.exp(-0.5 * normal**2) / (std * math.sqrt(2 * math.pi) * time * (1 - time))

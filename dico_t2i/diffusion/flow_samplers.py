@@ -1,8 +1,8 @@
 """Samplers of a rectified flow: from noise at time 1 to latents at time 0, given the (guided) velocity.
 
-Their cost is counted in evaluations of the network, ``sampler.steps``. "euler" and "dpm++" take one for a step.
-"heun" takes two, but one for the last step, so as never to ask at time 0, where training has hardly been: n steps are
-2n - 1 evaluations. "euler_sde" takes one, and adds noise.
+``sampler.steps`` counts evaluations of the network. "euler" and "dpm++" need one for each step. "heun" needs two,
+except for one in the last step, which avoids time 0, where the network is hardly trained: n steps are 2n - 1
+evaluations. "euler_sde" needs one for each step, and adds noise.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from dico_t2i.diffusion.flow import Flow, shifted
 from dico_t2i.diffusion.process import ModelFn
 
 Velocity = Callable[[Tensor, float], Tensor]
-Steps = Generator[Tensor, Tensor, None]  # gives the latents after each step, and takes those to go on with
+Steps = Generator[Tensor, Tensor, None]  # yields the latents after each step, and is sent those to continue with
 StepNoise = Callable[[int], Tensor]
 Progress = Callable[[int, int], None]
-StepHook = Callable[[int, float, Tensor], Tensor]  # step k, its timestep, the latents after it -> those to go on with
+# Step k, its timestep and the latents after it -> the latents to continue with.
+StepHook = Callable[[int, float, Tensor], Tensor]
 
-# The stochastic sampler makes one step without noise from here to the data, as REPA's does.
+# From this time the stochastic sampler takes one step without noise to the data, as REPA's sampler does.
 _LAST_NOISY_TIME = 0.04
 
 
@@ -53,7 +54,7 @@ def sample_flow(
 
 
 def _run(steps: Steps, times: Sequence[float], on_step: StepHook | None) -> Tensor:
-    """The latents after the last step; on_step's go back into the steps."""
+    """Run all steps and return the last latents; the result of on_step replaces the latents after each step."""
     x = next(steps)
     for k, time in enumerate(times[:-2]):
         x = steps.send(on_step(k, time, x) if on_step else x)
@@ -61,7 +62,7 @@ def _run(steps: Steps, times: Sequence[float], on_step: StepHook | None) -> Tens
 
 
 def flow_times(sampler: SamplerConfig) -> list[float]:
-    """The times a sampler stops at, from 1 down to 0: evenly spaced, then moved by ``sampler.shift``."""
+    """The times of a sampler's steps, from 1 down to 0: evenly spaced, then moved by ``sampler.shift``."""
     if sampler.kind == "euler_sde":
         even = np.append(np.linspace(1, _LAST_NOISY_TIME, sampler.steps), 0.0)
     else:
@@ -75,7 +76,7 @@ def _euler(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) 
 
 
 def _heun(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) -> Steps:
-    """The mean of the velocities at both ends of a step, the second one found by Euler's step."""
+    """Heun's method: uses the mean of the velocities at both ends of a step, the second one after an Euler step."""
     for now, then in pairwise(times):
         slope = velocity(x, now)
         if then > 0:
@@ -86,8 +87,8 @@ def _heun(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) -
 def _flow_dpm_solver(velocity: Velocity, x: Tensor, times: Sequence[float], _: StepNoise) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with alpha = 1 - t and sigma = t.
 
-    A step exact for a constant estimate of x_0, which is extrapolated from the last two, linearly in
-    log(alpha/sigma). That is infinite at both ends, so the first two steps and the last use the estimate as it is.
+    Each step is exact for a constant estimate of x_0, which is extrapolated from the last two estimates, linearly in
+    log(alpha/sigma). That is infinite at both ends, so the first two steps and the last do not extrapolate.
     """
     before, earlier = 1.0, x
     for now, then in pairwise(times):

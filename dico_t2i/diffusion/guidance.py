@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022), in one convention: uncond + w (cond - uncond)."""
+"""Classifier-free guidance (Ho and Salimans 2022): uncond + w (cond - uncond)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def guided(
 ) -> ModelFn:
     """The guided network as a function of x (N, C, H, W) and t (N,).
 
-    ``model_fn(x, t, **conditioning)`` runs once on a batch of 2N, conditional half first; ``cond`` and
-    ``null`` hold its conditioning, tensors (N, ...) or nested tuples and dicts of them; those of ``null`` may be
-    (1, ...), one for all. Guidance applies to the C prediction channels; the
-    variance channels are the conditional ones. ``channels="three"`` guides channels 0..2 only, as the
-    released code does. scale 1 is no guidance and runs the N conditional samples alone; so it goes for timesteps
-    outside of ``interval``, bounds included, in fractions of ``steps`` (Kynkaanniemi et al. 2024): there, all of
-    t must be the same time, as samplers have it. ``wrap`` is applied to each network that is called with x and t
-    alone. Results are float32 (or float64). Raises ValueError if the two conditionings do not match.
+    ``model_fn(x, t, **conditioning)`` runs once on a batch of 2N, the conditional half first. ``cond`` and ``null``
+    hold its conditioning: tensors (N, ...), or nested tuples and dicts of them. Those of ``null`` may be (1, ...),
+    which is used for all samples. Guidance applies to the C prediction channels; the variance channels are the
+    conditional ones. ``channels="three"`` guides only channels 0..2, as the released code does. scale 1 means no
+    guidance and runs only the N conditional samples. The same happens at timesteps outside of ``interval``, which
+    includes its bounds and is given in fractions of ``steps`` (Kynkaanniemi et al. 2024); with an interval all of t
+    must be equal. ``wrap`` is applied to each function of x and t that is called. Results are float32 (or float64).
+    Raises ValueError if the two conditionings do not match.
     """
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
@@ -67,4 +67,4 @@ def _check_alike(cond: dict[str, Any], null: dict[str, Any]) -> None:
     )
     if not fit:
         shapes, null_shapes = (tree_map_only(Tensor, lambda x: tuple(x.shape), c) for c in (cond, null))
-        raise ValueError(f"guidance needs null conditioning of the same shapes: {null_shapes}, expected {shapes}")
+        raise ValueError(f"guidance needs null conditioning of the same shapes: got {null_shapes}, expected {shapes}")

@@ -1,9 +1,9 @@
 """iDDPM: forward process, training losses and single reverse steps.
 
 Sources: DDPM (Ho et al. 2020), learned-range variance and hybrid loss of iDDPM (Nichol and Dhariwal 2021),
-DDIM (Song et al. 2021). Timesteps ``t`` here count the kept steps of the schedule, (N,) int64; the network
-gets the original ones. Images and latents are (N, C, H, W). Arithmetic is float32, or float64 for float64
-inputs: coefficients are looked up in float64, and half-precision network outputs are raised first.
+DDIM (Song et al. 2021). Timesteps ``t``, (N,) int64, count the kept steps of the schedule; the network
+receives the original timesteps. Images and latents are (N, C, H, W). Arithmetic is float32, or float64 for float64
+inputs: coefficients are looked up in float64, and half-precision network outputs are converted first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dico_t2i.randomness import integers
 
 
 class StepDistribution(NamedTuple):
-    """p(x_{t-1} | x_t) as the network sees it, and its estimate of x_0; each (N, C, H, W)."""
+    """The network's p(x_{t-1} | x_t) and its estimate of x_0; each (N, C, H, W)."""
 
     mean: Tensor
     variance: Tensor
@@ -36,11 +36,11 @@ class IDDPM:
     """A diffusion process and what the network predicts about it.
 
     respacing keeps some of the ``diffusion_steps`` (see ``schedule.space_timesteps``). The network predicts
-    the noise, or x_0 with predict_xstart. With learn_sigma, its second C channels interpolate the
-    log-variance between the posterior's and beta (iDDPM, equation 15); without, the variance is beta, or the
-    posterior's with sigma_small. The loss is the mean squared error, plus the variational bound if the
-    variance is learned; rescale_learned_sigmas weighs the bound by (kept steps)/1000. use_kl makes the loss
-    the whole bound, times the number of kept steps. min_snr_gamma weighs the squared error, not the bound, by
+    the noise, or x_0 with predict_xstart. With learn_sigma, its second C channels interpolate the log-variance
+    between the posterior's and beta (iDDPM, equation 15); otherwise the variance is beta, or the posterior's
+    with sigma_small. The loss is the mean squared error, plus the variational bound if the variance is learned;
+    rescale_learned_sigmas multiplies the bound by (kept steps)/1000. With use_kl the loss is the whole bound,
+    times the number of kept steps. With min_snr_gamma the squared error, but not the bound, is weighted by
     Min-SNR (see ``min_snr_weights``).
     """
 
@@ -63,11 +63,11 @@ class IDDPM:
         return len(self.schedule)
 
     def draw_timesteps(self, seed: int, position: Tensor) -> Tensor:
-        """Uniform kept steps, int64. position (N,) int64 -> (N,)."""
+        """Draw kept steps uniformly, int64. position (N,) int64 -> (N,)."""
         return integers(seed, "timestep", position, self.num_timesteps)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t of the forward process (DDPM, equation 4)."""
+        """Draw x_t from the forward process (DDPM, equation 4)."""
         return self._times("sqrt_alphas_cumprod", t, x_start) + self._times("sqrt_one_minus_alphas_cumprod", t, noise)
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class IDDPM:
     def training_losses(self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of each sample, (N,): "loss", and its parts "mse" and "vb" (bits per dimension) if any.
 
-        "mse" is the plain squared error, whatever its weight in "loss". Except with use_kl, vb has no gradient into
-        the prediction channels and mse none into the variance channels (iDDPM, section 3.1). Nothing waits for the
-        device once the schedule is there.
+        "mse" is the unweighted squared error. Except with use_kl, vb has no gradient into the prediction channels, and
+        mse has none into the variance channels (iDDPM, section 3.1). Nothing waits for the device once the schedule is
+        on it.
         Raises ValueError if the network has the wrong number of channels.
         """
         x_start, noise = full_precision(x_start), full_precision(noise)
@@ -98,7 +98,7 @@ class IDDPM:
         return {"loss": weighed + vb, "mse": mse, "vb": vb}
 
     def min_snr_weights(self, t: Tensor) -> Tensor:
-        """min(SNR, gamma) for an x_0 network, min(SNR, gamma)/SNR for the noise (Hang et al. 2023); (N,) float64.
+        """min(SNR, gamma) if x_0 is predicted, min(SNR, gamma)/SNR for the noise (Hang et al. 2023); (N,) float64.
 
         Both are min(SNR, gamma) times the squared error of x_0, where SNR = abar / (1 - abar).
         """
@@ -112,7 +112,7 @@ class IDDPM:
         return self._distribution(*self.predict(model_fn, x, t), x, t, clip)
 
     def p_sample(self, model_fn: ModelFn, x: Tensor, t: Tensor, noise: Tensor, clip: bool = False) -> Tensor:
-        """x_{t-1} by ancestral sampling; ``noise`` is standard normal, not added at the last step t = 0."""
+        """x_{t-1} by ancestral sampling; ``noise`` is standard normal and is not added at the last step t = 0."""
         step = self.p_mean_variance(model_fn, x, t, clip)
         return step.mean + _unless_last(t, step.mean) * (0.5 * step.log_variance).exp() * noise
 
@@ -125,7 +125,7 @@ class IDDPM:
         eta: float = 0.0,
         clip: bool = False,
     ) -> Tensor:
-        """x_{t-1} by DDIM (its equation 12). eta in [0, 1]: 0 is deterministic and takes no noise."""
+        """x_{t-1} by DDIM (DDIM, equation 12). eta in [0, 1]: 0 is deterministic and needs no noise."""
         x_start = self.p_mean_variance(model_fn, x, t, clip).x_start
         sigma = eta * self._at("posterior_variance", t).sqrt()
         x_prev = self._towards("alphas_cumprod_prev", sigma, x_start, x, t)
@@ -145,13 +145,13 @@ class IDDPM:
         return alpha.sqrt().to(x_start.dtype) * x_start + direction.to(x_start.dtype) * epsilon
 
     def predict(self, model_fn: ModelFn, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the network; its prediction (N, C, H, W) and variance channels (N, C, H, W) or None."""
+        """Run the network and return its prediction (N, C, H, W) and variance channels (N, C, H, W) or None."""
         output = full_precision(model_fn(x, self._tables(t.device)["timestep_map"][t]))
         channels = x.shape[1]
         expected = channels * (2 if self.learn_sigma else 1)
         if output.shape[1] != expected:
             raise ValueError(
-                f"the network returned {output.shape[1]} channels for {channels} in; expected {expected}"
+                f"the network returned {output.shape[1]} channels for an input of {channels}; expected {expected}"
                 f" with learn_sigma={self.learn_sigma}"
             )
         return output[:, :channels], output[:, channels:] if self.learn_sigma else None
@@ -187,7 +187,7 @@ class IDDPM:
     def _vb(
         self, prediction: Tensor, variance_channels: Tensor | None, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
-        """The bound's term of step t in bits per dimension, (N,) (DDPM, equation 5)."""
+        """The term of the bound for step t in bits per dimension, (N,) (DDPM, equation 5)."""
         step = self._distribution(prediction, variance_channels, x_t, t, clip=False)
         true_mean = self.q_posterior_mean(x_start, x_t, t)
         true_log_variance = self._at("posterior_log_variance_clipped", t).to(x_t.dtype)
@@ -197,7 +197,7 @@ class IDDPM:
         return nats / math.log(2)
 
     def _at(self, name: str, t: Tensor) -> Tensor:
-        """The schedule's ``name`` at t, (N, 1, 1, 1), float64."""
+        """The schedule's coefficients ``name`` at t, (N, 1, 1, 1), float64."""
         return self._tables(t.device)[name][t].view(-1, 1, 1, 1)
 
     def _times(self, name: str, t: Tensor, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class IDDPM:
         return self._at(name, t).to(x.dtype) * x
 
     def _tables(self, device: torch.device) -> dict[str, Tensor]:
-        """The schedule on ``device``, moved there once."""
+        """The schedule on ``device``, which is copied there once."""
         if device not in self._tables_by_device:
             self._tables_by_device[device] = {
                 name: torch.from_numpy(array).to(device) for name, array in vars(self.schedule).items()
@@ -218,7 +218,7 @@ class IDDPM:
 
 
 def build(config: DiffusionConfig, learn_sigma: bool, respacing: str = "") -> IDDPM:
-    """The process a config describes; respacing as in ``schedule.space_timesteps``."""
+    """The process that a config describes; respacing as in ``schedule.space_timesteps``."""
     diffusion = IDDPM(
         diffusion_steps=config.steps,
         noise_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
@@ -227,7 +227,7 @@ def build(config: DiffusionConfig, learn_sigma: bool, respacing: str = "") -> ID
         learn_sigma=learn_sigma,
         min_snr_gamma=config.min_snr_gamma if config.weighting == "min_snr" else None,
     )
-    _ = diffusion.schedule  # an impossible schedule is an error here, not in the first step
+    _ = diffusion.schedule  # so that an impossible schedule raises here and not in the first step
     return diffusion
 
 
@@ -243,7 +243,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-probability of x's bin of half-width 1/255, elementwise, in nats (DDPM, equation 13).
+    """The log-probability, elementwise, of x's bin of half-width 1/255, in nats (DDPM, equation 13).
 
     The bins at -1 and 1 are open-ended; probabilities are floored at 1e-12.
     """

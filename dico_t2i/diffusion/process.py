@@ -1,4 +1,4 @@
-"""What the rest of the system knows of a diffusion process, and what all of them share."""
+"""The interface of all diffusion processes, and functions that they share."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# x_t (N, C, H, W) and timesteps (N,) as the network knows them -> (N, C or 2C, H, W)
+# x_t (N, C, H, W) and the network's timesteps (N,) -> (N, C or 2C, H, W)
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class Process(Protocol):
-    """A way from data to noise, and what the network learns about it.
+    """A diffusion process from data to noise, with its training loss.
 
-    Timesteps run from data at 0 to noise at the config's ``diffusion.steps``, for every process.
+    For every process timesteps run from 0, which is data, to the config's ``diffusion.steps``, which is noise.
     """
 
     def draw_timesteps(self, seed: int, position: Tensor) -> Tensor:
-        """The timesteps at which the samples of these positions in the data order are trained, (N,) -> (N,)."""
+        """The timesteps at which the samples at these positions of the data order are trained, (N,) -> (N,)."""
         ...
 
     def training_losses(self, model_fn: ModelFn, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Losses of each sample, (N,): "loss", and its parts. x_start and noise (N, C, H, W), t (N,)."""
+        """Losses of each sample, (N,): "loss" and its parts. x_start and noise (N, C, H, W), t (N,)."""
         ...
 
 
@@ -33,5 +33,5 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def mean_per_sample(x: Tensor) -> Tensor:
-    """(N, ...) -> (N,)."""
+    """The mean over all dimensions but the first: (N, ...) -> (N,)."""
     return x.flatten(1).mean(dim=1)

@@ -1,7 +1,7 @@
 """Samplers: from noise to latents, given the (guided) network.
 
-Of iDDPM: "iddpm" is ancestral sampling on respaced steps, "ddim" DDIM on the same steps, "dpm++" DPM-Solver++(2M).
-Of a flow: see ``flow_samplers``.
+For iDDPM, "iddpm" is ancestral sampling on respaced steps, "ddim" is DDIM on the same steps, and "dpm++" is
+DPM-Solver++(2M). The samplers of a flow are in ``flow_samplers``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dico_t2i.diffusion.iddpm import IDDPM, build
 from dico_t2i.diffusion.process import ModelFn, full_precision
 from dico_t2i.diffusion.schedule import Schedule
 
-# DPM-Solver starts here: noisier steps of the cosine schedule divide by a signal that is all but gone.
+# DPM-Solver starts here, since noisier steps of the cosine schedule would divide by a vanishing signal.
 _LOWEST_HALF_LOG_SNR = -5.1
 
 
@@ -37,12 +37,12 @@ def sample(
 ) -> Tensor:
     """Latents (N, C, H, W) from standard normal ``noise`` of the same shape; float32, or float64 if noise is.
 
-    ``model_fn(x, t)`` is the network, already guided: the scale in ``sampler`` is the caller's to apply (see
-    ``guidance.guided``). ``step_noise(k)`` gives the standard normal noise of step k = 0, 1, ..., shaped like
-    ``noise``; deterministic samplers do not call it. An image depends on its own noise only.
-    ``progress(done, steps)`` is called after each evaluation of the network, ``on_step`` before it, at the end of a
-    step: what it returns goes on.
-    Raises ValueError for a sampler of another process, or a number of steps or an eta that it cannot do.
+    ``model_fn(x, t)`` is the network with guidance; the caller applies the guidance scale of ``sampler`` (see
+    ``guidance.guided``). ``step_noise(k)`` returns the standard normal noise of step k = 0, 1, ..., shaped like
+    ``noise``; deterministic samplers do not call it. An image depends only on its own noise. ``progress(done, steps)``
+    is called after each evaluation of the network. ``on_step`` is called at the end of each step, before ``progress``,
+    and sampling continues with the latents that it returns. Raises ValueError for a sampler of a different process, or
+    for a number of steps or an eta that is out of range.
     """
     check_sampler(diffusion_config, sampler)
     x = full_precision(noise)
@@ -65,11 +65,11 @@ def _ddim(
     diffusion: IDDPM, sampler: SamplerConfig, model_fn: ModelFn, step_noise: StepNoise, x: Tensor, t: Tensor, k: int
 ) -> Tensor:
     if not 0 <= sampler.eta <= 1:
-        raise ValueError(f"sampler.eta: {sampler.eta} must lie in 0..1")
+        raise ValueError(f"sampler.eta: {sampler.eta} must be in 0..1")
     return diffusion.ddim_sample(model_fn, x, t, step_noise(k) if sampler.eta else None, sampler.eta)
 
 
-# The step of each sampler of iDDPM that walks down the respaced steps one by one.
+# The step functions of iDDPM's samplers that visit all respaced steps one by one.
 _STEPS = {"iddpm": _ancestral, "ddim": _ddim}
 
 
@@ -101,7 +101,7 @@ def _dpm_solver(
     progress: Progress | None,
     on_step: StepHook | None,
 ) -> Tensor:
-    """DPM-Solver++ of order 2 (Lu et al. 2022) on the prediction channels; its state is float32."""
+    """DPM-Solver++ of order 2 (Lu et al. 2022) on the prediction channels; its state is in float32."""
     from diffusers import DPMSolverMultistepScheduler
 
     diffusion = build(config, learn_sigma)
@@ -128,7 +128,7 @@ def _dpm_solver(
 def log_snr_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """``steps`` distinct timesteps from noisy to clean, evenly spaced in log(alpha/sigma) up to rounding.
 
-    On Gaussian and mixture data with known solutions this spacing has several times less error at 20 steps
+    On Gaussian and mixture data with known solutions, this spacing has several times less error at 20 steps
     than even spacing in time. Raises ValueError if there are not that many usable timesteps.
     """
     half_log_snr = 0.5 * np.log(schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))
@@ -137,7 +137,7 @@ def log_snr_timesteps(schedule: Schedule, steps: int) -> list[int]:
         raise ValueError(f"sampler.steps: dpm++ takes 2 to {usable} steps here, not {steps}")
     targets = np.linspace(half_log_snr[0], half_log_snr[usable - 1], steps)
     nearest = np.round(np.interp(-targets, -half_log_snr, np.arange(len(schedule))))
-    # Near the data one timestep is the nearest to several targets: push these apart, and never past the last.
+    # Near the data several targets round to the same timestep. Make them distinct, without passing the last one.
     order = np.arange(steps)
     distinct = np.minimum(np.maximum.accumulate(nearest - order) + order, usable - steps + order)
     return [int(t) for t in distinct[::-1]]

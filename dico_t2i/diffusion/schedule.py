@@ -19,8 +19,8 @@ class Schedule:
     """Coefficients of the kept steps, all of shape (kept,), in ascending order of time, float64.
 
     timestep_map (int64) holds the original timestep of each kept step. ``posterior_*`` belong to
-    q(x_{t-1} | x_t, x_0) (DDPM, equations 6 and 7). Its variance is 0 at the first step, so the clipped
-    logarithm takes the second step's there. So does ``fixed_large_variance``, which is beta everywhere else.
+    q(x_{t-1} | x_t, x_0) (DDPM, equations 6 and 7). Its variance is 0 at the first step, where the clipped
+    logarithm uses the variance of the second step. So does ``fixed_large_variance``, which is beta at all other steps.
     """
 
     timestep_map: NDArray[np.int64]
@@ -44,13 +44,13 @@ class Schedule:
 
 
 def make_schedule(steps: int, name: str, respacing: str = "") -> Schedule:
-    """The schedule of ``steps`` timesteps, of which ``respacing`` (see ``space_timesteps``) keeps some.
+    """The schedule of the timesteps that ``respacing`` keeps out of ``steps`` (see ``space_timesteps``).
 
     name: "linear" or "squaredcos_cap_v2". Raises ValueError for impossible combinations.
     """
     kept = np.array(space_timesteps(steps, respacing), dtype=np.int64)
     if len(kept) < 2:
-        raise ValueError(f"a diffusion needs at least 2 timesteps, {len(kept)} of {steps} are kept")
+        raise ValueError(f"a diffusion needs at least 2 timesteps, but {len(kept)} of {steps} are kept")
     abar = np.cumprod(1 - noise_betas(steps, name), dtype=np.float64)
     return _schedule_of(abar[kept], kept)
 
@@ -58,7 +58,7 @@ def make_schedule(steps: int, name: str, respacing: str = "") -> Schedule:
 def noise_betas(steps: int, name: str) -> Floats:
     """beta_t of the forward process, (steps,), float64.
 
-    "linear" runs from 1e-4 to 0.02 in 1000 steps; other numbers of steps scale it, for the same final noise.
+    "linear" runs from 1e-4 to 0.02 in 1000 steps, and is scaled for other numbers of steps to the same final noise.
     "squaredcos_cap_v2" is iDDPM's equation 17.
     """
     if name == "linear":
@@ -76,9 +76,9 @@ def noise_betas(steps: int, name: str) -> Floats:
 def space_timesteps(steps: int, spec: str) -> list[int]:
     """The timesteps of range(steps) that ``spec`` keeps, ascending.
 
-    "": all. "a,b,c": range(steps) is cut into equal sections, of which a, b and c steps are kept, evenly
-    spaced, first and last included. "ddimN": N steps from 0, at the smallest fixed stride giving exactly N.
-    Raises ValueError if there is no such choice.
+    "" keeps all. "a,b,c" divides range(steps) into equal sections, and keeps a, b and c steps of them, evenly
+    spaced, with the first and the last. "ddimN" keeps N steps from 0 on, at the smallest fixed stride that gives
+    exactly N. Raises ValueError if that is impossible.
     """
     if spec.startswith("ddim"):
         return _fixed_stride(steps, int(spec.removeprefix("ddim")))
@@ -102,7 +102,7 @@ def _even_offsets(size: int, count: int) -> list[int]:
     if not 0 <= count <= size:
         raise ValueError(f"cannot keep {count} timesteps of a section of {size}")
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
-    # Repeated addition, not a product, as in the released respacing: rounding falls the same way at ties.
+    # Repeated addition instead of a product, as in the released code, so that ties are rounded in the same way.
     offsets, position = [], 0.0
     for _ in range(count):
         offsets.append(round(position))
@@ -111,7 +111,7 @@ def _even_offsets(size: int, count: int) -> list[int]:
 
 
 def _schedule_of(kept_cumprod: Floats, timestep_map: NDArray[np.int64]) -> Schedule:
-    """The process that passes through the given abar values, one step each."""
+    """The schedule whose steps pass through the given values of abar."""
     before = np.append(1.0, kept_cumprod[:-1])
     betas = 1 - kept_cumprod / before
     abar = np.cumprod(1 - betas)

@@ -1,4 +1,4 @@
-"""Frozen encoders: images to latents and back, captions to features. Weights come from local files first."""
+"""Frozen encoders: images to latents and back, captions to features. Local files are tried before any download."""
 
 from dico_t2i.encoders.autoencoders import (
     Autoencoder,

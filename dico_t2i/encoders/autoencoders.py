@@ -1,7 +1,7 @@
-"""The frozen map between images and latents: a KL autoencoder, a tiny deterministic one, or pixels.
+"""The frozen autoencoders between images and latents: a KL autoencoder, a tiny deterministic one, or pixels.
 
-All three speak of posterior moments, mean and log-variance, so that caches, training and sampling need not
-know which one they have; the deterministic two have a log-variance of -30, which is no noise in float32.
+All three return posterior moments (mean and log-variance), so that caches, training and sampling treat them alike. The
+two deterministic ones have a log-variance of -30, whose noise is negligible in float32.
 """
 
 from abc import ABC, abstractmethod
@@ -19,16 +19,16 @@ from dico_t2i.randomness import normal
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
 _NO_NOISE = -30.0  # log-variance
-DECODE_CHUNK = 16  # images decoded together, which bounds memory
+DECODE_CHUNK = 16  # images decoded at a time, which limits memory
 
 
 def find_autoencoder(config: AutoencoderConfig) -> list[Path]:
-    """The files of the model; none for pixels. Raises MissingModelError when one is not here."""
+    """The files of the model; none for pixels. Raises MissingModelError if one cannot be found."""
     return [] if config.kind == "pixels" else resolve(config.path, _FILES, "autoencoder.path")
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """Scaled draws from the posterior: (mean + exp(logvar / 2) noise) scale, with logvar kept in -30..20.
+    """Scaled draws from the posterior: (mean + exp(logvar / 2) noise) scale, with logvar clamped to -30..20.
 
     moments: (N, 2C, h, w), mean then log-variance, fresh or cached, any float dtype. noise: (N, C, h, w)
     standard normal. Returns (N, C, h, w) float32.
@@ -38,15 +38,15 @@ def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in -1..1, any shape, float32, as uint8: 127.5 x + 128, clamped and truncated, as in the released code."""
+    """Convert float32 images in -1..1 of any shape to uint8: 127.5 x + 128, clamped and truncated as in the release."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
 class Autoencoder(ABC):
-    """Frozen; nothing here records gradients.
+    """Base class of the autoencoders, which are frozen and record no gradients.
 
-    latent_channels: C. downscale: image pixels to a latent pixel, in height and in width. scale: what the
-    autoencoder's latents are multiplied by for the network.
+    latent_channels: C. downscale: the ratio of image size to latent size. scale: the factor between the autoencoder's
+    latents and the network's input.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Autoencoder(ABC):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Posterior of images. (N, 3, H, W) uint8 -> (N, 2C, H/downscale, W/downscale) float32, unscaled.
+        """Posterior moments of images: (N, 3, H, W) uint8 -> (N, 2C, H/downscale, W/downscale) float32, unscaled.
 
         Raises ValueError for other dtypes and shapes.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: need (N, 3, H, W) uint8, found {tuple(images.shape)} {images.dtype}")
+            raise ValueError(f"images: expected (N, 3, H, W) uint8, found {tuple(images.shape)} {images.dtype}")
         if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
             raise ValueError(
                 f"images: {images.shape[2]}x{images.shape[3]} pixels are not divisible by {self.downscale};"
@@ -78,9 +78,9 @@ class Autoencoder(ABC):
         return sample_latents(moments, noise, self.scale)
 
     def of_batch(self, batch: Batch, position: Tensor, seed: int) -> Tensor:
-        """Scaled latents of a micro-batch's images or cached moments, (N, C, h, w) float32 on the autoencoder's device.
+        """Scaled latents (N, C, h, w), float32, of a micro-batch's images or cached moments, on the encoder's device.
 
-        position: (N,) int64, of the samples; the draw from the posterior is a function of it and the seed.
+        position: (N,) int64, the samples' positions; the draw from the posterior is a function of them and the seed.
         """
         if batch.moments is not None:
             moments = batch.moments.to(self.device, non_blocking=True)
@@ -92,7 +92,7 @@ class Autoencoder(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = DECODE_CHUNK) -> Tensor:
-        """Images of scaled latents, ``chunk`` at a time.
+        """Decode scaled latents to images, ``chunk`` at a time.
 
         (N, C, h, w) -> (N, 3, H, W) uint8, on the autoencoder's device.
         """
@@ -103,21 +103,21 @@ class Autoencoder(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
-        """What a cache of moments depends on; equal for the same weights, config, name and scale."""
+        """Everything that cached moments depend on; equal for the same weights, config, name and scale."""
 
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in -1..1 -> moments (N, 2C, h, w)."""
+        """Encode (N, 3, H, W) in -1..1 to moments (N, 2C, h, w)."""
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
-        """(N, C, h, w) unscaled -> (N, 3, H, W) in about -1..1."""
+        """Decode unscaled latents (N, C, h, w) to images (N, 3, H, W) in about -1..1."""
 
 
 class PixelAutoencoder(Autoencoder):
     """The identity: the network sees images in -1..1. The scale is 1, whatever the config says.
 
-    Always in float32: bfloat16 would save nothing and move the values by up to a quarter of a grey level.
+    It works in float32, since bfloat16 would save nothing and change values by up to a quarter of a grey level.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -134,7 +134,7 @@ class PixelAutoencoder(Autoencoder):
 
 
 class DiffusersAutoencoder(Autoencoder):
-    """A model of diffusers, from a folder in its own format."""
+    """An autoencoder of diffusers, loaded from a folder in diffusers' format."""
 
     class_name: str
 
@@ -144,7 +144,9 @@ class DiffusersAutoencoder(Autoencoder):
         self._model = self._load(dtype).to(device)
         downscale = 2 ** (len(self._widths()) - 1)
         if downscale != 8:
-            raise ValueError(f"autoencoder.path: {config.path} scales images down by {downscale}, not by 8")
+            raise ValueError(
+                f"autoencoder.path: {config.path} reduces images by a factor of {downscale}, but 8 is needed"
+            )
         super().__init__(self._model.config.latent_channels, downscale, config.scale, device, dtype)
 
     def identity(self) -> dict[str, str]:
@@ -157,14 +159,14 @@ class DiffusersAutoencoder(Autoencoder):
         }
 
     def save(self, folder: Path) -> None:
-        """Write the model to a folder of its own, in the format it was read from."""
+        """Write the model to its own folder, in the format that it was read from."""
         self._model.save_pretrained(folder)
 
     def _load(self, dtype: torch.dtype) -> Any:
         saved_as = read_json(self._settings_file).get("_class_name")
         if saved_as != self.class_name:
             raise ValueError(
-                f"autoencoder.kind: {self._kind} needs an {self.class_name}, but {self._settings_file} is of {saved_as}"
+                f"autoencoder.kind: {self._kind} needs {self.class_name}, but {self._settings_file} has {saved_as}"
             )
         import diffusers
 
@@ -178,7 +180,7 @@ class DiffusersAutoencoder(Autoencoder):
             )
 
     def _widths(self) -> Sequence[int]:
-        """Channels of the encoder at each resolution."""
+        """The channels of the encoder at each resolution."""
         return self._model.config.block_out_channels
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ class DiffusersAutoencoder(Autoencoder):
 
 
 class KlAutoencoder(DiffusersAutoencoder):
-    """Stable Diffusion's, such as sd-vae-ft-ema."""
+    """Stable Diffusion's autoencoder, such as sd-vae-ft-ema."""
 
     class_name = "AutoencoderKL"
 
@@ -195,7 +197,7 @@ class KlAutoencoder(DiffusersAutoencoder):
 
 
 class TinyAutoencoder(DiffusersAutoencoder):
-    """A distilled, deterministic one, such as taesd. Its latents come scaled, so its scale is usually 1."""
+    """A distilled, deterministic autoencoder, such as taesd. Its latents are already scaled, so scale is usually 1."""
 
     class_name = "AutoencoderTiny"
 
@@ -211,8 +213,8 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder of a config, in eval mode.
 
-    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they
-    do not fit.
+    Raises MissingModelError, before any slow import, if its files cannot be found, and ValueError if they do not
+    fit the config.
     """
     device = torch.device(device)
     if config.kind == "pixels":

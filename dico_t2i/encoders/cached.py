@@ -1,4 +1,4 @@
-"""Whether latents and text features stored with the samples are those of a run's encoders."""
+"""Checks that latents and text features stored with the samples come from the run's encoders."""
 
 from dico_t2i.config import ConfigError, DataConfig
 from dico_t2i.data.index import DatasetIndex
@@ -10,7 +10,7 @@ from dico_t2i.encoders.text import TextEncoder
 def check_cached(
     data: DataConfig, index: DatasetIndex, autoencoder: Autoencoder, text_encoder: TextEncoder | None
 ) -> None:
-    """Raise ConfigError if the data's cached latents, or the cached text that is wanted, were made by others."""
+    """Raise ConfigError if cached latents, or cached text that the config uses, come from different encoders."""
     pairs = []
     if index.kind == "latents":
         pairs.append(("autoencoder", "latents", autoencoder.identity()))
@@ -20,6 +20,6 @@ def check_cached(
         made = index.meta.get(key, {})
         if not same_encoder(made, ours):
             raise ConfigError(
-                f"{index.location} holds {what} of another {key}: {made}, the config has {ours};"
-                f" set {key} to it, or encode again with data_prep/latents.py"
+                f"{index.location} holds {what} of a different {key}: {made}, but the config has {ours};"
+                f" change {key} in the config, or encode the data again with data_prep/latents.py"
             )

@@ -8,7 +8,10 @@ from dico_t2i.encoders.conditioner import Conditioner, find_fitting_text_encoder
 
 
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Autoencoder, Conditioner]:
-    """The frozen parts of a config. Raises MissingModelError or ConfigError before anything else is done."""
+    """The frozen encoders of a config.
+
+    Raises MissingModelError or ConfigError before anything is loaded if a text encoder is missing or does not fit.
+    """
     if config.model.condition == "text":
         find_fitting_text_encoder(config)
     autoencoder = load_autoencoder(config.autoencoder, device, dtype)

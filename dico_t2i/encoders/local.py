@@ -1,8 +1,8 @@
-"""Where a pretrained model's files come from: a local folder, the Hugging Face cache, or the hub if allowed.
+"""Finds and loads the files of pretrained models: from a local folder, the Hugging Face cache, or the hub if allowed.
 
-DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it comes before the cache. The hub is
-asked only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no network and a connection
-that cannot be made takes minutes to fail.
+DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it is searched before the cache. The hub
+is used only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no network, where attempts
+to connect take minutes to fail.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ Finder = Callable[[str], Path | None]
 
 
 class MissingModelError(ValueError):
-    """A model whose files are not here; the message says where was looked and how to get them."""
+    """Raised if a model's files cannot be found; the message says where they were searched and how to get them."""
 
 
 def download_allowed() -> bool:
-    """Whether the user lets this process ask the hub."""
+    """Whether the user allows this process to use the hub."""
     return os.environ.get(ALLOW_DOWNLOAD) == "1"
 
 
 @contextmanager
 def downloads(allowed: bool) -> Iterator[None]:
-    """Give this process the permission to ask the hub, or take it, for a while."""
+    """Allow or forbid this process to use the hub inside the context."""
     before = os.environ.pop(ALLOW_DOWNLOAD, None)
     if allowed:
         os.environ[ALLOW_DOWNLOAD] = "1"
@@ -53,57 +53,57 @@ if not download_allowed():
 
 
 def prefetched(weights: Path, name: str) -> Path:
-    """Where a folder of `dico prefetch` has the model of this name: under its hub id, or its own folder's name."""
+    """Where `dico prefetch` puts a model inside its folder: under its hub id, or under its folder's name."""
     return weights / (name if is_hub_id(name) else Path(name).name)
 
 
 def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
-    """Local paths of a model's files, all from one place.
+    """The local paths of a model's files, all from one place.
 
-    name: a local folder or a hub id. files: for each file its possible names, the preferred first. key: the
-    config key that holds the name, for the error. Raises MissingModelError, without trying the network
-    unless it is allowed.
+    name: a local folder or a hub id. files: the possible names of each file, the preferred one first. key: the config
+    key that holds the name, for the error message. Raises MissingModelError, without using the network unless it is
+    allowed.
     """
     looked = []
     for place, find in _places(name):
         try:
             paths = [next((path for file in names if (path := find(file))), None) for names in files]
-        except OSError as error:  # the hub's and the network's errors are all OSErrors
+        except OSError as error:  # all errors of the hub and the network are OSErrors
             looked.append(f"{place}: {str(error).splitlines()[0]}")
             continue
         found = [path for path in paths if path is not None]
         if len(found) == len(files):
             return found
         gaps = [" or ".join(names) for names, path in zip(files, paths, strict=True) if path is None]
-        looked.append(f"{place}: lacks {', '.join(gaps)}" if found else f"{place}: not there")
+        looked.append(f"{place}: lacks {', '.join(gaps)}" if found else f"{place}: not found")
     raise MissingModelError(_explain(name, files, key, looked))
 
 
 def read_json(path: Path) -> dict:
-    """A model's config. ValueError, with the path, if it is not a JSON object."""
+    """A model's config. Raises ValueError with the path if it is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}; fetch the file again") from None
+        raise ValueError(f"{path}: not valid JSON: {error}; download the file again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, found {type(content).__name__}; fetch it again")
+        raise ValueError(f"{path}: must hold a JSON object, found {type(content).__name__}; download it again")
     return content
 
 
 @contextmanager
 def reading(weights: Path) -> Iterator[None]:
-    """Turns what libraries raise for a torn or foreign file of weights into a ValueError that names it."""
+    """Turn the errors that libraries raise for damaged or wrong weight files into a ValueError that names the file."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
-        raise ValueError(f"{weights}: cannot be loaded, fetch it again if it is cut off: {error}") from error
+        raise ValueError(f"{weights}: cannot be loaded; download it again if it is incomplete: {error}") from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A checkpoint of a whole CLIP holds the image tower too: no progress bar and no report of unused weights."""
+    """Hide transformers' progress bar and its report of unused weights, such as those of CLIP's image tower."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -118,7 +118,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_transformers(model: Any, folder: Path, weights: Path) -> Any:
-    """A model of transformers, in float32, from its folder. Raises ValueError if the weights in it are not whole."""
+    """A model of transformers, in float32, from its folder. Raises ValueError if weights are missing."""
     with reading(weights), quiet_transformers():
         module, report = model.from_pretrained(
             folder,
@@ -132,11 +132,11 @@ def load_transformers(model: Any, folder: Path, weights: Path) -> Any:
 
 
 def load_diffusers(model: Any, name: str | Path, dtype: torch.dtype, **options: Any) -> Any:
-    """A model of diffusers, in eval mode, from a folder or hub id. Raises ValueError if its weights are not whole."""
+    """A model of diffusers, in eval mode, from a folder or hub id. Raises ValueError if weights are missing."""
     network, report = model.from_pretrained(
         name,
         dtype=dtype,
-        low_cpu_mem_usage=find_spec("accelerate") is not None,  # else it warns when accelerate is not installed
+        low_cpu_mem_usage=find_spec("accelerate") is not None,  # avoids a warning if accelerate is not installed
         output_loading_info=True,
         **options,
     )
@@ -145,19 +145,19 @@ def load_diffusers(model: Any, name: str | Path, dtype: torch.dtype, **options: 
 
 
 def _check_whole(weights: str | Path, report: Mapping[str, Iterable[str]]) -> None:
-    """Both libraries leave what a file lacks at random values."""
+    """Raise ValueError if weights are missing, which both libraries would leave at random values."""
     if report["missing_keys"]:
         raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """The sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def config_hash(config: dict) -> str:
-    """sha256 of a model's config, without the notes (keys with ``_``) that a library adds when saving."""
+    """sha256 of a model's config, without the keys starting with ``_`` that libraries add when saving."""
     content = {key: value for key, value in config.items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -181,7 +181,7 @@ def _in_folder(folder: Path) -> tuple[str, Finder]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one of the hub, such as openai/clip-vit-large-patch14."""
+    """Whether a name has the form of a hub id, such as openai/clip-vit-large-patch14."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
@@ -202,12 +202,12 @@ def _download(name: str, file: str) -> Path | None:
 
 
 def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequence[str]) -> str:
-    lines = [f"{key}: no usable copy of {name!r}. Looked in:", *(f"  {line}" for line in looked)]
+    lines = [f"{key}: no usable copy of {name!r} was found. Searched in:", *(f"  {line}" for line in looked)]
     if not is_hub_id(name):
         return "\n".join([*lines, f"Set {key} to a folder with these files, or to a hub id."])
     wanted = " ".join(dict.fromkeys(names[0] for names in files))
     lines += [
-        "On a machine with network run",
+        "On a machine with network access, run",
         f"  hf download {name} {wanted} --local-dir {name.split('/')[1]}",
         f"and set {key} to that folder.",
     ]

@@ -1,6 +1,6 @@
-"""Frozen image encoders, of which the features of patches are used: ViTs and CNNs of transformers or timm.
+"""Frozen image encoders that give features of image patches: ViTs and CNNs of transformers or timm.
 
-Preprocessing is the encoder's own but for the size: images are squares already, and are resized to ``image_size``.
+Preprocessing is the encoder's own except for the size: images are already squares and are resized to ``image_size``.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ _FILES = {
     "transformers": (("config.json",), ("model.safetensors", "pytorch_model.bin"), ("preprocessor_config.json",)),
     "timm": (("config.json",), ("model.safetensors",)),
 }
-_PATCH = 14  # pixels, of a seeded encoder
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+_PATCH = 14  # pixels of a patch of a seeded encoder
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's mean and standard deviation of pixels
 
 
 class VisionEncoder:
     """A frozen image encoder.
 
-    grid: rows and columns of patches. width: D, of a patch's features. description: one line, to be printed with
+    grid: rows and columns of patches. width: D, the size of a patch's features. description: one line to print with
     results.
     """
 
@@ -37,16 +37,16 @@ class VisionEncoder:
         self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (net.mean, net.std))
         try:
             probe = self.encode(torch.zeros(1, 3, self._size, self._size, dtype=torch.uint8))
-        except (ValueError, RuntimeError, AssertionError) as error:  # in the library's words
+        except (ValueError, RuntimeError, AssertionError) as error:  # raised by the library
             raise ValueError(
-                f"alignment.encoder: {config.model} gives no patches of images of {self._size} pixels; try another"
+                f"alignment.encoder: {config.model} cannot process images of {self._size} pixels; try a different"
                 f" alignment.encoder.image_size: {error}"
             ) from error
         self.grid, self.width = (probe.shape[1], probe.shape[2]), probe.shape[3]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Features of the last layer. (N, 3, H, W) uint8 on any device -> (N, rows, columns, D) in the set dtype."""
+        """Features of the last layer: (N, 3, H, W) uint8 on any device -> (N, rows, columns, D) in its dtype."""
         pixels = images.to(self._device, non_blocking=True).float() / 255
         if pixels.shape[2:] != (self._size, self._size):
             pixels = F.interpolate(pixels, (self._size, self._size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -54,9 +54,10 @@ class VisionEncoder:
 
 
 class _Net(NamedTuple):
-    """An encoder as loaded. forward: pixels -> tokens (N, T, D), the patches last, or a map, (N, D, h, w) or NHWC.
+    """A loaded encoder.
 
-    rows: of patches, in tokens.
+    forward maps pixels to tokens (N, T, D), with the patches last, or to a map (N, D, h, w) or (N, h, w, D). rows is
+    the number of rows of patches if it returns tokens.
     """
 
     module: nn.Module
@@ -68,11 +69,12 @@ class _Net(NamedTuple):
     description: str
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, rows, columns, D)."""
+        """Features of the patches: (N, 3, S, S) -> (N, rows, columns, D)."""
         output = self.forward(pixels)
         if output.ndim == 4:
             return output.permute(0, 2, 3, 1) if output.shape[1] == self.width else output
-        return output[:, -(self.rows**2) :].unflatten(1, (self.rows, self.rows))  # class and register tokens come first
+        # Class and register tokens come before the patches.
+        return output[:, -(self.rows**2) :].unflatten(1, (self.rows, self.rows))
 
 
 def load_vision_encoder(
@@ -80,7 +82,7 @@ def load_vision_encoder(
 ) -> VisionEncoder:
     """The image encoder of a config, in eval mode.
 
-    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they do not fit.
+    Raises MissingModelError, before any slow import, if its files cannot be found, and ValueError if they do not fit.
     """
     if config.weights == "seeded":
         net = _seeded(config)
@@ -90,7 +92,7 @@ def load_vision_encoder(
 
 
 def find_vision_encoder(config: VisionEncoderConfig) -> list[Path]:
-    """The files of the model; none for a seeded one. Raises MissingModelError when one is not here."""
+    """The files of the model; none for a seeded one. Raises MissingModelError if one cannot be found."""
     if config.weights == "seeded":
         return []
     return resolve(config.model, _FILES[config.kind], "alignment.encoder.model")
@@ -102,7 +104,7 @@ def _of_transformers(config: VisionEncoderConfig) -> _Net:
     import transformers
 
     module = load_transformers(transformers.AutoModel, weights.parent, weights)
-    module = getattr(module, "vision_model", module)  # of CLIP and SigLIP
+    module = getattr(module, "vision_model", module)  # CLIP and SigLIP hold it in this attribute
     mean, std = (tuple(pixels.get(key, default)) for key, default in (("image_mean", _MEAN), ("image_std", _STD)))
     return _transformers_net(module, config, mean, std, f"pretrained {config.model} (transformers)")
 
@@ -113,7 +115,7 @@ def _transformers_net(
     settings = module.config
     width = getattr(settings, "hidden_size", None) or settings.hidden_sizes[-1]
     rows = config.image_size // getattr(settings, "patch_size", config.image_size)
-    # DINOv2 does so by itself.
+    # DINOv2 interpolates its position embedding by itself.
     interpolates = "interpolate_pos_encoding" in signature(module.forward).parameters
     options = {"interpolate_pos_encoding": True} if interpolates else {}
     return _Net(module, lambda x: module(x, **options).last_hidden_state, width, rows, mean, std, description)
@@ -126,7 +128,9 @@ def _of_timm(config: VisionEncoderConfig) -> _Net:
     name = read_json(settings_file).get("architecture", "")
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if known is None:
-        raise ValueError(f"alignment.encoder.model: {settings_file} is of {name!r}, which this version of timm lacks")
+        raise ValueError(
+            f"alignment.encoder.model: {settings_file} describes {name!r}, which this version of timm does not have"
+        )
     options = {"img_size": config.image_size} if known.fixed_input_size else {}  # resizes position embeddings
     with reading(weights):
         module = timm.create_model(f"local-dir:{weights.parent}", pretrained=True, num_classes=0, **options)

@@ -1,4 +1,4 @@
-"""Folders with a model's weights, config and code, for sampling here and for diffusers."""
+"""Exports a model's weights, config and code to a folder, for sampling with this package and with diffusers."""
 
 from dico_t2i.export.folder import export
 

@@ -1,4 +1,4 @@
-"""The model card of an exported folder."""
+"""Writes the model card of an exported folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ def model_card(
     parts: Sequence[str],
     evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """README.md as Markdown: use, network, data, training, last numbers, evaluations, limits.
+    """The text of README.md: use, network, data, training, last numbers, evaluations, limits.
 
-    origin: what export.json holds. metrics: a line of metrics.jsonl, or nothing. parts: which encoders lie in the
-    folder. evaluations: results of these weights.
+    origin: the content of export.json. metrics: a line of metrics.jsonl, or empty. parts: the encoders that are in the
+    folder. evaluations: the results of these weights.
     """
     task = "text-to-image" if config.model.condition == "text" else "unconditional-image-generation"
     sections = {
@@ -52,16 +52,18 @@ def model_card(
 
 
 def one_clip(encoder: TextEncoderConfig) -> bool:
-    """Whether the exported pipeline can take the text encoder: it has one place, and CLIP's tokenizer there."""
+    """Whether the exported pipeline supports the text encoder, that is, whether it is a single CLIP."""
     return encoder.kind != "t5" and not encoder.also
 
 
 def _usage(config: Config, parts: Sequence[str]) -> str:
     if not isinstance(config.model, DiCoConfig):
-        return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} There is no pipeline of diffusers for it."
+        return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} There is no diffusers pipeline for it."
     text = config.model.condition == "text"
     if text and not one_clip(config.text_encoder):
-        return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} The pipeline of diffusers takes one CLIP alone."
+        return (
+            f"`dico sample --checkpoint FOLDER`. {_sampler(config)} The diffusers pipeline supports only a single CLIP."
+        )
     passed, lines = "", []
     if config.autoencoder.kind != "pixels" and "vae" not in parts:
         name = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}[config.autoencoder.kind]
@@ -167,14 +169,14 @@ def _span(span: Span) -> str:
 
 def _numbers(metrics: Mapping[str, Any]) -> str:
     if not metrics:
-        return "None were kept."
+        return "The run has no report of this step."
     wanted = ("loss", "mse", "vb", "grad_norm", "images_per_s", "skipped_steps", "bad_samples")
     shown = {key: f"{metrics[key]:.5g}" for key in wanted if key in metrics}
-    return f"The run's last report, of step {metrics['step']:,} (means since the one before):\n\n{_table(shown)}"
+    return f"The run's last report, of step {metrics['step']:,} (means since the report before it):\n\n{_table(shown)}"
 
 
 def _evaluation(result: Mapping[str, Any]) -> str:
-    """Numbers under one protocol; what makes them not comparable stands first."""
+    """The numbers of one protocol, after the reasons why they are not comparable, if any."""
     why = "; ".join(doubts(result))
     said = f"`{protocol_name(result)}`, {result.get('images', '?')} images"
     note = f". **Not comparable**: {why}" if why else ""
@@ -186,21 +188,23 @@ def _limits(config: Config, parts: Sequence[str], evaluations: Sequence[Mapping[
     lines = []
     if config.model.condition == "text" and any(tower.weights == "seeded" for tower in config.text_encoder.towers):
         lines.append(
-            "**The text encoder is random and untrained (seeded)**: words it was not trained with mean nothing."
+            "**The text encoder is random and untrained (seeded)**: words that it was not trained with mean nothing."
         )
     if config.model.condition == "text":
         counts = " and ".join(str(tower.tokens) for tower in config.text_encoder.towers)
         lines.append(f"Prompts are cut to {counts} tokens.")
         if config.text_encoder.kind == "open_clip":
-            lines.append("Trained with open_clip's tokenizer, which pads with 0; transformers' pads otherwise.")
+            lines.append(
+                "Trained with open_clip's tokenizer, which pads with 0; transformers' tokenizer pads differently."
+            )
     lines += [
-        f"Trained at {size} x {size} pixels; other sizes run, and were not looked at.",
+        f"Trained at {size} x {size} pixels; other sizes run, but were not evaluated.",
         *(
             []
             if evaluations
             else ["No quality measure (FID or other) is part of this export; the numbers above are training losses."]
         ),
-        "No filter of contents. What the data shows, with its biases, is what the model makes.",
+        "There is no content filter. The model reproduces what its training data show, including their biases.",
     ]
     if config.autoencoder.kind != "pixels" and "vae" not in parts:
         lines.append("The autoencoder is not in this folder.")

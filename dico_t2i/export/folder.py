@@ -1,12 +1,12 @@
-"""One folder with a model's weights, config and code, for sampling here and for diffusers.
+"""Writes a folder with a model's weights, config and code, for sampling with this package and with diffusers.
 
-config.yaml, model.safetensors    what `dico sample` reads
-export.json, README.md            where the weights come from; the model card
-model_index.json, pipeline.py     the pipeline of diffusers, as code that needs nothing of this package
+config.yaml, model.safetensors    the files that `dico sample` reads
+export.json, README.md            the origin of the weights; the model card
+model_index.json, pipeline.py     the diffusers pipeline, as code that does not need this package
 transformer/                      config.json, model.py, and the weights themselves
 scheduler/ vae/ text_encoder/ tokenizer/
 
-Of a peer (models/peers) the folder is without pipeline, transformer/ and scheduler/: `dico sample` reads it.
+For a peer (models/peers) there are no pipeline, transformer/ and scheduler/; only `dico sample` reads the folder.
 """
 
 import importlib.metadata
@@ -39,30 +39,30 @@ from dico_t2i.sampling.labels import CLASSES, class_names
 from dico_t2i.sampling.pipeline import exported_config
 
 _SOURCE_NOTE = (
-    "{what} of DiCo, as one file that needs diffusers, transformers and torch alone.\n\n"
-    "Copied by `dico export` from the modules of dico_t2i that are named below (Apache-2.0); change it there.\n"
+    "{what} of DiCo, as one file that needs only diffusers, transformers and torch.\n\n"
+    "Copied by `dico export` from the modules of dico_t2i that are named below (Apache-2.0); edit those instead.\n"
 )
 
 Component = tuple[str, str] | tuple[None, None]  # library and class, as in model_index.json
 
 
 def export(path: Path, weights: str | None, out: Path, encoders: bool = True) -> None:
-    """Write the new folder ``out``; weights are fp32. One parameter is in memory at a time.
+    """Write the new folder ``out`` with weights in fp32, with one parameter in memory at a time.
 
-    weights: "weight" or an average such as "ema_0.9999"; None is the config's first average. encoders: copy
-    autoencoder and text encoder into it; those of open_clip stay out, diffusers could not read them.
-    Raises ValueError when ``out`` is there already, or with encoders other than one CLIP; MissingModelError when an
-    encoder is not here, CheckpointError when the checkpoint is not whole.
+    weights: "weight" or an average such as "ema_0.9999"; None stands for the config's first average. encoders: copy the
+    autoencoder and the text encoder, except those of open_clip, which diffusers cannot read. Raises ValueError if
+    ``out`` exists, or if encoders are to be copied and the text encoder is not a single CLIP; MissingModelError if an
+    encoder cannot be found; CheckpointError if the checkpoint is damaged.
     """
     check_new(out)
     if exported_weights(path) is not None:
-        raise ValueError(f"{path}: is an exported folder already")
+        raise ValueError(f"{path}: it is an exported folder already")
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
     if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
         raise ValueError(
-            "text_encoder: an exported pipeline takes one CLIP; export with --no-encoders, and sample the folder with"
-            " dico sample, which loads the text encoders that its config.yaml names"
+            "text_encoder: an exported pipeline takes a single CLIP; export with --no-encoders, and sample the folder"
+            " with dico sample, which loads the text encoders that its config.yaml names"
         )
     kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)
@@ -80,9 +80,9 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
 
 
 def check_new(out: Path) -> None:
-    """Raises ValueError when the folder is there."""
+    """Raise ValueError if the folder exists."""
     if out.exists():
-        raise ValueError(f"--out {out}: exists; nothing is overwritten, give a new folder")
+        raise ValueError(f"--out {out}: it exists, and nothing is overwritten; give a new folder")
 
 
 def write_folder(
@@ -96,11 +96,11 @@ def write_folder(
     evaluations: Sequence[Mapping[str, Any]] = (),
     trained: Mapping[str, Any] | None = None,
 ) -> None:
-    """The folder of a model whose fp32 parameters are ``arrays``, in the order of ``shapes``.
+    """Write the folder of a model whose fp32 parameters are ``arrays``, in the order of ``shapes``.
 
-    It gets its name when everything is in it. origin goes to export.json; metrics, the last reported numbers, and
-    evaluations, results of evals/, to the model card. trained: the identities of the encoders of training, if known;
-    export.json gets them, or those of the copies.
+    It has a temporary name until it is complete. origin is written to export.json; metrics (the last reported numbers)
+    and evaluations (results of evals/) appear in the model card. trained: the identities of the encoders of training;
+    export.json records them or, if they are not known, those of the copies.
     """
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -124,9 +124,9 @@ def write_folder(
 
 
 def _save_encoders(config: Config, folder: Path, trained: Mapping[str, Any]) -> tuple[dict[str, Component], Identities]:
-    """Copy the encoders. Returns them as components, and the identities of the copies.
+    """Copy the encoders, and return them as components, with the identities of the copies.
 
-    Raises ConfigError if they are not those of training.
+    Raises ConfigError if they differ from those of training.
     """
     parts: dict[str, Component] = {}
     autoencoder, text = load_autoencoder(config.autoencoder, "cpu"), _exported_text_encoder(config)
@@ -144,13 +144,13 @@ def _save_encoders(config: Config, folder: Path, trained: Mapping[str, Any]) -> 
 
 
 def _exported_text_encoder(config: Config) -> TextEncoder | None:
-    """The one that goes along, if any does."""
+    """The text encoder to copy, or None."""
     goes = config.model.condition == "text" and config.text_encoder.kind != "open_clip"
     return load_text_encoder(config.text_encoder, "cpu") if goes else None
 
 
 def _open_to_others(folder: Path) -> None:
-    """Give all files the permissions that the user's umask gives to new ones: safetensors makes files private."""
+    """Give all files the permissions of the user's umask, since safetensors makes its files private."""
     mode = (folder / "config.yaml").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -158,7 +158,7 @@ def _open_to_others(folder: Path) -> None:
 
 
 def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]) -> None:
-    """Code and configs of the pipeline, the network and the scheduler."""
+    """Write the code and configs of the pipeline, the network and the scheduler."""
     version = {"_diffusers_version": importlib.metadata.version("diffusers")}
     index = {
         "_class_name": ["pipeline", "DiCoPipeline"],
@@ -187,7 +187,7 @@ def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]
 
 
 def _scheduler(config: Config) -> dict[str, Any]:
-    """The noise schedule as diffusers' DDPMScheduler has it: it takes the learned variances, and must not clip."""
+    """The config of a diffusers scheduler with the same noise schedule and learned variance, and without clipping."""
     steps = config.diffusion.steps
     if config.diffusion.kind == "flow":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": steps}

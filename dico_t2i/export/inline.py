@@ -1,7 +1,7 @@
-"""One source file of some classes and of all that they use of this package, for folders that run without it.
+"""Makes one source file of some classes and everything they use from this package, so that it runs without it.
 
-Nothing is written a second time: definitions are taken from the modules as they stand, with their comments, in their
-order. Sections of the config become dataclasses of the same fields, because pydantic may not be there.
+The definitions are copied from the modules unchanged, with their comments and in their order. Config sections become
+dataclasses with the same fields, because pydantic may not be installed.
 """
 
 import ast
@@ -16,18 +16,18 @@ from dico_t2i.config import Section
 
 PACKAGE = "dico_t2i"
 _CONFIG = f"{PACKAGE}.config"
-# A folder has the operators through torch alone: no compiler, and nothing registered twice beside this package.
+# The copy uses operators in plain torch: they need no compiler, and do not register an operator of this package again.
 _OPERATORS = {f"{PACKAGE}.ops": f"{PACKAGE}.export.portable.operators"}
 
 
 class InlineError(ValueError):
-    """Source that cannot be copied; the message says what stands in the way, and in which module."""
+    """Raised if source cannot be copied; the message gives the reason and the module."""
 
 
 def standalone(names: Sequence[str], docstring: str) -> str:
-    """The source of ``names``, such as "dico_t2i.models.dico.DiCo", and of what they need.
+    """The source of ``names``, such as "dico_t2i.models.dico.DiCo", and of everything that they use.
 
-    Raises InlineError when two definitions have the same name, or for a form of import that cannot be followed.
+    Raises InlineError if two definitions have the same name, or if an import has a form that cannot be followed.
     """
     collected = _Collected()
     for name in names:
@@ -39,20 +39,21 @@ def standalone(names: Sequence[str], docstring: str) -> str:
 
 @dataclass
 class _Module:
-    """A module's definitions, and where its other names come from."""
+    """The definitions of a module, and the origins of its imported names."""
 
     name: str
     lines: list[str]
     docstring: str
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
     ours: dict[str, tuple[str, str]] = field(default_factory=dict)  # local name -> module, name
-    others: dict[str, tuple[str, str]] = field(default_factory=dict)  # "" as module: import name as it stands
+    # Local name -> module, name; the module "" stands for `import name`.
+    others: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @staticmethod
     def read(name: str) -> "_Module":
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise InlineError(f"{name}: no such module")
+            raise InlineError(f"{name}: there is no such module")
         source = Path(spec.origin).read_text(encoding="utf-8")
         tree = ast.parse(source)
         module = _Module(name, source.splitlines(), ast.get_docstring(tree) or "")
@@ -65,7 +66,7 @@ class _Module:
             case ast.ImportFrom(module=str(source)) if source.split(".")[0] == PACKAGE:
                 for alias in statement.names:
                     if alias.asname not in (None, alias.name):
-                        raise InlineError(f"{self.name}: {alias.name} is imported under another name")
+                        raise InlineError(f"{self.name}: {alias.name} is imported under a different name")
                     self.ours[alias.name] = (source, alias.name)
             case ast.ImportFrom(module=str(source)) if source != "__future__":
                 for alias in statement.names:
@@ -79,7 +80,7 @@ class _Module:
                 self.definitions[name] = statement
 
     def source(self, name: str) -> str:
-        """A definition with its decorators and the comment above it."""
+        """The source of a definition, with its decorators and the comment above it."""
         statement = self.definitions[name]
         first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
         while first > 1 and self.lines[first - 2].startswith("#"):
@@ -88,26 +89,26 @@ class _Module:
 
 
 class _Collected:
-    """The definitions that are needed, module by module."""
+    """Collects the definitions that are needed, by module."""
 
     def __init__(self) -> None:
         self._modules: dict[str, _Module] = {}
         self._needed: dict[str, set[str]] = {}  # module -> names
-        self._before: dict[str, set[str]] = {}  # module -> modules that must stand above it
+        self._before: dict[str, set[str]] = {}  # module -> modules that must come before it
         self._externals: set[tuple[str, str]] = set()
         self._owner: dict[str, str] = {}  # name in the file -> module
 
     def require(self, module: str, name: str) -> str:
-        """Collect a definition and what it uses. Returns the module that defines it."""
+        """Collect a definition and everything it uses. Returns the module that defines it."""
         if name in self._read(_OPERATORS.get(module, module)).definitions:
             module = _OPERATORS.get(module, module)
         source = self._read(module)
         if name in source.ours:
             return self.require(*source.ours[name])
         if name not in source.definitions:
-            raise InlineError(f"{module}: has no definition of {name}")
+            raise InlineError(f"{module}: it does not define {name}")
         if self._owner.setdefault(name, module) != module:
-            raise InlineError(f"{name} is defined in {self._owner[name]} and in {module}; rename one")
+            raise InlineError(f"{name} is defined in {self._owner[name]} and in {module}; rename one of them")
         needed = self._needed.setdefault(module, set())
         if name not in needed:
             needed.add(name)
@@ -141,7 +142,7 @@ class _Collected:
         return "\n".join([*plain, *(f"from {source} import {', '.join(n)}" for source, n in by_source.items())])
 
     def bodies(self) -> Iterator[str]:
-        """Each module's part, below those that it needs."""
+        """Yield the part of each module, after those that it needs."""
         done: set[str] = set()
 
         def emit(name: str) -> Iterator[str]:
@@ -168,7 +169,7 @@ def _as(alias: ast.alias) -> str:
 
 
 def _names(module: _Module, statement: ast.stmt) -> list[str]:
-    """The global names that a definition may use, in order."""
+    """The global names that a definition may use, in their order."""
     inside = [n for n in ast.walk(statement) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(PACKAGE)]
     if inside:
         raise InlineError(f"{module.name}: line {inside[0].lineno} imports {inside[0].module} inside a function")
@@ -184,7 +185,7 @@ def _is_section(module: _Module, name: str) -> bool:
 
 
 def _dataclass(module: _Module, name: str) -> str:
-    """A section of the config as a dataclass: its fields, defaults and properties, without the checks."""
+    """A config section as a dataclass with its fields, defaults and properties, but without validation."""
     section: type[Section] = getattr(importlib.import_module(module.name), name)
     hints = typing.get_type_hints(section)
     lines = ["@dataclass(frozen=True, kw_only=True)", f"class {name}:"]
@@ -199,7 +200,7 @@ def _dataclass(module: _Module, name: str) -> str:
 
 
 def _properties(section: type[Section]) -> list[str]:
-    """Those of a section and of the sections below it, each as the section has it."""
+    """The source of the properties of a section and of its base sections, with overrides applied."""
     found: dict[str, str] = {}
     for parent in section.__mro__:
         if not issubclass(parent, Section):

@@ -1,4 +1,4 @@
-"""Released class-conditional checkpoints as exported folders of ours."""
+"""Converts released class-conditional checkpoints to exported folders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ from dico_t2i.models.official import infer_config, load_official_state_dict, rea
 from dico_t2i.models.peers.dit import DiT
 from dico_t2i.models.peers.dit_release import infer_dit_config, is_released_dit, load_released_dit
 
-# Steps, batch, learning rate and betas of the paper's table 11, and of DiT's paper; the XLs are those for 256 pixels,
-# at 512 both took 3M steps.
+# Steps, batch size, learning rate and betas from table 11 of the paper, and from DiT's paper. Those of the XL sizes are
+# for 256 pixels; at 512 pixels both were trained for 3M steps.
 _RECIPES: dict[str, dict[str, Any]] = {
     "DiCo-S": {"steps": 400_000},
     "DiCo-B": {"steps": 400_000},
@@ -29,11 +29,12 @@ _RECIPES: dict[str, dict[str, Any]] = {
 
 
 def import_official(file: Path, out: Path, image_size: int, autoencoder: str | None, encoders: bool) -> str:
-    """Write the folder ``out`` from a file of released DiCo or DiT weights. Returns the variant's name, if it has one.
+    """Write the folder ``out`` from a file of released DiCo or DiT weights. Returns the name of the variant.
 
-    file: a torch file, of which nothing is executed, or safetensors; the EMA weights are taken if it has several.
-    image_size: what it was trained on, which weights do not tell. autoencoder: a folder or hub id instead of
-    sd-vae-ft-ema. encoders: copy the autoencoder. Raises ValueError (MissingModelError) saying what does not fit.
+    file: a torch file, from which no code is executed, or safetensors; if it has several sets of weights, the EMA
+    weights are used. image_size: the size in pixels that it was trained on, which the weights do not show. autoencoder:
+    a folder or hub id instead of sd-vae-ft-ema. encoders: copy the autoencoder. Raises ValueError (MissingModelError)
+    that says what does not fit.
     """
     check_new(out)
     if not file.is_file():
@@ -54,7 +55,7 @@ def import_official(file: Path, out: Path, image_size: int, autoencoder: str | N
 
 
 def _load(state: Mapping[str, Tensor], image_size: int) -> Network:
-    """The network that a released state dict belongs to, told by its keys and shapes, with its weights."""
+    """The network of a released state dict, recognised by its keys and shapes, with its weights."""
     if not is_released_dit(state):
         with torch.device("meta"):
             model = DiCo(infer_config(state))
@@ -64,19 +65,21 @@ def _load(state: Mapping[str, Tensor], image_size: int) -> Network:
         dit = DiT(infer_dit_config(state))
     pixels = 8 * load_released_dit(dit.to_empty(device="cpu"), state)
     if pixels != image_size:
-        raise ValueError(f"--image-size {image_size}: its positions are those of {pixels}; give --image-size {pixels}")
+        raise ValueError(
+            f"--image-size {image_size}: the position embedding is for {pixels} pixels; give --image-size {pixels}"
+        )
     return dit
 
 
 def variant_name(model: NetworkConfig) -> str:
-    """The named size that a network has, such as "DiCo-XL"; "DiCo" or "DiT" if it has another."""
+    """The name of a network's size, such as "DiCo-XL"; "DiCo" or "DiT" if the size has no name."""
     sizes = type(model).variants.items()
     named = (name for name, size in sizes if all(getattr(model, key) == value for key, value in size.items()))
     return next(named, type(model).__name__.removesuffix("Config"))
 
 
 def _config(name: str, model: NetworkConfig, image_size: int, autoencoder: str | None) -> Config:
-    """What the paper says of the released model; of another size, nothing but the network is known."""
+    """The config that the paper gives for the released model; for other sizes only the network is known."""
     recipe = _RECIPES.get(name, {"steps": 1})
     optimizer = {key: recipe[key] for key in ("lr", "betas", "warmup") if key in recipe}
     steps = 3_000_000 if name in ("DiCo-XL", "DiT-XL/2") and image_size == 512 else recipe["steps"]

@@ -1,4 +1,4 @@
-"""The blocks of DiCo. Tensors are (N, H, W, C) throughout: a pointwise convolution is a matrix product."""
+"""The blocks of DiCo. All tensors are (N, H, W, C), so that a pointwise convolution is a matrix product."""
 
 import math
 from collections.abc import Callable
@@ -52,6 +52,8 @@ class ConvModule(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with an activation between them; ``ratio`` is the hidden width over the channels."""
+
     def __init__(self, channels: int, ratio: float, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
         self.expand = nn.Linear(channels, int(ratio * channels))
@@ -63,7 +65,7 @@ class FeedForward(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """The MLP that turns text tokens into kernels. Its last layer starts at zero, and so does the text's effect."""
+    """The MLP that turns text tokens into kernels. Its last layer starts at zero, so text has no effect at first."""
 
     def __init__(self, text_dim: int, channels: int) -> None:
         super().__init__()
@@ -76,17 +78,17 @@ class TextProjection(nn.Module):
 
 
 class TextKernel(NamedTuple):
-    """All that a block's text branch makes of the tokens alone; the same at every timestep."""
+    """The part of a block's text branch that depends only on the tokens and is the same at every timestep."""
 
-    value: Tensor  # (N, T, C), or keys and values (N, T, 2C) of cross-attention
+    value: Tensor  # (N, T, C), or the keys and values (N, T, 2C) of cross-attention
 
 
 class TextConvolution(nn.Module):
-    """Dynamic depthwise convolution by the text (paper, section 3.4), with kernels of size x size."""
+    """Dynamic depthwise convolution with kernels made from the text (paper, section 3.4), each size x size."""
 
     def __init__(self, projection: TextProjection | None, size: int = 9) -> None:
         super().__init__()
-        self.projection = projection  # None: the stage has made the kernels
+        self.projection = projection  # None: the stage makes the kernels
         self.size = size
 
     def kernel(self, text: Tensor) -> TextKernel:
@@ -98,9 +100,10 @@ class TextConvolution(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from every pixel to the text tokens, as in PixArt-alpha; the output starts at zero.
+    """Attention from every pixel to the text tokens, as in PixArt-alpha; its output starts at zero.
 
-    masked: tokens of zeros are padding, and left out. Their keys and values are zeros too, which marks them in kernels.
+    masked: tokens of zeros are padding and get no attention. Their keys and values are set to zero as well, which marks
+    them as padding in a TextKernel.
     """
 
     def __init__(self, text_dim: int, channels: int, masked: bool = False) -> None:
@@ -126,9 +129,9 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolution, text, feed-forward: three residual branches, the first and last under adaLN-Zero.
+    """Three residual branches: convolution, text and feed-forward; the first and last have adaLN-Zero.
 
-    mixer: what stands in for the ConvModule in an ablation (``mixers``).
+    mixer: the layer that replaces the ConvModule in an ablation (see ``mixers``).
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(channels, ratio, activation)
 
     def forward(self, x: Tensor, condition: Tensor, text: Tensor | TextKernel | None = None) -> Tensor:
-        """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or its kernel -> (N, H, W, C)."""
+        """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or a TextKernel -> (N, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         branch, gate = self.conv(norm_modulate(x, shift1, scale1)), gate1
         if self.text is not None:
@@ -157,7 +160,7 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution, twice the width."""
+    """Halves the resolution and doubles the width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +171,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution, half the width."""
+    """Doubles the resolution and halves the width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -179,7 +182,7 @@ class Upsample(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated norm and a 3x3 convolution to the output channels; starts at zero."""
+    """A modulated norm and a 3x3 convolution to the output channels; its output starts at zero."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()

@@ -10,8 +10,8 @@ from dico_t2i.models.network import Network
 def build_network(config: NetworkConfig) -> Network:
     """A fresh network on the current device.
 
-    A peer is the class NETWORK of the module of ``models.peers`` that bears the name of its kind; it is imported when
-    it is asked for.
+    A peer is the class NETWORK in the module of ``models.peers`` that is named after its kind. That module is imported
+    only when it is needed.
     """
     if isinstance(config, DiCoConfig):
         return DiCo(config)

@@ -1,4 +1,4 @@
-"""What enters the network beside the image: the timestep, through adaLN, and the tokens of a text."""
+"""The inputs of the network besides the image: the timestep, through adaLN, and the tokens of a text."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoid and a two-layer MLP: (N,) -> (N, width)."""
+    """A sinusoidal embedding followed by a two-layer MLP: (N,) -> (N, width)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,30 +32,31 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         dtype = self.hidden.weight.dtype
-        # A float64 network takes float64 features; all others take float32 ones, rounded at the end.
+        # A float64 network gets float64 features; all others get float32 features, rounded at the end.
         features = sinusoid(t.to(torch.promote_types(torch.float32, dtype)), SINUSOID_DIM)
         return self.out(F.silu(self.hidden(features.to(dtype))))
 
 
 def is_token(tokens: Tensor) -> Tensor:
-    """(N, T, dim) -> bool (N, T, 1), false for padding, which is zeros."""
+    """Mark the real tokens: (N, T, dim) -> bool (N, T, 1), false for padding, which is all zeros."""
     return tokens.ne(0).any(-1, keepdim=True)
 
 
 def padding_bias(tokens: Tensor) -> Tensor:
-    """What leaves padding out when it is added to attention's logits: (N, T, dim) -> (N, T).
+    """The bias that hides padding when it is added to the logits of attention: (N, T, dim) -> (N, T).
 
-    Finite, so that a text of nothing but padding gives no NaN.
+    It is finite, so that a text that consists of padding alone gives no NaN.
     """
     return 1e4 * (is_token(tokens)[..., 0].to(tokens.dtype) - 1)
 
 
 class TextInput(nn.Module):
-    """The encoders' tokens as the blocks take them: of one width, and pooled to the taps of their kernels.
+    """Prepares the encoders' tokens for the blocks: brings them to one width and pools them to the taps of the kernels.
 
-    sizes: tokens and width of each encoder, in the order in which they lie in the sequence; narrower ones are padded
-    with zeros to the widest. width: what a layer of each encoder's own makes of them; None leaves them as they are.
-    taps: how many tokens they are pooled to; None for all. masked: tokens of zeros are padding.
+    sizes: the number of tokens and the width of each encoder, in the order of the sequence; narrower tokens are padded
+    with zeros to the widest. width: the width to which a linear layer for each encoder maps its tokens; None leaves
+    them unchanged. taps: the number of tokens after pooling; None turns pooling off. masked: treat tokens of zeros as
+    padding.
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]], width: int | None, taps: int | None, masked: bool) -> None:
@@ -66,7 +67,7 @@ class TextInput(nn.Module):
         self.pooling = TextPooling([count for count, _ in sizes], width or widest, taps, masked) if taps else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, widest) -> (N, taps or T, width); padding stays zeros."""
+        """(N, T, widest) -> (N, taps or T, width); padding stays zero."""
         if self.projections is not None:
             parts = tokens.split([count for count, _ in self.sizes], dim=1)
             sizes = zip(self.projections, parts, self.sizes, strict=True)
@@ -76,11 +77,11 @@ class TextInput(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """Learned pooling of any number of tokens to a kernel's taps: each tap's query attends over the sequence.
+    """Pools any number of tokens to the taps of a kernel: each tap has a learned query that attends to the sequence.
 
-    Tap i takes the mean of all tokens under weights softmax(query_i . key(token_t) / sqrt(width) + position_it). At the
-    start it looks at the place in each encoder's text that it has among the taps, with tails that reach everywhere: the
-    taps are the text in its order, as they are without pooling, and far tokens still get gradients.
+    Tap i is the mean of all tokens with weights softmax(query_i . key(token_t) / sqrt(width) + position_it). Initially
+    each tap attends to the corresponding place in the text of each encoder, so that the taps follow the text in order,
+    as they do without pooling. The weights have heavy tails, so that distant tokens get gradients, too.
     """
 
     def __init__(self, counts: Sequence[int], width: int, taps: int, masked: bool) -> None:
@@ -91,7 +92,7 @@ class TextPooling(nn.Module):
         self.position = nn.Parameter(torch.empty(taps, sum(counts)))
 
     def reset_position(self) -> None:
-        """Cauchy weights around each tap's place, as wide as taps are apart; every encoder has the same share."""
+        """Set Cauchy weights around each tap's place, as wide as taps are apart; every encoder gets the same sum."""
         taps = len(self.position)
         parts = []
         for count in self.counts:

@@ -11,14 +11,15 @@ from dico_t2i.models.build import build_network
 
 
 def count_parameters(config: NetworkConfig) -> int:
+    """The number of parameters of the network that a config describes."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_network(config).parameters())
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
-    """Multiply-accumulates of convolutions, matrix products and attention of one pass.
+    """The multiply-accumulates of the convolutions, matrix products and attention in one forward pass.
 
-    input_shape (N, C, H, W). What the field often calls FLOPs; elementwise work is not counted.
+    input_shape is (N, C, H, W). Papers often call this number FLOPs. Elementwise operations are not counted.
     """
     with torch.device("meta"):
         model, inputs = build_network(config), example_inputs(config, input_shape)
@@ -30,9 +31,9 @@ def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
 def example_inputs(
     config: NetworkConfig, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x of this shape (N, C, H, W), t, cond and pooled on the current device, of any values: for their shapes.
+    """Example inputs x of this shape (N, C, H, W), t, cond and pooled, on the current device.
 
-    dtype: of the text; x is in the default one.
+    Only their shapes and dtypes matter; their values are arbitrary. dtype is that of the text; x has the default dtype.
     """
     batch = shape[0]
     x, t = torch.empty(*shape), torch.zeros(batch, dtype=torch.int64)

@@ -29,24 +29,25 @@ from dico_t2i.models.network import Network
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
-# What the blocks of each stage make of the text: one for each block, or one that all share.
+# The text kernels of each stage: one for each block, or a single one that all its blocks share.
 TextKernels = dict[str, tuple[TextKernel, ...]]
 
-# The adaLN inputs, after SiLU, of each width: (N, width).
+# The adaLN inputs, after SiLU, for each width: (N, width).
 Conditions = dict[int, Tensor]
 
 
 class DiCo(Network):
     """DiCo with class labels or text.
 
-    ``model(x, t, cond, pooled=None)``: x (N, C, H, W) with H and W divisible by 4; t (N,) in 0..999, possibly
-    fractional; cond class ids (N,), the null class being ``num_classes``, or text tokens (N, T, text_dim); pooled
-    (N, pooled_dim) with ``pooled_text`` only. Tokens of several encoders follow one another, padded with zeros to
-    the width of the widest. In place of tokens, cond may be what ``text_kernels`` made of them: many
-    timesteps of one text then share that work. Returns (N, C or 2C, H, W) in the weights' dtype: the noise and, with
-    ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns 0.
+    Called as ``model(x, t, cond, pooled=None)``. x is (N, C, H, W), with H and W divisible by 4. t is (N,) in 0..999
+    and may be fractional. cond holds class ids (N,), where ``num_classes`` is the null class, or text tokens (N, T,
+    text_dim). pooled is (N, pooled_dim) and needed only with ``pooled_text``. The tokens of several encoders follow one
+    another, padded with zeros to the width of the widest. In place of tokens, cond may be the result of
+    ``text_kernels``, so that many timesteps of one text share that work. Returns (N, C or 2C, H, W) in the weights'
+    dtype: the noise and, with ``learn_sigma``, the fraction that interpolates the log variance. A fresh model returns
+    0.
 
-    The isotropic layouts have the same stages of blocks, at one width and half the resolution, one after the other.
+    The isotropic layouts run the same stages of blocks one after the other, at one width and half the resolution.
     """
 
     config: DiCoConfig
@@ -57,7 +58,7 @@ class DiCo(Network):
         factors = (1, 1, 1, 1, 1) if isotropic else (1, 2, 4, 2, 2)
         self.widths = {stage: factor * D for stage, factor in zip(STAGES, factors, strict=True)}
         self.stem = (PatchStem if isotropic else Conv3x3)(config.in_channels, D)
-        levels = sorted(set(self.widths.values()))  # each has embeddings of its own
+        levels = sorted(set(self.widths.values()))  # each width has its own embeddings
         self.time_embeddings = nn.ModuleList(TimestepEmbedding(width) for width in levels)
         self.condition_embeddings = nn.ModuleList(_condition_embedding(config, width) for width in levels)
         self.stages = nn.ModuleDict(
@@ -82,7 +83,7 @@ class DiCo(Network):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initial state of the release (paper, appendix): see the comments for what differs from Xavier."""
+        """Initialise the weights as the release does (paper, appendix): mostly Xavier, with exceptions by name."""
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "log_temperature")) or _starts_at_zero(name):
                 nn.init.zeros_(parameter)
@@ -96,7 +97,7 @@ class DiCo(Network):
             self.text_input.pooling.reset_position()
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
-        """Every block's kernels: what it makes of the tokens alone."""
+        """The kernels of every block, which depend only on the tokens."""
         super().text_kernels(tokens)
         kernels: TextKernels = {}
         tokens = cast(Tensor, self._text(tokens))
@@ -129,16 +130,16 @@ class DiCo(Network):
         return in_a_row(x, [step for stage in STAGES for step in self._steps(stage, c, text)], self.merges)
 
     def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
-        """What the stages get of the condition."""
+        """The part of the condition that the stages receive: text, or None with class labels."""
         if self.config.condition == "class":
             return None
         return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
 
     def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> Conditions:
-        """The adaLN inputs, after SiLU, by width."""
+        """The adaLN inputs, after SiLU, for each width."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
-            raise ValueError("this model takes the pooled text as well (pooled_text): pass pooled=(N, pooled_dim)")
+            raise ValueError("this model also needs the pooled text (pooled_text): pass pooled=(N, pooled_dim)")
         conditions = {}
         for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
             embedded = time(t)
@@ -153,7 +154,7 @@ class DiCo(Network):
         return x
 
     def _steps(self, stage: str, c: Conditions, text: Tensor | TextKernels | None) -> Iterator[Step]:
-        """The blocks of a stage with all that they take besides x."""
+        """The blocks of a stage, each bound to all its inputs except x."""
         if isinstance(text, dict):
             texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
         else:
@@ -202,7 +203,7 @@ def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
 
 
 def _text_input(config: DiCoConfig) -> TextInput | None:
-    """None where tokens go to the blocks as they are: of one encoder, and without pooling."""
+    """The layer before the blocks, or None where they take the tokens of one encoder unchanged."""
     taps = config.text_kernel**2 if config.text_pooling == "attention" else None
     if config.condition == "class" or not (config.text_inputs or taps):
         return None
@@ -211,7 +212,10 @@ def _text_input(config: DiCoConfig) -> TextInput | None:
 
 
 def _starts_at_zero(name: str) -> bool:
-    """adaLN, the head, and the last layer of every text branch: a fresh model is the identity and says 0."""
+    """Whether a parameter starts at zero: adaLN, the head, and the last layer of every text branch.
+
+    The blocks of a fresh model are then the identity, and its output is 0.
+    """
     parts = name.split(".")
     text = "text" in parts or "stage_text" in parts
     return "modulation" in parts or parts[0] == "head" or (text and parts[-2] == "out")

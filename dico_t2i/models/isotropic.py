@@ -1,7 +1,7 @@
-"""The isotropic layouts of the paper's ablations (section 6): one width and one resolution, from patches to patches.
+"""The isotropic layouts of the paper's ablations (section 6): one width and one resolution throughout.
 
-Patches are of 2x2, as DiT's are: the published comparison is with DiT-S/2, and at full resolution the same parameters
-would cost four times the multiply-accumulates. The paper does not say what it took.
+Patches have 2x2 pixels, as in DiT-S/2, with which the paper compares; at full resolution the same parameters would need
+four times the multiply-accumulates. The paper does not state the patch size it used.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 class PatchStem(Conv3x3):
-    """(N, H, W, C) -> (N, H/2, W/2, width): a 3x3 convolution of what pixels of a patch have side by side."""
+    """(N, H, W, C) -> (N, H/2, W/2, width): a 3x3 convolution on the patches' pixels, stacked as channels."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(4 * channels, width)
@@ -26,7 +26,7 @@ class PatchStem(Conv3x3):
 
 
 class PatchHead(Head):
-    """The head for the channels of four pixels, which it puts in their places."""
+    """The head that predicts the channels of a patch's four pixels and puts each pixel in its place."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(channels, 4 * out_channels)
@@ -36,10 +36,11 @@ class PatchHead(Head):
 
 
 def in_a_row(x: Tensor, steps: Sequence[Step], merges: nn.ModuleList) -> Tensor:
-    """All blocks, one after the other.
+    """Run all blocks, one after the other.
 
-    merges: none, or one for each block of the second half (U-ViT, arXiv 2209.12152): the first half's outputs, the last
-    of them first, are concatenated to the second half's inputs, (N, H, W, 2C) -> (N, H, W, C).
+    merges: empty, or one layer for each block of the second half, as in U-ViT (arXiv 2209.12152). The outputs of the
+    first half, in reverse order, are then concatenated with the inputs of the second half, and each layer maps
+    (N, H, W, 2C) to (N, H, W, C).
     """
     kept: list[Tensor] = []
     second = len(steps) - len(merges)

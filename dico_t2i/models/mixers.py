@@ -1,7 +1,7 @@
-"""What the paper's ablations (section 6) put in the place of the ConvModule, or of a part of it.
+"""The layers that replace the ConvModule, or a part of it, in the paper's ablations (section 6).
 
 All take and return (N, H, W, C). Attention has heads of 64 channels, or of the largest power of two that divides the
-width. The paper names the methods and gives no details; where ours differ from their sources is said at each.
+width. The paper names the methods without details; each class states where it differs from its source.
 """
 
 import math
@@ -17,13 +17,13 @@ from dico_t2i.ops import channel_scale, depthwise_conv
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 WINDOW = 8
-FOCUS = 3  # the power of focused linear attention
-AGENTS = 7  # agents of agent attention in a row, and in a column
-REDUCTION = 16  # of the channels in squeeze-and-excitation
+FOCUS = 3  # exponent in focused linear attention
+AGENTS = 7  # agent attention has this many rows and columns of agents
+REDUCTION = 16  # factor by which squeeze-and-excitation reduces the channels
 
 
 def ablated_mixer(config: DiCoConfig, channels: int, number: int) -> nn.Module | None:
-    """The mixer of a stage's block of this number; None where it is DiCo's ConvModule."""
+    """The mixer of block ``number`` of a stage; None stands for DiCo's ConvModule."""
     match config.mixer:
         case "attention":
             return SelfAttention(channels)
@@ -43,11 +43,11 @@ def ablated_mixer(config: DiCoConfig, channels: int, number: int) -> nn.Module |
     )
 
 
-# ---- The ConvModule with other parts ----
+# ---- Variants of the ConvModule ----
 
 
 class Depthwise(nn.Module):
-    """Depthwise convolution with zero padding; the kernel is odd."""
+    """Depthwise convolution with zero padding; ``kernel`` must be odd."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Depthwise(nn.Module):
 
 
 class ConvVariant(nn.Module):
-    """1x1, depthwise convolution, activation, channel attention, 1x1; parameters have the ConvModule's names."""
+    """1x1, depthwise convolution, activation, channel attention, 1x1; its parameters are named as in ConvModule."""
 
     def __init__(
         self, channels: int, attention: nn.Module, kernel: int, activation: Callable[[Tensor], Tensor]
@@ -76,7 +76,7 @@ class ConvVariant(nn.Module):
 
 
 class CompactAttention(nn.Linear):
-    """DiCo's own: each channel times the sigmoid of a linear map of all channels' means."""
+    """DiCo's channel attention: each channel times the sigmoid of a linear map of the means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
@@ -86,7 +86,7 @@ class CompactAttention(nn.Linear):
 
 
 class SqueezeExcitation(nn.Module):
-    """The same through a bottleneck of two layers (Hu et al., arXiv 1709.01507)."""
+    """Channel attention through a bottleneck of two layers (Hu et al., arXiv 1709.01507)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -98,10 +98,11 @@ class SqueezeExcitation(nn.Module):
 
 
 class ChannelSelfAttention(nn.Module):
-    """Attention of channels to channels: softmax over j of temperature <q_i, k_j>, times v_j, of planes q, k, v.
+    """Attention from channels to channels: the sum over j of softmax_j(temperature <q_i, k_j>) v_j.
 
-    q_i and k_j have length 1 over the pixels (Restormer, Zamir et al., arXiv 2111.09881). One head; its own convolution
-    and last projection are those that stand around it in the ConvModule.
+    q_i, k_j and v_j are channels of the image; q_i and k_j are normalised over the pixels (Restormer, Zamir et al.,
+    arXiv 2111.09881). It has one head. The convolution and the last projection of the original are left to the
+    ConvModule.
     """
 
     def __init__(self, channels: int) -> None:
@@ -124,14 +125,14 @@ CHANNEL_ATTENTIONS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-# ---- In the place of the whole ConvModule ----
+# ---- Replacements of the whole ConvModule ----
 
 
 class SelfAttention(nn.Module):
     """Attention from every pixel to every pixel, as in DiT.
 
-    The features of DiT's position embedding (fixed sinusoids of row and column) are added to the input of each
-    attention, and not once to the network's.
+    DiT's position embedding (fixed sinusoids of row and column) is added to the input of each attention layer, and not
+    once to the input of the network.
     """
 
     def __init__(self, channels: int) -> None:
@@ -145,16 +146,16 @@ class SelfAttention(nn.Module):
         return self.out(self._attend(query, key, value))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """All (N, H, W, C), but for the mask (N, 1, pixels, pixels): true for those that see each other."""
+        """All are (N, H, W, C) except mask (N, 1, pixels, pixels), which is true where one pixel sees another."""
         q, k, v = (to_heads(part, self.heads) for part in (query, key, value))
         return from_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), query)
 
 
 class WindowAttention(SelfAttention):
-    """Attention inside windows of 8x8 pixels, in every other block moved by half a window (Swin, arXiv 2103.14030).
+    """Attention inside windows of 8x8 pixels, shifted by half a window in every other block (Swin, arXiv 2103.14030).
 
-    Pixels are told apart by the features of SelfAttention, in the place of Swin's learned biases. Images whose sides
-    are no multiples of 8 are padded, and no pixel sees the padding; windows don't move along a side of 8 or less.
+    Positions are encoded as in SelfAttention, instead of by Swin's learned biases. Images whose sides are not multiples
+    of 8 are padded, and no pixel sees the padding. Windows are not shifted along a side of 8 pixels or less.
     """
 
     def __init__(self, channels: int, shifted: bool) -> None:
@@ -177,7 +178,8 @@ class WindowAttention(SelfAttention):
 class FocusedLinearAttention(nn.Module):
     """f(Q) (f(K)^T V) / (f(Q) sum f(K)), plus a depthwise 5x5 convolution of V (FLatten, Han et al., arXiv 2308.00442).
 
-    f is ``focused``, of each head. Without the learned factor of queries and keys that its authors' code has.
+    f is ``focused``, applied to each head. The authors' code has a learned factor of queries and keys, which is left
+    out.
     """
 
     def __init__(self, channels: int) -> None:
@@ -199,8 +201,8 @@ class FocusedLinearAttention(nn.Module):
 class AgentAttention(nn.Module):
     """softmax(Q A^T) softmax(A K^T) V, plus a depthwise 3x3 convolution of V (Han et al., arXiv 2312.08874).
 
-    The agents A are the queries' means over 7x7 parts of the image. Without the learned biases of agents and pixels,
-    whose tables belong to one size of image.
+    The agents A are the means of the queries over 7x7 parts of the image. The learned biases of agents and pixels are
+    left out, since their tables belong to one image size.
     """
 
     def __init__(self, channels: int) -> None:
@@ -221,7 +223,7 @@ class AgentAttention(nn.Module):
 
 
 def _averages(size: int, parts: int, device: torch.device) -> Tensor:
-    """(parts, size): adaptive average pooling as a product, whose gradients on a GPU are the same each time."""
+    """Adaptive average pooling as a matrix (parts, size); a matrix product has deterministic gradients on a GPU."""
     return F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64, device=device), parts).T
 
 
@@ -240,7 +242,7 @@ def from_heads(x: Tensor, like: Tensor) -> Tensor:
 
 
 def place_features(x: Tensor) -> Tensor:
-    """(H, W, C): sinusoids of the row in the first half of the channels, of the column in the second."""
+    """Position features (H, W, C): sinusoids of the row in the first half of the channels, then of the column."""
     _, H, W, C = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows = sinusoid(torch.arange(H, device=x.device, dtype=dtype), C // 2)
@@ -249,7 +251,7 @@ def place_features(x: Tensor) -> Tensor:
 
 
 def focused(x: Tensor) -> Tensor:
-    """ReLU, then the third power with the length as it was: directions move towards the nearest axes."""
+    """ReLU, then the third power at unchanged length, which moves directions towards the nearest axes."""
     x = F.relu(x) + 1e-6
     power = x**FOCUS
     return power * (
@@ -258,7 +260,7 @@ def focused(x: Tensor) -> Tensor:
 
 
 def cut(x: Tensor) -> Tensor:
-    """Windows of an image whose sides they divide: (N, H, W, C) -> (N * windows, 8, 8, C)."""
+    """Cut images, whose sides are multiples of 8, into windows: (N, H, W, C) -> (N * windows, 8, 8, C)."""
     N, H, W, C = x.shape
     grid = x.reshape(N, H // WINDOW, WINDOW, W // WINDOW, WINDOW, C)
     return grid.transpose(2, 3).reshape(-1, WINDOW, WINDOW, C)
@@ -272,11 +274,14 @@ def paste(windows: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def window_mask(size: tuple[int, int], moved: tuple[int, int], device: torch.device) -> Tensor:
-    """Who sees whom in each window, (windows, 64, 64): not across what was an edge before the move, nor padding."""
+    """Which pixels of a window see each other, bool (windows, 64, 64).
+
+    Pixels do not see padding, nor pixels from the opposite edge of the image, which the shift brought into the window.
+    """
     kinds = []
     for length, shift in zip(size, moved, strict=True):
         padded = length + -length % WINDOW
         place = torch.arange(padded, device=device) + shift
-        kinds.append(torch.where(place % padded < length, place // padded, 2))  # inside, come around, padding
+        kinds.append(torch.where(place % padded < length, place // padded, 2))  # inside, wrapped around, padding
     labels = cut((3 * kinds[0][:, None] + kinds[1])[None, ..., None]).flatten(1)
     return labels[:, :, None] == labels[:, None, :]

@@ -1,4 +1,4 @@
-"""What training, sampling and planning know of a network, whichever it is."""
+"""The interface of all networks, which training, sampling and planning use."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +11,10 @@ from dico_t2i.config import NetworkConfig
 class Network(nn.Module):
     """A denoiser: ``model(x, t, cond, pooled=None)``.
 
-    x (N, C, H, W), H and W divisible by ``config.latent_divisor``; t (N,) in 0..999, possibly fractional; cond class
-    ids (N,), the null class being ``num_classes``, or text tokens (N, T, text_dim), or what ``text_kernels`` made of
-    them; pooled (N, pooled_dim) with ``pooled_text`` only. Returns (N, C or 2C, H, W) in the weights' dtype: the
-    prediction and, with ``learn_sigma``, the fraction that interpolates the log variance.
+    x is (N, C, H, W), with H and W divisible by ``config.latent_divisor``. t is (N,) in 0..999 and may be fractional.
+    cond holds class ids (N,), where ``num_classes`` is the null class, or text tokens (N, T, text_dim), or the result
+    of ``text_kernels``. pooled is (N, pooled_dim) and needed only with ``pooled_text``. Returns (N, C or 2C, H, W) in
+    the weights' dtype: the prediction and, with ``learn_sigma``, the fraction that interpolates the log variance.
     """
 
     config: NetworkConfig
@@ -24,23 +24,23 @@ class Network(nn.Module):
         self.config = config
 
     def text_kernels(self, tokens: Tensor) -> Any:
-        """What does not depend on the timestep, to pass as ``cond``: of most networks the tokens (N, T, text_dim).
+        """Everything that depends only on the text tokens (N, T, text_dim), to be passed as ``cond``.
 
-        Raises ValueError for a model of classes.
+        Most networks return the tokens themselves. Raises ValueError for a class-conditional model.
         """
         if self.config.condition != "text":
             raise ValueError("text_kernels: this model is conditioned on classes")
         return tokens
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The residual blocks, most of the work, in order."""
+        """The residual blocks in their order; they do most of the work."""
         return ()
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make kernels for each kind of block; blocks that are alike share them.
+        """Compile each kind of block with torch.compile; blocks of the same kind share the compiled code.
 
-        Compiling by block takes seconds where the whole network takes minutes. Not for weights that come and go inside
-        a block, as ZeRO-3's do.
+        Compiling the blocks takes seconds, while compiling the whole network takes minutes. It does not work with
+        ZeRO-3, which gathers weights inside a block.
         """
         for block in self.blocks():
             block.compile(dynamic=False)

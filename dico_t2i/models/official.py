@@ -1,6 +1,7 @@
-"""Weights of the released class-conditional DiCo: their names, and loading them.
+"""Loads weights of the released class-conditional DiCo.
 
-The release stores a 1x1 convolution as (out, in, 1, 1); ours is a matrix (out, in). Nothing else differs but names.
+The release stores a 1x1 convolution as (out, in, 1, 1), where this package has a matrix (out, in). All other
+differences are names.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ _POINTWISE = {
 
 
 def official_key(name: str) -> str:
-    """The release's name of one of our parameters. KeyError if it has none (the text parameters)."""
+    """The release's name of one of our parameters. Raises KeyError for the text parameters, which it does not have."""
     module, _, leaf = name.rpartition(".")
     head, *rest = module.split(".")
     if head == "stages":
@@ -70,7 +71,7 @@ def official_key(name: str) -> str:
 
 
 def official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
-    """The shape the release gives to our parameter."""
+    """The shape of our parameter in the release."""
     module, _, leaf = name.rpartition(".")
     inner = ".".join(module.split(".")[3:]) if module.startswith("stages.") else module
     return (*shape, 1, 1) if leaf == "weight" and inner in _POINTWISE else tuple(shape)
@@ -79,8 +80,8 @@ def official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
 def load_official_state_dict(model: DiCo, state: Mapping[str, Tensor]) -> None:
     """Copy a released state dict into a class-conditional model.
 
-    Raises ValueError naming the keys that are missing, left over or of another shape, or the switches by which the
-    model is not the one that was released.
+    Raises ValueError that names the keys that are missing, unexpected or of a different shape, or the ablation switches
+    in which the model differs from the released one.
     """
     if model.config.condition != "class":
         raise ValueError("released weights are class-conditional; build the model with condition='class'")
@@ -96,7 +97,10 @@ def copy_released(
     key_of: Callable[[str], str],
     shape_of: Callable[[str, torch.Size], tuple[int, ...]],
 ) -> None:
-    """Copy a state dict into a model by the release's names and shapes of our parameters. Errors as above."""
+    """Copy a state dict into a model; key_of and shape_of give the release's names and shapes of our parameters.
+
+    Raises ValueError that names the keys that are missing, unexpected or of a different shape.
+    """
     parameters = dict(model.named_parameters())
     wanted = {key_of(name): name for name in parameters}
     problems = [f"missing {key}" for key in wanted.keys() - state.keys()]
@@ -115,9 +119,9 @@ def copy_released(
 
 
 def read_official(path: str | Path) -> dict[str, Tensor]:
-    """The EMA weights, or the only ones, of a released checkpoint file. Nothing in it is executed.
+    """The EMA weights of a released checkpoint file, or its only weights. No code in the file is executed.
 
-    A torch file, or safetensors. Raises ValueError for a file that holds anything else.
+    The file is in torch's or safetensors' format. Raises ValueError for a file that holds anything else.
     """
     content = _read(Path(path))
     for key in ("ema", "model", "state_dict"):
@@ -125,7 +129,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
             break
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds no state dict, neither by itself nor as ema, model or state_dict")
+        raise ValueError(f"{path}: holds no state dict, neither directly nor under ema, model or state_dict")
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
@@ -142,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def infer_config(state: Mapping[str, Tensor]) -> DiCoConfig:
-    """The dimensions of a released state dict, from its shapes. ValueError if it is not one of DiCo."""
+    """The dimensions of a released state dict, derived from its shapes. Raises ValueError if it is not a DiCo's."""
     try:
         stem, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table_0.weight"]
         out = state["final_layer.out_proj.weight"]
@@ -151,7 +155,7 @@ def infer_config(state: Mapping[str, Tensor]) -> DiCoConfig:
         hidden, width = state[blocks[0]].shape[:2]
     except (KeyError, IndexError):
         raise ValueError(
-            "not a released DiCo or DiT state dict: of DiCo's, its stem, label tables, head or blocks are missing"
+            "not a released DiCo or DiT state dict: DiCo's stem, label tables, head or blocks are missing"
         ) from None
     return DiCoConfig(
         hidden_size=stem.shape[0],

@@ -1,4 +1,4 @@
-"""Operators of the network on (N, H, W, C): one public function each, and a plain one in ``reference``."""
+"""Operators of the network on (N, H, W, C): a public function for each, and plain versions in ``reference``."""
 
 from dico_t2i.ops.convolution import conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
 from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool

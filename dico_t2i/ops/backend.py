@@ -1,8 +1,9 @@
-"""Which implementation of the operators a tensor gets.
+"""Chooses the implementation of the operators for a tensor.
 
 Three modules have the same functions: ``plain`` (torch), ``native`` (C, on the CPU) and ``kernels`` (Triton, on GPUs).
-They take contiguous (N, H, W, C) tensors and (N, C) vectors, each in any floating dtype, sum in float32, and give each
-gradient in its input's dtype; an argument that is None is a part that is not there, and so is its gradient.
+They take contiguous (N, H, W, C) tensors and (N, C) vectors, each in any floating dtype, and sum in float32. Each
+gradient has the dtype of its input. An argument that is None leaves out that part of the operator, and its gradient is
+None as well.
 """
 
 import os
@@ -19,9 +20,9 @@ OPERATORS = "DICO_OPERATORS"
 
 
 def backend(x: Tensor) -> ModuleType:
-    """float64 through torch; else Triton for CUDA, C for the CPU where a compiler is, and torch for all else.
+    """The module to use: torch for float64, Triton on CUDA, C on a CPU with a compiler, and torch otherwise.
 
-    DICO_OPERATORS=torch in the environment sends everything through torch.
+    DICO_OPERATORS=torch in the environment selects torch for everything.
     """
     if x.dtype == torch.float64 or os.environ.get(OPERATORS) == "torch":
         return plain
@@ -34,9 +35,10 @@ def backend(x: Tensor) -> ModuleType:
 
 @cache
 def find_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """An operator of torch.library returns tensors only: empty ones stand for what is not there."""
+    """Replace None by an empty tensor, since an operator of torch.library must return tensors."""
     return tuple(torch.empty(0) if tensor is None else tensor for tensor in tensors)

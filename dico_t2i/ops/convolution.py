@@ -1,6 +1,6 @@
 """Fixed-kernel convolutions and re-sampling on (N, H, W, C) tensors.
 
-torch's convolutions take (N, C, H, W); handing them a channels-last view costs no copy.
+torch's convolutions take (N, C, H, W); a channels-last view is passed to them without a copy.
 """
 
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, C, H, W) as it lies in memory."""
-    # A single image may have any stride from one to the next, and torch would take some for (N, C, H, W) in memory.
+    """A channels-last view: (N, H, W, C) -> (N, C, H, W), without a copy."""
+    # With N = 1 the stride of N is arbitrary, and torch would take some strides for a contiguous (N, C, H, W) tensor.
     return x.reshape(-1).view(x.shape).permute(0, 3, 1, 2)
 
 

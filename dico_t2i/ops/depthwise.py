@@ -12,8 +12,8 @@ from dico_t2i.ops.backend import backend
 def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """GELU (exact) of a depthwise 3x3 convolution with zero padding, and its mean over pixels.
 
-    x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C) and (N, C), in x's dtype. Backward computes the
-    convolution again: it keeps x alone. Raises ValueError when the shapes do not fit.
+    x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C) and (N, C), in x's dtype. Backward keeps
+    only x and computes the convolution again. Raises ValueError when the shapes do not fit.
     """
     C = x.shape[-1]
     if x.ndim != 4 or weight.shape != (C, 1, 3, 3) or bias.shape != (C,):
@@ -67,5 +67,5 @@ def _flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) 
 
 @register_flop_formula(torch.ops.dico_t2i.depthwise_backward)
 def _backward_flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Both gradients. The convolution that is computed again is not counted, as the field does it."""
+    """FLOPs of both gradients. As is usual, the recomputed convolution is not counted."""
     return 2 * _flops(x_shape)

@@ -1,7 +1,7 @@
-"""The operators as Triton kernels, for GPUs. Not measured on one yet: docs/operators.md says what is expected.
+"""The operators as Triton kernels, for GPUs. Their speed is not measured yet; docs/operators.md says what to expect.
 
-One tile is a few pixels by all channels (norms, factors) or by a block of channels (convolutions). Sums over pixels
-are written tile by tile and added up by torch, in a fixed order: no atomics, so a result is always the same.
+One tile is a few pixels by all channels (norms, factors) or by a block of channels (convolutions). Each tile writes its
+sums over pixels, and torch adds them in a fixed order, without atomics, so that results are deterministic.
 """
 
 import torch
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from dico_t2i.ops.plain import NORM_EPS
 
-CHUNK = 32  # pixels whose sums over pixels one program takes
+CHUNK = 32  # pixels that one program sums over
 CONV_PIXELS, CONV_CHANNELS = 64, 32  # tile of the 3x3 convolution
-TEXT_CHANNELS = 64  # two for each thread of a warp: a warp reads 128 bytes of bf16 at a time
-TEXT_PIXELS, TEXT_GRADIENT_PIXELS = 8, 4  # pixels of a row that a thread holds, for each of the rows it holds
-TEXT_GROUPS = {5: 5, 7: 7, 9: 3}  # columns of taps whose gradients a thread holds, by the kernel's side; else 1
+TEXT_CHANNELS = 64  # two for each thread of a warp, which thus reads 128 bytes of bf16 at a time
+TEXT_PIXELS, TEXT_GRADIENT_PIXELS = 8, 4  # pixels that a thread holds of each of its rows
+TEXT_GROUPS = {5: 5, 7: 7, 9: 3}  # kernel size -> columns of taps whose gradients a thread holds; else 1
 OPTIMIZER_BLOCK = 1024
 
 
-# ---- LayerNorm over channels, with what stands before and after it ----
+# ---- LayerNorm over channels, with the residual before it and the modulation after it ----
 
 
 @triton.jit
 def _row_tile(first, last, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Pixels from ``first`` on, those below ``last``: indices (ROWS,), offsets and mask (ROWS, BLOCK)."""
+    """Pixels ``first`` to ``first + ROWS``, masked at ``last``: indices (ROWS,), offsets and mask (ROWS, BLOCK)."""
     rows = first + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK)
     mask = (rows < last)[:, None] & (channels < C)[None, :]
@@ -50,7 +50,7 @@ def _norm_forward(
         added = _load(branch, at, mask)
         if HAS_GATE:
             added *= _load(gate, vectors, mask)
-        rounded = (value + added).to(residual.dtype.element_ty)  # backward sees it as it is stored
+        rounded = (value + added).to(residual.dtype.element_ty)  # round first, as backward sees the stored value
         tl.store(residual + at, rounded, mask)
         value = rounded.to(tl.float32)
     average = tl.sum(value, 1) / C
@@ -71,7 +71,7 @@ def _norm_backward(
     HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MODULATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums (3, N, chunks, C) in float32: of gate, shift and scale."""
+    """sums (3, N, chunks, C), float32: the gradients of gate, shift and scale."""
     chunk, n = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, BLOCK)
     inside = channels < C
@@ -125,7 +125,7 @@ def _scale_forward(x, scale, base, out, rows_total, pixels, C, HAS_BASE: tl.cons
 
 @triton.jit
 def _scale_backward(x, scale, grad, grad_x, sums, pixels, C, chunk_pixels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums (N, chunks, C) in float32."""
+    """sums (N, chunks, C), float32: the gradient of scale."""
     chunk, n = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, BLOCK)
     factor = _load(scale + n * C, channels, channels < C)[None, :]
@@ -145,7 +145,10 @@ def _scale_backward(x, scale, grad, grad_x, sums, pixels, C, chunk_pixels, ROWS:
 
 @triton.jit
 def _conv_tile(H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of program (pixels, channels, sample): row and column (PIXELS,), channels, offsets, mask (PIXELS, CHANNELS)."""
+    """The tile of a program (pixels, channels, sample).
+
+    Returns row and column (PIXELS,), channels (CHANNELS,), offsets and mask (PIXELS, CHANNELS).
+    """
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = (pixel < H * W)[:, None] & (channels < C)[None, :]
@@ -155,7 +158,7 @@ def _conv_tile(H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _load_shifted(pointer, at, mask, row, column, i, j, H, W, C):
-    """The tile (i, j) pixels further down and to the right; 0 outside the image."""
+    """Load the tile shifted by i pixels down and j to the right; it is 0 outside the image."""
     inside = (row + i >= 0) & (row + i < H) & (column + j >= 0) & (column + j < W)
     return tl.load(pointer + at + (i * W + j) * C, mask & inside[:, None], other=0.0).to(tl.float32)
 
@@ -172,13 +175,13 @@ def _convolve(x, weight, bias, at, mask, row, column, channels, H, W, C):
 
 @triton.jit
 def _normal(x):
-    """The normal distribution at x."""
+    """The standard normal distribution function at x."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def _depthwise_forward(x, weight, bias, out, sums, H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """sums (N, tiles, C) in float32."""
+    """sums (N, tiles, C), float32: the sum of out over pixels."""
     row, column, channels, at, mask = _conv_tile(H, W, C, PIXELS, CHANNELS)
     value = _convolve(x, weight, bias, at, mask, row, column, channels, H, W, C)
     value = tl.where(mask, value * _normal(value), 0.0)
@@ -189,7 +192,7 @@ def _depthwise_forward(x, weight, bias, out, sums, H, W, C, PIXELS: tl.constexpr
 
 @triton.jit
 def _depthwise_slope(x, weight, bias, grad, grad_mean, before, H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """before: the gradient of what goes into GELU."""
+    """Compute ``before``, the gradient of GELU's input."""
     row, column, channels, at, mask = _conv_tile(H, W, C, PIXELS, CHANNELS)
     value = _convolve(x, weight, bias, at, mask, row, column, channels, H, W, C)
     slope = _normal(value) + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
@@ -200,7 +203,7 @@ def _depthwise_slope(x, weight, bias, grad, grad_mean, before, H, W, C, PIXELS: 
 
 @triton.jit
 def _depthwise_backward(x, weight, before, grad_x, sums, H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """One shifted load serves both gradients. sums (N, tiles, 10, C) in float32: of the nine taps, and of the bias."""
+    """Both gradients use one shifted load. sums (N, tiles, 10, C), float32: gradients of the nine taps and the bias."""
     row, column, channels, at, mask = _conv_tile(H, W, C, PIXELS, CHANNELS)
     known = channels < C
     source = _load(x, at, mask)
@@ -220,7 +223,7 @@ def _depthwise_backward(x, weight, before, grad_x, sums, H, W, C, PIXELS: tl.con
 
 @triton.jit
 def _load_row(pointer, sample, row, column, channels, H, W, C, COUNT: tl.constexpr):
-    """COUNT pixels of a row from a column on, each (CHANNELS,) in float32; 0 outside the image."""
+    """Load COUNT pixels of a row, starting at ``column``, each (CHANNELS,) in float32; 0 outside the image."""
     pixels = ()
     at = (sample * H + row) * W * C + channels
     for p in tl.static_range(COUNT):
@@ -234,8 +237,10 @@ def _load_row(pointer, sample, row, column, channels, H, W, C, COUNT: tl.constex
 def _text_forward(
     x, context, out, H, W, C, T, FLIPPED: tl.constexpr, K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """A thread walks down PIXELS columns of two channels and holds the K output rows that the current input row is part
-    of. What it loads of a row serves K columns of taps and all K output rows."""
+    """Each thread moves down PIXELS columns of two channels and holds the K output rows that a row contributes to.
+
+    The pixels that it loads of a row are used for K columns of taps and for all K output rows.
+    """
     sample, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * PIXELS
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     tokens = context + sample * T * C + channels
@@ -266,9 +271,10 @@ def _text_taps(
     x, grad, sums, H, W, C, columns_each,
     K: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the kernels, (tiles, N, K * K, C) in float32: of K rows and GROUP columns of taps in a program.
+    """Gradients of the kernels, (tiles, N, K * K, C) in float32; a program computes K rows and GROUP columns of taps.
 
-    A thread holds K rows of the output gradient, PIXELS wide; an input row that it loads meets all of them.
+    A thread holds K rows of the output gradient, PIXELS wide, and combines each input row that it loads with all of
+    them.
     """
     sample = (tl.program_id(2) // (K // GROUP)).to(tl.int64)
     first_tap = tl.program_id(2) % (K // GROUP) * GROUP
@@ -277,7 +283,7 @@ def _text_taps(
     zero = tl.zeros((CHANNELS,), tl.float32)
     total = (zero,) * (K * GROUP)
     for first in range(begin, tl.minimum(begin + columns_each, W), PIXELS):
-        window = (zero,) * (PIXELS * (K // 2 + 1))  # before row 0, and what leaves first; then rows 0 to K // 2 - 1
+        window = (zero,) * (PIXELS * (K // 2 + 1))  # K // 2 + 1 rows of zeros; then rows 0 to K // 2 - 1
         for k in tl.static_range(K // 2):
             window = window + _load_row(grad, sample, k, first, channels, H, W, C, PIXELS)
         for row in range(H):
@@ -296,11 +302,11 @@ def _text_taps(
         tl.store(sums + at + tap * C, total[k], channels < C)
 
 
-# ---- the same functions as ``plain`` and ``native`` ----
+# ---- The interface that ``plain`` and ``native`` have as well ----
 
 
 def _rows(C: int) -> dict[str, int]:
-    """Tile and warps of a kernel whose tile holds all channels."""
+    """Tile size and number of warps of a kernel whose tile holds all channels."""
     block = triton.next_power_of_2(C)
     rows = max(1, 2048 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": 4 if rows * block <= 2048 else 8}
@@ -315,7 +321,7 @@ def _vector(vector: Tensor | None) -> Tensor | None:
 
 
 def _as(like: Tensor | None, sums: Tensor) -> Tensor | None:
-    """(N, chunks, C) -> (N, C) in the dtype of ``like``."""
+    """Sum over chunks: (N, chunks, C) -> (N, C), in the dtype of ``like``."""
     return None if like is None else sums.sum(1).to(like.dtype)
 
 
@@ -416,9 +422,9 @@ def _correlate(x: Tensor, context: Tensor, kernel: int, *, flipped: bool) -> Ten
 
 
 def _token_gradient(x: Tensor, context: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """Gradients of all taps; the repeated ones summed."""
+    """The gradient of the tokens; the gradients of the taps that repeat the last token are summed."""
     (N, H, W, C), T, group = x.shape, context.shape[1], TEXT_GROUPS.get(kernel, 1)
-    columns = 8 if N * C < 132 * 16 * TEXT_CHANNELS else 32  # small batches are cut further, to fill the GPU
+    columns = 8 if N * C < 132 * 16 * TEXT_CHANNELS else 32  # small batches need more tiles to fill the GPU
     tiles = triton.cdiv(W, columns)
     sums = torch.empty(tiles, N, kernel**2, C, dtype=torch.float32, device=x.device)
     _text_taps[tiles, triton.cdiv(C, TEXT_CHANNELS), N * (kernel // group)](

@@ -1,7 +1,7 @@
-"""The operators of operators.c on CPU tensors, compiled once for the machine they run on.
+"""Runs the operators of operators.c on CPU tensors; the C code is compiled once for each machine.
 
-The library lies in the user's cache, under the hash of everything it depends on. Its threads are torch's: it is linked
-to the OpenMP that torch has loaded. Without a compiler ``library`` is None, and so it is with DICO_NO_COMPILER=1.
+The library is in the user's cache, under a hash of everything it depends on. It is linked to the OpenMP library that
+torch has loaded and so uses torch's threads. ``library`` is None without a compiler, or with DICO_NO_COMPILER=1.
 """
 
 import ctypes
@@ -24,30 +24,30 @@ from dico_t2i.ops import plain
 SOURCE = Path(__file__).with_name("operators.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 NORM_EPS = 1e-6
-TEXT_KERNELS = (5, 7, 9, 11)  # sizes that operators.c has code for
+TEXT_KERNELS = (5, 7, 9, 11)  # the sizes that operators.c implements
 
 logger = logging.getLogger(__name__)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled operators; None, said once in the log, where they cannot be had."""
+    """The compiled operators, or None with one warning in the log if they cannot be compiled."""
     if os.environ.get("DICO_NO_COMPILER") == "1":
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None:
-        logger.warning("No C compiler (cc): operators run through torch, slower on the CPU, above all with text.")
+        logger.warning("No C compiler (cc): the operators run through torch, which is slower, above all with text.")
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
-        logger.warning("%s could not be compiled; operators run through torch, slower on the CPU. %s", SOURCE, reason)
+        logger.warning("%s could not be compiled: the operators run through torch, which is slower. %s", SOURCE, reason)
         return None
 
 
 def _built(compiler: str) -> Path:
-    """The library's path; compiled if it is not there yet, by one process at a time."""
+    """The path of the library, which is compiled first if necessary, by one process at a time."""
     runtime = _openmp()
     key = hashlib.sha256(repr((SOURCE.read_text(), compiler, FLAGS, runtime, _cpu())).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_t2i" / "operators"
@@ -65,7 +65,7 @@ def _built(compiler: str) -> Path:
 
 
 def _compile(compiler: str, runtime: str | None, folder: Path) -> None:
-    """SOURCE -> folder/operators.so."""
+    """Compile SOURCE to folder/operators.so."""
     made, linked = folder / "operators.o", folder / "operators.so"
     openmp = [runtime] if runtime else ["-fopenmp"]
     for command in (
@@ -76,7 +76,7 @@ def _compile(compiler: str, runtime: str | None, folder: Path) -> None:
 
 
 def _openmp() -> str | None:
-    """The GNU OpenMP that torch has loaded: a second one's threads would wait in the way of the first's."""
+    """The GNU OpenMP that torch has loaded. The threads of a second copy would compete with those of the first."""
     try:
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     except OSError:
@@ -85,7 +85,7 @@ def _openmp() -> str | None:
 
 
 def _cpu() -> str:
-    """What the compiler looks at: the processor's architecture and its features."""
+    """The processor's architecture and features, which -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -94,11 +94,11 @@ def _cpu() -> str:
 
 
 def call(name: str, *arguments: Tensor | float | ctypes.Array | None) -> None:
-    """Run a function of the library on contiguous float32 tensors; it also gets torch's number of threads."""
+    """Call a function of the library on contiguous float32 tensors, with torch's number of threads."""
     loaded = library()
     assert loaded is not None
     if getattr(loaded, name)(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads())):
-        raise MemoryError(f"{name}: no memory for work space")
+        raise MemoryError(f"{name}: there is no memory for its work space")
 
 
 def _argument(value: Tensor | float | ctypes.Array | None) -> object:
@@ -116,7 +116,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _new(wanted: object, *shape: int) -> Tensor | None:
-    """Memory for an output that is there if what it belongs to is."""
+    """Allocate an output, or return None if ``wanted`` is None or False."""
     return None if wanted is None or wanted is False else torch.empty(shape)
 
 

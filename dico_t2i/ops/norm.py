@@ -1,4 +1,4 @@
-"""LayerNorm over channels with what stands around it in a block of DiCo: gate, residual, modulation."""
+"""LayerNorm over channels, fused with the operations around it in a block of DiCo: gate, residual, modulation."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from dico_t2i.ops.backend import backend, present
 
 
 def norm_modulate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """LayerNorm over C without weights (eps 1e-6), times 1 + scale, plus shift, in one pass.
+    """LayerNorm over C without weights (eps 1e-6), times 1 + scale, plus shift, in one pass over memory.
 
     x (N, H, W, C); shift and scale (N, C), both or none. Returns (N, H, W, C) in x's dtype; statistics are float32,
-    or float64 if x is. Backward keeps x, and two numbers a pixel. Raises ValueError when the shapes do not fit.
+    or float64 if x is. Backward keeps x and two numbers for each pixel. Raises ValueError when the shapes do not fit.
     """
     _check(x, None, None, shift, scale)
     return torch.ops.dico_t2i.norm_modulate(x, shift, scale)[0]
@@ -23,8 +23,8 @@ def residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """x + gate * branch, and its ``norm_modulate``, in one pass.
 
-    x and branch (N, H, W, C); gate, shift and scale (N, C), no gate being a gate of 1. Returns two (N, H, W, C) in x's
-    dtype. Backward keeps the first of them, the branch if there is a gate, and two numbers a pixel.
+    x and branch (N, H, W, C); gate, shift and scale (N, C); without a gate it is 1. Returns two (N, H, W, C) in x's
+    dtype. Backward keeps the first of them, the branch if there is a gate, and two numbers for each pixel.
     Raises ValueError when the shapes do not fit.
     """
     _check(x, branch, gate, shift, scale)
@@ -42,8 +42,8 @@ def _check(x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor 
     ):
         shapes = [None if t is None else tuple(t.shape) for t in (x, branch, gate, shift, scale)]
         raise ValueError(
-            "norm_modulate: x and branch (N, H, W, C), gate, shift and scale (N, C), shift and scale both or none,"
-            f" expected; got {shapes}"
+            "norm_modulate: expected x and branch (N, H, W, C), gate, shift and scale (N, C), with shift and scale both"
+            f" given or both None; got {shapes}"
         )
 
 
@@ -71,7 +71,7 @@ def _norm_backward(
     grad_residual: Tensor | None,
     grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch (if there is a gate: else it is x's), gate, shift and scale."""
+    """Gradients of x, branch, gate, shift and scale. Without a gate, that of branch is that of x and left out."""
     branch, grad_residual = (None if t is None else t.contiguous() for t in (branch, grad_residual))
     grads = backend(residual).norm_backward(
         residual.contiguous(), mean, rstd, scale, branch, gate, grad_residual, grad_out.contiguous()

@@ -16,8 +16,8 @@
 #define LANES 8
 #endif
 #define PIXELS 8       /* outputs of a row that are computed together, in registers */
-#define CHUNK 64       /* pixels whose sums one task takes */
-#define MAX_KERNEL 11  /* side of the largest text kernel */
+#define CHUNK 64       /* pixels that one task sums over */
+#define MAX_KERNEL 11  /* height and width of the largest text kernel */
 #define MAX_TAPS (MAX_KERNEL * MAX_KERNEL)
 #define inlined static inline __attribute__((always_inline))
 
@@ -29,7 +29,7 @@ inlined size round_up(size n, size unit) { return (n + unit - 1) / unit * unit; 
 
 static void *take(size count, size bytes) { return aligned_alloc(64, round_up(count * bytes, 64)); }
 
-/* exp(v) of v <= 0, to 2e-7; 0 below -87. */
+/* exp(v) for v <= 0, to a relative error of 2e-7; 0 below -87. */
 inlined float exp_negative(float v) {
     v = v < -87.0f ? -87.5f : v;
     float n = v * 1.44269504f + 12582912.0f; /* the integer part, in the lowest bits */
@@ -46,7 +46,7 @@ inlined float exp_negative(float v) {
 }
 
 /* Normal distribution and density at x. 1 - cdf(t) = exp(-t^2 / 2) times a polynomial in 1 / (1 + 0.21 t) for t >= 0,
-   fitted here to a relative error of 2e-8. */
+   fitted to a relative error of 2e-8. */
 inlined void normal(float x, float *cdf, float *density) {
     float t = fabsf(x), u = 1.0f / (1.0f + 0.21f * t), e = exp_negative(-0.5f * t * t);
     float p = u * (8.37115743e-2f + u * (8.50688791e-2f + u * (6.91920264e-2f + u * (1.24873262e-1f
@@ -69,7 +69,7 @@ inlined float gelu_slope(float x) {
     return cdf + x * density;
 }
 
-/* ---- LayerNorm over channels, with what stands before (residual, gate) and after it (scale, shift) ---- */
+/* ---- LayerNorm over channels, with residual and gate before it, and scale and shift after it ---- */
 
 /* residual = x + gate * branch; out = LayerNorm(residual) * (1 + scale) + shift. */
 int norm_forward(const float *x, const float *branch, const float *gate, const float *shift, const float *scale,
@@ -112,7 +112,7 @@ int norm_forward(const float *x, const float *branch, const float *gate, const f
     return 0;
 }
 
-/* sums (N, chunks, C) -> out (N, C), in order. */
+/* Add the chunks in their order: sums (N, chunks, C) -> out (N, C). */
 static void add_chunks(const float *sums, float *out, size N, size chunks, size C, size threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size n = 0; n < N; n++)
@@ -124,8 +124,8 @@ static void add_chunks(const float *sums, float *out, size N, size chunks, size 
         }
 }
 
-/* Gradients of norm_forward. grad_residual, of its first output, may be NULL; so may branch, gate and scale, and the
-   gradients that belong to them. Without a gate the branch's gradient is grad_x. */
+/* Gradients of norm_forward. grad_residual, the gradient of its first output, may be NULL; so may branch, gate and scale
+   together with their gradients. Without a gate the gradient of the branch is grad_x. */
 int norm_backward(const float *residual, const float *mean, const float *rstd, const float *scale, const float *branch,
                   const float *gate, const float *grad_residual, const float *grad_out, float *grad_x,
                   float *grad_branch, float *grad_gate, float *grad_shift, float *grad_scale, size N, size pixels,
@@ -246,7 +246,7 @@ int scale_backward(const float *x, const float *scale, const float *grad, float 
 
 /* ---- depthwise convolutions ---- */
 
-/* Tile rows: `border` pixels of zeros, the row, zeros up to the stride. */
+/* A row of a tile consists of `border` zero pixels, the row of the image, and zeros up to the stride. */
 inlined size tile_stride(size W, size border) { return round_up(W, PIXELS) + 2 * border; }
 
 static void load_tile(vec *tile, const float *x, size H, size W, size C, size c, size border) {
@@ -274,7 +274,7 @@ inlined void store(float *out, const vec *value, size lanes) {
         memcpy(out, value, lanes * 4);
 }
 
-/* PIXELS outputs of row y, from column w on: the sum over taps (K, K) of tap times shifted input. */
+/* PIXELS outputs of row y, starting at column w: the sum over taps (K, K) of tap times shifted input. */
 inlined void correlate(vec *out, const vec *tile, const vec *taps, size y, size w, size H, size stride, const int K) {
     vec sum[PIXELS] = {0};
     for (int i = 0; i < K; i++) {
@@ -322,7 +322,7 @@ inlined void correlate_all(float *out, const vec *tile, const vec *taps, size H,
         }
 }
 
-/* With K a constant to the compiler, which keeps sums in registers for it. */
+/* Make K a compile-time constant, so that the compiler keeps the sums in registers. */
 static void correlate_text(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes, size K) {
     switch (K) {
     case 5: correlate_all(out, tile, taps, H, W, C, lanes, 5); break;
@@ -350,7 +350,8 @@ static void load_tokens(vec *taps, const float *context, size T, size C, size la
     }
 }
 
-/* context (N, T, C): token k is tap k of the K x K kernels, the last token all taps from T - 1 on; K is 5, 7, 9 or 11. */
+/* context (N, T, C): token k is tap k of the K x K kernels; the last token is repeated for all later taps. K is 5, 7, 9
+   or 11. */
 int text_forward(const float *x, const float *context, float *out, size N, size H, size W, size C, size T, size K,
                  size threads) {
     const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, K / 2);
@@ -403,7 +404,7 @@ int text_backward(const float *x, const float *context, const float *grad, float
     return failed;
 }
 
-/* weight (C, 3, 3), bias (C): channels [c, c + lanes). */
+/* Load channels [c, c + lanes) of weight (C, 3, 3) and bias (C). */
 static void load_weight(vec *taps, vec *offset, const float *weight, const float *bias, size c, size lanes) {
     *offset = (vec){0};
     memcpy(offset, bias + c, lanes * 4);
@@ -413,7 +414,7 @@ static void load_weight(vec *taps, vec *offset, const float *weight, const float
     }
 }
 
-/* out = gelu(convolution of x + bias); mean (N, C): of out over pixels. */
+/* out = gelu(convolution of x + bias); mean (N, C) is the mean of out over pixels. */
 int depthwise_forward(const float *x, const float *weight, const float *bias, float *out, float *mean, size N, size H,
                       size W, size C, size threads) {
     const size groups = (C + LANES - 1) / LANES, stride = tile_stride(W, 1);
@@ -450,8 +451,8 @@ int depthwise_forward(const float *x, const float *weight, const float *bias, fl
     return failed;
 }
 
-/* Gradients of depthwise_forward; what came before GELU is computed again. sums (N, 10, C): of each sample, those of
-   the nine taps and of the bias. */
+/* Gradients of depthwise_forward; the input of GELU is computed again. sums (N, 10, C) holds the gradients of the nine
+   taps and of the bias for each sample. */
 int depthwise_backward(const float *x, const float *weight, const float *bias, const float *grad,
                        const float *grad_mean, float *grad_x, float *sums, size N, size H, size W, size C,
                        size threads) {

@@ -1,4 +1,4 @@
-"""The operators through torch alone: any device and dtype. float64 always comes here."""
+"""The operators in torch alone, for any device and dtype; the only implementation for float64."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """float64 as it is, all else in float32."""
+    """The tensor in float32, or unchanged if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -96,8 +96,11 @@ def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
 def text_backward(
     x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The kernel gradient correlates the input with the output gradient: a convolution with a kernel as large as the
-    image. torch's own backward computes it some 20 times slower."""
+    """Gradients of x and context.
+
+    The gradient of the kernels is the correlation of the input with the output gradient, that is, a convolution with a
+    kernel as large as the image. torch's own backward takes about 20 times as long for it.
+    """
     planes = _planes(grad)
     grad_x = _pixels(_correlate(planes, _kernels(context, kernel).flip(2, 3), kernel)) if wants[0] else None
     grad_context = _tokens(_correlate(_planes(x), planes, kernel), context.shape[1]) if wants[1] else None
@@ -105,7 +108,7 @@ def text_backward(
 
 
 def _correlate(planes: Tensor, kernels: Tensor, size: int) -> Tensor:
-    """planes (N, C, H, W) with kernels (N, C, h, w), one for each sample and channel, padding size // 2."""
+    """Correlate planes (N, C, H, W) with kernels (N, C, h, w), one for each sample and channel; padding size // 2."""
     N, C, H, W = planes.shape
     flat, weights = planes.reshape(1, N * C, H, W), kernels.reshape(N * C, 1, *kernels.shape[2:])
     with torch.autocast(planes.device.type, enabled=False):
@@ -114,14 +117,14 @@ def _correlate(planes: Tensor, kernels: Tensor, size: int) -> Tensor:
 
 
 def _kernels(context: Tensor, size: int) -> Tensor:
-    """Tokens (N, T, C) -> kernels (N, C, size, size); taps from T on repeat the last token."""
+    """Tokens (N, T, C) -> kernels (N, C, size, size); the taps from T on repeat the last token."""
     N, T, C = context.shape
     taps = torch.cat((context, context[:, -1:].expand(-1, size**2 - T, -1)), dim=1)
     return _transposed(taps).reshape(N, C, size, size)
 
 
 def _tokens(kernels: Tensor, count: int) -> Tensor:
-    """The adjoint of ``_kernels``: (N, C, size, size) -> (N, T, C), the repeated taps summed."""
+    """The adjoint of ``_kernels``: (N, C, size, size) -> (N, T, C); the repeated taps are summed."""
     taps = _transposed(kernels.flatten(2))
     return torch.cat((taps[:, : count - 1], taps[:, count - 1 :].sum(1, keepdim=True)), dim=1)
 
@@ -139,7 +142,7 @@ def _pixels(planes: Tensor) -> Tensor:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """(N, a, b) -> contiguous (N, b, a). torch transposes matrices up to three times faster than batches of them."""
+    """(N, a, b) -> contiguous (N, b, a). torch transposes single matrices up to three times faster than a batch."""
     out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
     for n in range(len(x)):
         out[n] = x[n].T

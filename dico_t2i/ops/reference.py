@@ -1,4 +1,4 @@
-"""What each operator computes, in the plainest code. Slow; the tests hold the fast ones against it."""
+"""Each operator in the plainest code. It is slow and serves the tests, which compare the fast versions with it."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
-    """Each sample's k x k depthwise convolution with the kernels its text makes (paper, section 3.4, with k = 9).
+    """A k x k depthwise convolution with kernels made from each sample's text (paper, section 3.4, with k = 9).
 
-    x (N, C, H, W), context (N, T, C) with T <= k * k, k odd -> (N, C, H, W). The last token repeats up to k * k; token
-    k * i + j is tap (i, j). Cross-correlation, stride 1, zero padding k // 2.
+    x (N, C, H, W), context (N, T, C) with T <= k * k, k odd -> (N, C, H, W). The last token is repeated up to k * k
+    tokens; token k * i + j is tap (i, j). Cross-correlation, stride 1, zero padding k // 2.
     """
     N, C, H, W = x.shape
     taps = torch.cat((context, context[:, -1:].expand(-1, kernel**2 - context.shape[1], -1)), dim=1)
@@ -45,7 +45,7 @@ def norm_modulate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None =
 def residual_norm_modulate(
     x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x and branch (N, H, W, C), all else (N, C) -> two (N, H, W, C)."""
+    """x and branch (N, H, W, C), all others (N, C) -> two (N, H, W, C)."""
     residual = x + branch if gate is None else gated_residual(x, gate, branch)
     return residual, norm_modulate(residual, shift, scale)
 

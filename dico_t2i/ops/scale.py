@@ -1,4 +1,4 @@
-"""A factor for each sample and channel, with and without a residual."""
+"""Multiplies by a factor for each sample and channel, with or without adding a residual."""
 
 from typing import Any
 
@@ -9,13 +9,16 @@ from dico_t2i.ops.backend import backend
 
 
 def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """x (N, H, W, C) times scale (N, C), in x's dtype; both gradients in one pass. ValueError for other shapes."""
+    """x (N, H, W, C) times scale (N, C), in x's dtype. Raises ValueError for other shapes.
+
+    Backward computes both gradients in one pass over memory.
+    """
     _check(x, scale)
     return torch.ops.dico_t2i.scale(x, scale, None)
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch; x and branch (N, H, W, C), gate (N, C). In x's dtype; backward keeps gate and branch."""
+    """x + gate * branch in x's dtype; x and branch (N, H, W, C), gate (N, C). Backward keeps gate and branch."""
     _check(x, gate, branch)
     return torch.ops.dico_t2i.scale(branch.to(x.dtype), gate, x)
 
@@ -24,7 +27,7 @@ def _check(x: Tensor, scale: Tensor, branch: Tensor | None = None) -> None:
     other = x if branch is None else branch
     if x.ndim != 4 or scale.shape != (x.shape[0], x.shape[3]) or other.shape != x.shape:
         raise ValueError(
-            "a factor of each channel: (N, H, W, C) and (N, C) expected,"
+            "a factor for each channel: (N, H, W, C) and (N, C) expected,"
             f" got {tuple(x.shape)}, {tuple(scale.shape)} and {tuple(other.shape)}"
         )
 

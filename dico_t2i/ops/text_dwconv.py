@@ -1,4 +1,4 @@
-"""The text convolution: every sample has its own depthwise kernels, made from its text (paper, section 3.4)."""
+"""The text convolution: each sample has its own depthwise kernels, made from its text (paper, section 3.4)."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from dico_t2i.ops.backend import backend, present
 
 
 def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
-    """Convolve each channel of each sample with the k x k kernel that its text tokens spell; the paper's k is 9.
+    """Convolve each channel of each sample with the k x k kernel that its text tokens form; the paper's k is 9.
 
-    x (N, C, H, W) in any memory format, channels-last being the one that costs no copy; context (N, T, C),
-    1 <= T <= k * k, in any dtype; kernel: k, odd. The last token repeats up to k * k, token k * i + j of channel c is
-    tap (i, j) of the kernel of channel c. Cross-correlation, stride 1, zero padding k // 2. Computed in x's dtype, or
-    in autocast's; sums are in float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format; differentiable
-    once in both. Raises ValueError when the shapes do not fit.
+    x (N, C, H, W) in any memory format; only channels-last needs no copy. context (N, T, C), 1 <= T <= k * k, in any
+    dtype. kernel: k, odd. The last token is repeated up to k * k tokens, and token k * i + j of channel c is tap (i, j)
+    of the kernel of channel c. Cross-correlation, stride 1, zero padding k // 2. It is computed in x's dtype, or in
+    that of autocast; sums are in float32, or in float64 if x is. Returns (N, C, H, W) in x's memory format. It can be
+    differentiated once with respect to both inputs. Raises ValueError when the shapes do not fit.
     """
     N, C = x.shape[:2]
     if kernel < 1 or kernel % 2 == 0:
@@ -33,7 +33,7 @@ def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
-    """autocast's dtype where it is on, so that forward and backward see the same one; else that of x."""
+    """autocast's dtype if it is enabled, so that forward and backward use the same one, else that of x."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype

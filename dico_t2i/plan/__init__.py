@@ -1,1 +1,1 @@
-"""What a run will need, before it is started."""
+"""Estimates what a run will need before it starts."""

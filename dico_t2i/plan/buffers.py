@@ -1,8 +1,8 @@
-"""Sizes of DeepSpeed's buffers, set in one place for the engine and for the plan."""
+"""Sizes of DeepSpeed's buffers, used by both the engine and the plan."""
 
-LARGEST = 500_000_000  # elements of gradients sent together
+LARGEST = 500_000_000  # most elements of gradients that are sent together
 
 
 def reduce_bucket(parameters: int) -> int:
-    """Elements of the buffer in which gradients wait to be sent; DeepSpeed takes it whole at every backward pass."""
+    """The number of elements of the gradient buffer, which DeepSpeed allocates whole in each backward pass."""
     return min(LARGEST, parameters)

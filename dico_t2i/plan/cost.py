@@ -1,4 +1,4 @@
-"""The arithmetic and the memory traffic of a config's training step, traced without computing it."""
+"""The arithmetic and memory traffic of a config's training step, found by tracing it without computing."""
 
 import time
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from dico_t2i.plan.trace import Pass, trace_training
 
 @dataclass(frozen=True)
 class StepCost:
-    """One rank's step as it is counted, and what its device can do.
+    """The counted cost of one rank's step, and the measured peak rate of its device.
 
-    flops: useful ones, two for each multiply-accumulate of products and of convolutions channel by channel, forward and
-    backward; what is computed a second time to save memory does not count. traffic: bytes that the operations of the
-    network and of the optimizer read and write. peak: operations a second of one large matrix product, measured;
-    on a CPU in bf16 or fp32, whichever is faster.
+    flops: two for each multiply-accumulate of matrix products and convolutions, forward and backward; recomputation
+    that saves memory does not count. traffic: the bytes that the operations of the network and of the optimizer read
+    and write. peak: the measured operations per second of one large matrix product; on a CPU in bf16 or fp32,
+    whichever is faster.
     """
 
     flops: float
@@ -29,7 +29,7 @@ class StepCost:
     peak: float
 
     def rates(self, step_s: float) -> dict[str, float]:
-        """For the metrics of a step that took so many seconds."""
+        """The utilization and rates of a step that took ``step_s`` seconds, for metrics.jsonl."""
         return {
             "flops_utilization": self.flops / step_s / self.peak,
             "flops_per_s": self.flops / step_s,
@@ -38,7 +38,7 @@ class StepCost:
 
 
 def step_cost(config: Config, ranks: int, parameters: int, device: torch.device) -> StepCost:
-    """Count a step of the config on so many ranks, without the frozen encoders, and measure the device; seconds."""
+    """Count the cost of a step without the frozen encoders, and measure the device. This takes a few seconds."""
     micro, passes = config.batching(ranks)
     keeping = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_stages": ()})})
     useful, done = traced_pass(keeping, micro), traced_pass(config, micro)
@@ -55,16 +55,17 @@ def step_cost(config: Config, ranks: int, parameters: int, device: torch.device)
 
 
 def traced_pass(config: Config, micro_batch: int) -> Pass:
-    """One pass forward and backward of a rank's micro-batch, the loss included, the frozen encoders not."""
+    """One forward and backward pass of a rank's micro-batch, with the loss but without the frozen encoders."""
     return _trace(config.model, config.diffusion, config.latent_size, micro_batch, autocast(config), _dtype(config))
 
 
 def autocast(config: Config) -> bool:
+    """Whether training keeps fp32 weights and computes in bf16 by autocast, as it does at ZeRO stage 0."""
     return config.train.precision == "bf16" and config.train.zero_stage == 0
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product: the best of a few tries, well under a second of work."""
+    """Operations per second of one large matrix product: the best of a few runs, which take less than a second."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -78,7 +79,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def optimizer_traffic(parameters: int, averages: int) -> int:
-    """Bytes of AdamW's update: gradient, weight and moments read, three written, and each average read and written."""
+    """Bytes of AdamW's update: it reads gradient, weight and moments, writes three, and updates each average."""
     return (28 + 12 * averages) * parameters
 
 
@@ -100,5 +101,5 @@ def _trace(
 
 
 def _dtype(config: Config) -> torch.dtype:
-    """Of the weights in the forward pass; ZeRO-0 trains fp32 weights under autocast."""
+    """The dtype of the weights in the forward pass; ZeRO stage 0 trains fp32 weights under autocast."""
     return torch.bfloat16 if config.train.precision == "bf16" and not autocast(config) else torch.float32

@@ -1,9 +1,9 @@
-"""What a run will need, before it is started: memory, time, communication, data, checkpoints. No GPU is needed.
+"""Estimates what a run will need before it starts: memory, time, communication, data, checkpoints. No GPU is needed.
 
-The network is traced on the meta device (``models.trace``); around it stands what DeepSpeed keeps and sends at the
-settings of ``training.engine``. Time is a roofline: every operation takes as long as its arithmetic at the device's
-peak or its bytes at the memory's rate, whichever is longer; nothing hides communication. Real kernels reach less of
-either, data and Python are taken to be hidden: the time is a lower bound.
+The network is traced on the meta device (``plan.trace``); to this come the tensors that DeepSpeed keeps and sends with
+the settings of ``training.engine``. Time is a roofline: each operation takes as long as its arithmetic at the peak rate
+of the device or its bytes at the rate of the memory, whichever is longer, and communication overlaps with nothing. The
+time is a lower bound, since real kernels are slower, and loading data and Python are assumed to cost no time.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.plan.cost import optimizer_traffic, traced_pass
 from dico_t2i.plan.trace import Pass
 
-CONTEXT_BYTES = 2e9  # of CUDA, NCCL and the libraries' workspaces; an assumption
-USABLE = 0.95  # of memory; the rest is lost to fragmentation; an assumption
-PLAIN_SHARE = 1 / 16  # of the peak of bf16 products: what fp32 and convolutions channel by channel get; an assumption
-# DeepSpeed's defaults for ZeRO-3, in weights: those it gathers ahead, and those it keeps from the forward pass to the
-# backward pass, which is half of its "maximal reuse distance": that counts both ways.
+CONTEXT_BYTES = 2e9  # assumed for CUDA, NCCL and the libraries' workspaces
+USABLE = 0.95  # assumed share of memory that fragmentation leaves usable
+PLAIN_SHARE = 1 / 16  # assumed rate of fp32 and of depthwise convolutions, relative to bf16 products
+# DeepSpeed's defaults for ZeRO stage 3, in weights: how many it gathers in advance, and how many it keeps from the
+# forward pass to the backward pass. The latter is half of its "maximal reuse distance", which counts both passes.
 GATHERED = 50_000_000
 KEPT = 500_000_000
 _KNOWN_BYTES = {"stabilityai/sd-vae-ft-ema": 335e6}  # fp32
-_CAPTION_BYTES = 500.0  # of a sample's captions and tar headers; for data that are not there yet
+_CAPTION_BYTES = 500.0  # assumed captions and tar headers of a sample, if the data do not exist yet
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device at the moment when they are most: in the backward pass, or in the optimizer's step."""
+    """Bytes of one device at the moment of its highest use, in the backward pass or in the optimizer's step."""
 
     weights: float
     gradients: float
@@ -54,7 +54,7 @@ class Memory:
 
     @property
     def tensors(self) -> float:
-        """All but the context: what torch.cuda.max_memory_allocated tells."""
+        """Everything except the context, as torch.cuda.max_memory_allocated reports it."""
         return self.total - self.context
 
     @property
@@ -64,7 +64,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one device sends in a step, and the seconds it takes where they have to go."""
+    """The bytes that one device sends in a step, and the seconds this takes over the slowest link used."""
 
     sent: float
     seconds: float
@@ -72,7 +72,7 @@ class Communication:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A config's memory and time. Seconds of a step."""
+    """The memory and time of a config; times are seconds of a step."""
 
     memory: Memory
     fits: bool
@@ -89,7 +89,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything in bytes, seconds and plain counts; None where it is unknown, ``notes`` say why."""
+    """All estimates, in bytes, seconds and counts. Unknown values are None, for reasons given in ``notes``."""
 
     name: str
     hardware: HardwareConfig
@@ -102,13 +102,13 @@ class Plan:
     macs_per_image: float  # forward
     flops_per_image: float  # forward and backward
     estimate: Estimate
-    recomputing: Mapping[str, Estimate]  # the same with the activations of no or all stages recomputed
+    recomputing: Mapping[str, Estimate]  # the estimate with no stages or all stages recomputed
     communication: Mapping[int, Communication]  # by ZeRO stage
     sample_bytes: float | None
     checkpoint_bytes: float
     checkpoint_s: float
     steps: int | None
-    remedies: Mapping[str, Estimate]  # overrides with which it fits
+    remedies: Mapping[str, Estimate]  # overrides that make it fit -> their estimates
     notes: tuple[str, ...]
 
     @property
@@ -117,7 +117,7 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """Plan a run on its cluster. Raises ConfigError if its ranks do not fit its batch."""
+    """Plan a run on its cluster. Raises ConfigError if the number of ranks does not divide the streams."""
     ranks = config.cluster.ranks
     micro, accumulation = config.batching(ranks)
     parameters = count_parameters(config.model)
@@ -126,9 +126,9 @@ def make_plan(config: Config) -> Plan:
     traced = traced_pass(config, micro)
     estimate = _estimate(config)
     if _encoder_bytes(config) is None:
-        notes.append("the size of the frozen encoders is not known here: left out")
+        notes.append("the size of the frozen encoders is not known, so they are left out")
     if config.alignment:
-        notes.append("alignment: its encoder and its projector are left out")
+        notes.append("alignment: its image encoder and its projector are left out")
     checkpoint_bytes = 4.0 * parameters * (3 + len(config.optimizer.ema))
     every = (("no stage", ()), ("all stages", config.model.stages))
     stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
@@ -156,7 +156,7 @@ def make_plan(config: Config) -> Plan:
 
 
 def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
-    """Bytes of a rank by part, whatever cluster the config names; for training to tell beside what it measures."""
+    """The bytes of a rank by part for a number of ranks, which training reports beside the measured ones."""
     tasks = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
     here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
     memory = asdict(_estimate(here).memory)
@@ -186,7 +186,7 @@ def _estimate(config: Config) -> Estimate:
 
 
 class _Moment(NamedTuple):
-    """Bytes that come and go within a step."""
+    """The bytes that are needed only at a moment within a step."""
 
     gradients: float
     communication: float
@@ -195,7 +195,7 @@ class _Moment(NamedTuple):
 
 
 def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
-    """Where DeepSpeed keeps what: held against measurements in tests/test_plan.py."""
+    """The memory of one device; tests/test_plan.py compares it with measurements of DeepSpeed."""
     stage, ranks, parameters = config.train.zero_stage, config.cluster.ranks, count_parameters(config.model)
     share = 1 / ranks if stage > 0 else 1.0
     working = _working_bytes(config, stage)
@@ -215,16 +215,16 @@ def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
 
 
 def _working_bytes(config: Config, stage: int) -> int:
-    """Of a number in the weights of the forward pass, and in their gradients; ZeRO-0 trains fp32 weights."""
+    """Bytes of each weight in the forward pass, and of its gradient; ZeRO stage 0 trains fp32 weights."""
     return 4 if stage == 0 or config.train.precision == "fp32" else 2
 
 
 def _last_pass(traced: Pass, parameters: int, stage: int, ranks: int, working: int, again: bool) -> _Moment:
-    """The worst moment of a step's last pass. again: earlier passes have left their gradients."""
+    """The moment of highest use in the last pass of a step. again: gradients of earlier passes are kept."""
     none, begun = np.zeros_like(traced.live), traced.gradients > 0
     bucket, part = working * reduce_bucket(parameters), working * parameters / ranks
     emptied = traced.gradients // reduce_bucket(parameters)
-    copied = bucket * (np.diff(emptied, prepend=0) > 0)  # a full bucket is sent from a copy
+    copied = bucket * (np.diff(emptied, prepend=0) > 0)  # a full bucket is copied and sent
     own = none + working * (parameters if again else traced.gradients)
     gathered = working * (min(parameters, KEPT) + min(parameters, GATHERED)) if ranks > 1 else 0.0
     gradients = (own, own, part * (again + (emptied > 0)), none + part)[stage]
@@ -235,7 +235,7 @@ def _last_pass(traced: Pass, parameters: int, stage: int, ranks: int, working: i
 
 
 def _sending(parameters: int, stage: int, ranks: int, working: int, again: bool) -> _Moment:
-    """After the last pass, when the gradients that are left are sent."""
+    """The moment after the last pass, when the remaining gradients are sent."""
     whole, bucket = working * parameters, working * reduce_bucket(parameters)
     gradients = (whole, whole, whole / ranks * (1 + again), whole / ranks)[stage]
     buffers = (bucket if ranks > 1 else 0, bucket, 2 * bucket, 2 * bucket)[stage]
@@ -243,21 +243,21 @@ def _sending(parameters: int, stage: int, ranks: int, working: int, again: bool)
 
 
 def _updating(parameters: int, stage: int, share: float, working: int) -> _Moment:
-    """In the optimizer's step ZeRO copies a rank's gradients into one tensor, and that to fp32."""
+    """The optimizer's step, in which ZeRO copies a rank's gradients into one tensor and converts it to fp32."""
     part = working * parameters * share
     copies = part + (4 * parameters * share if working < 4 else 0) if stage > 0 else 0.0
     return _Moment(part, working * reduce_bucket(parameters) if stage == 3 else 0.0, 0.0, copies)
 
 
 def _roofline(config: Config, traced: Pass) -> float:
-    """Seconds of one pass forward and backward."""
+    """Seconds of one forward and backward pass."""
     products, plain = _rates(config)
     work = traced.products / products + traced.others / plain
     return float(np.maximum(work, traced.traffic / (1e9 * config.cluster.hardware.memory_gb_s)).sum())
 
 
 def _rates(config: Config) -> tuple[float, float]:
-    """Operations a second of matrix products, and of all else; CPUs have one kind of core."""
+    """Operations per second of matrix products and of everything else; on CPUs both are equal."""
     peak = 1e12 * config.cluster.hardware.peak_tflops
     plain = peak * (PLAIN_SHARE if config.cluster.gpus_per_node else 1)
     return (peak if config.train.precision == "bf16" else plain), plain
@@ -269,10 +269,11 @@ def _optimizer_traffic(config: Config) -> float:
 
 
 def _communication(config: Config, stage: int) -> Communication:
-    """Of ring collectives: an all-reduce sends the data twice, a gather or scatter once, less one rank's share.
+    """The communication of ring collectives: an all-reduce sends the data twice, a gather or scatter once.
 
-    ZeRO-1 reduces once a step, ZeRO-2 and 3 after each pass; 1 and 2 reduce by all-reduce and then gather the weights,
-    ZeRO-3 gathers them in each pass forward, and those that it does not keep for the pass backward again.
+    One rank's share of the data is never sent. ZeRO stage 1 reduces gradients once for each step, stages 2 and 3 after
+    each pass. Stages 1 and 2 use an all-reduce and then gather the weights. Stage 3 gathers the weights in each forward
+    pass, and again in the backward pass those that it did not keep.
     """
     ranks, hardware = config.cluster.ranks, config.cluster.hardware
     _, accumulation = config.batching(ranks)
@@ -280,13 +281,13 @@ def _communication(config: Config, stage: int) -> Communication:
     gathers = 1 + max(0.0, 1 - KEPT / parameters)
     times = (2, 3, 2 * accumulation + 1, (1 + gathers) * accumulation)[stage]
     sent = times * _working_bytes(config, stage) * parameters * (ranks - 1) / ranks
-    network = hardware.network_gb_s * config.cluster.ranks_per_node  # each of a node's devices carries its share
+    network = hardware.network_gb_s * config.cluster.ranks_per_node  # each device of a node sends its share
     rate = hardware.link_gb_s if config.cluster.nodes == 1 else min(network, hardware.link_gb_s)
     return Communication(sent, sent / (1e9 * rate))
 
 
 def _remedies(config: Config) -> dict[str, Estimate]:
-    """The nearest settings that fit, of each kind, with what they give."""
+    """The smallest change of each kind that makes the run fit, with its estimate."""
     everything = _smaller(config, _recomputing(config.model.stages))
     kinds = (_recompute(config), _smaller(config), _sharded(config), _spread(config), everything)
     found = {}
@@ -321,7 +322,7 @@ def _sharded(config: Config) -> Iterator[list[str]]:
 
 
 def _spread(config: Config) -> Iterator[list[str]]:
-    """More nodes, as far as their ranks divide the streams."""
+    """More nodes, as long as the number of ranks divides the streams."""
     nodes, ranks = 2 * config.cluster.nodes, config.cluster.ranks_per_node
     while config.data.streams % (nodes * ranks) == 0:
         yield [f"cluster.nodes={nodes}"]
@@ -329,7 +330,7 @@ def _spread(config: Config) -> Iterator[list[str]]:
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The config with the values of some keys, checked as a whole."""
+    """The config with some keys changed, validated as a whole."""
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in changes.items():
         section, name = key.split(".")
@@ -338,7 +339,7 @@ def _with(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def _encoder_bytes(config: Config) -> float | None:
-    """Of the frozen encoders in the dtype of training; None if the autoencoder is neither here nor known by name."""
+    """Bytes of the frozen encoders in the dtype of training; None if an encoder is neither found nor known by name."""
     share = 0.5 if config.train.precision == "bf16" else 1.0
     try:
         autoencoder = sum(float(path.stat().st_size) for path in find_autoencoder(config.autoencoder)[1:])
@@ -353,7 +354,7 @@ def _encoder_bytes(config: Config) -> float | None:
 
 
 def _text_towers(config: Config) -> list[TowerSize] | None:
-    """None where a text encoder is neither here nor known by name."""
+    """The sizes of the text encoders; None if one is neither found nor known by name."""
     try:
         return text_sizes(config.text_encoder) if config.model.condition == "text" else []
     except MissingModelError:
@@ -361,7 +362,7 @@ def _text_towers(config: Config) -> list[TowerSize] | None:
 
 
 def _text_flops(config: Config) -> float:
-    """Of the frozen towers for one caption: two for each weight of a layer and token."""
+    """FLOPs of the frozen text encoders for one caption: two for each weight of a layer and each token."""
     return sum(2.0 * tower.features.tokens * tower.layers for tower in _text_towers(config) or ())
 
 
@@ -369,11 +370,11 @@ def _index(config: Config, notes: list[str]) -> DatasetIndex | None:
     folders = [path for path in config.data.paths if "://" not in path]
     absent = [path for path in folders if not (Path(path) / "index.json").exists()]
     if absent:
-        notes.append(f"{absent[0]}: no data there yet; latents are assumed, and their size estimated")
+        notes.append(f"{absent[0]}: there are no data yet; latents are assumed, and their size is estimated")
         return None
     index = load_data(config.data)
     if index.kind != "latents" and config.autoencoder.kind != "pixels":
-        notes.append("raw images: the time of the autoencoder is not counted; data_prep/latents.py saves it")
+        notes.append("raw images: the time of the autoencoder is not included; data_prep/latents.py avoids it")
     return index
 
 
@@ -387,6 +388,6 @@ def _sample_bytes(config: Config, index: DatasetIndex | None) -> float | None:
 
 def _steps(config: Config, index: DatasetIndex | None, notes: list[str]) -> int | None:
     if config.train.duration.epochs is not None and index is None:
-        notes.append("the duration is in epochs and the data is not there: days and GPU-hours are unknown")
+        notes.append("the duration is in epochs and there are no data yet: days and GPU-hours are unknown")
         return None
     return config.train.duration.in_steps(config.train.global_batch, len(index) if index else 0)

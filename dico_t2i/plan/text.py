@@ -1,4 +1,4 @@
-"""A plan in words and tables, for the terminal."""
+"""Prints a plan as text and tables for the terminal."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,23 +10,23 @@ from dico_t2i.plan.plan import USABLE, Plan
 
 
 def render(plan: Plan) -> RenderableType:
-    """Everything a plan holds; for rich's console."""
+    """The whole plan, for rich's console."""
     return Group(*_head(plan), _memory(plan), _time(plan), _communication(plan), *_rest(plan))
 
 
 def refusal(plan: Plan) -> str:
-    """Why a run that does not fit is refused, and what would fit."""
+    """The message for a run that does not fit, with settings that would."""
     need, have = plan.estimate.memory.total, USABLE * 1e9 * plan.hardware.memory_gb
-    lines = [f"{plan.name} needs {_gb(need)} on each {plan.hardware.name}, {_gb(have)} of it can be used. What fits:"]
+    lines = [f"{plan.name} needs {_gb(need)} on each {plan.hardware.name}, but {_gb(have)} can be used. What fits:"]
     for change, estimate in plan.remedies.items():
         lines.append(f"  {change}: {_gb(estimate.memory.total)}, {estimate.images_per_s:,.0f} images/s")
     if not plan.remedies:
-        lines.append("  no micro-batch, recomputation or ZeRO stage: take more or larger GPUs")
+        lines.append("  no micro-batch, recomputation or ZeRO stage fits; use more or larger GPUs")
     return "\n".join(lines)
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    yield f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.macs_per_image / 1e9:,.1f} GMACs an image"
+    yield f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.macs_per_image / 1e9:,.1f} GMACs per image"
     batch = plan.ranks * plan.micro_batch * plan.accumulation
     passes = "pass" if plan.accumulation == 1 else "passes"
     yield (
@@ -47,7 +47,7 @@ def _memory(plan: Plan) -> Table:
 
 def _time(plan: Plan) -> Table:
     estimate = plan.estimate
-    table = Table("time of a step, at the least", "ms")
+    table = Table("time of a step, lower bound", "ms")
     for name in ("network_s", "text_encoder_s", "optimizer_s", "communication_s"):
         table.add_row(name.removesuffix("_s").replace("_", " "), f"{1e3 * getattr(estimate, name):.1f}")
     table.add_row("all", f"{1e3 * estimate.step_s:.1f}", style="bold")
@@ -58,7 +58,7 @@ def _time(plan: Plan) -> Table:
 
 def _communication(plan: Plan) -> Table:
     where = "between nodes" if plan.nodes > 1 else "in the node"
-    table = Table("ZeRO stage", "each GPU sends, GB a step", f"{where}, ms")
+    table = Table("ZeRO stage", "each GPU sends, GB per step", f"{where}, ms")
     for stage, part in plan.communication.items():
         style = "bold" if stage == plan.zero_stage else ""
         table.add_row(str(stage), f"{part.sent / 1e9:.2f}", f"{1e3 * part.seconds:.1f}", style=style)
@@ -68,16 +68,16 @@ def _communication(plan: Plan) -> Table:
 def _rest(plan: Plan) -> Iterator[str]:
     estimate = plan.estimate
     rate = estimate.images_per_s
-    flops = f"{plan.flops_per_image / 1e9:,.0f} GFLOP an image"
-    yield f"{rate:,.0f} images/s at the most, {rate / plan.ranks:,.0f} a GPU; {flops}"
+    flops = f"{plan.flops_per_image / 1e9:,.0f} GFLOP per image"
+    yield f"{rate:,.0f} images/s at most, {rate / plan.ranks:,.0f} per GPU; {flops}"
     if plan.sample_bytes:
         a_node = rate / plan.nodes
         yield f"data: {a_node:,.0f} samples/s and {a_node * plan.sample_bytes / 1e6:,.1f} MB/s for each node"
-    disk = f"{plan.checkpoint_s:.1f} s at {plan.hardware.disk_gb_s:g} GB/s a node"
+    disk = f"{plan.checkpoint_s:.1f} s at {plan.hardware.disk_gb_s:g} GB/s per node"
     yield f"checkpoint: {_gb(plan.checkpoint_bytes)}, written in {disk}"
     if plan.days and plan.steps:
         hours = 24 * plan.days * plan.ranks
-        yield f"{plan.steps:,} steps: {plan.days:,.1f} days, {hours:,.0f} GPU-hours at the least"
+        yield f"{plan.steps:,} steps: {plan.days:,.1f} days, {hours:,.0f} GPU-hours at least"
     yield from (f"note: {note}" for note in plan.notes)
 
 

@@ -1,4 +1,4 @@
-"""What a training step costs on an accelerator, measured by running it on the meta device: nothing is computed."""
+"""Traces the cost of a training step on an accelerator by running it on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
 
 @dataclass(frozen=True)
 class Pass:
-    """The operations of one pass forward and backward, in order; each array is (operations,).
+    """The operations of one forward and backward pass, in order; each array is (operations,).
 
-    products, others: floating-point operations of matrix products and dense convolutions, and of the convolutions
-    whose every channel is apart. traffic: bytes read and written. live: bytes of all tensors that are there while
-    the operation runs, but for parameters and for gradients that are complete. gradients: numbers in the gradients of
-    parameters that are complete by then. forward: how many of the operations belong to the forward pass.
+    products: floating-point operations of matrix products and dense convolutions. others: those of depthwise
+    convolutions. traffic: bytes read and written. live: bytes of all tensors that exist while the operation runs,
+    without parameters and completed gradients. gradients: the number of elements of the parameter gradients completed
+    so far. forward: how many of the operations belong to the forward pass.
     """
 
     forward: int
@@ -42,17 +42,16 @@ class Pass:
 
     @property
     def activations(self) -> float:
-        """Bytes that the forward pass leaves for the backward pass, inputs and losses included."""
+        """Bytes that the forward pass keeps for the backward pass, with inputs and losses."""
         return float(self.live[self.forward - 1])
 
 
 def trace_training(network: nn.Module, loss_of: Callable[[], Tensor], *, autocast: bool = False) -> Pass:
-    """Trace one pass forward and backward.
+    """Trace one forward and backward pass.
 
-    network: its parameters lie on the meta device. loss_of: makes the loss of a batch with the network, from inputs on
-    the meta device. autocast: as torch.autocast to bfloat16 does it on CUDA; the meta device has none. Attention counts
-    as the fused kernels do it. Of a kernel's inside nothing is known: workspaces and copies to other layouts are not
-    counted.
+    network: its parameters are on the meta device. loss_of: computes the loss of a batch with the network, from inputs
+    on the meta device. autocast: imitate torch.autocast to bfloat16 on CUDA, which the meta device lacks. Attention
+    counts as a fused kernel. Workspaces inside kernels and copies to other layouts are unknown and not counted.
     """
     parameters = list(network.parameters())
     recorder = _Recorder(parameters)
@@ -67,7 +66,10 @@ def trace_training(network: nn.Module, loss_of: Callable[[], Tensor], *, autocas
 
 
 class _Seen(NamedTuple):
-    """An operation on inputs of given shapes and layouts. outputs: makes new ones; None for views and the like."""
+    """The cost of an operation on inputs of given shapes and layouts.
+
+    outputs creates new outputs; it is None for views and in-place operations.
+    """
 
     products: float
     others: float
@@ -76,7 +78,7 @@ class _Seen(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes each operation's work, traffic and the memory in use: a row of Pass's columns for each."""
+    """Records a row with the columns of ``Pass`` for each operation: its work, its traffic and the memory in use."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class _Recorder(TorchDispatchMode):
         if seen is None or seen.outputs is None:
             out = _as_laid_out(func, args, func(*args, **kwargs))
         else:
-            out = seen.outputs()  # in a tenth of the time; blocks are many and alike
+            out = seen.outputs()  # takes a tenth of the time, and most blocks are alike
         if seen is None:
             seen = self._seen[key] = _look_at(func, args, kwargs, out)
         for tensor in _tensors(out):
@@ -102,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def take_gradient(self, parameter: Tensor) -> None:
-        """Count a complete gradient, and free it."""
+        """Count a completed gradient and free it."""
         self.gradients += parameter.numel()
         parameter.grad = None
 
@@ -121,9 +123,9 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _as_on_cuda(autocast: bool) -> Iterator[None]:
-    """Replace the functions for which CUDA has rules that the meta device has not: fused attention, and autocast.
+    """Replace the functions that behave differently on CUDA than on the meta device: fused attention and autocast.
 
-    A torch function mode would not be there when backward recomputes activations.
+    A torch function mode would not be active when the backward pass recomputes activations.
     """
     rules: dict[tuple[Any, str], Callable[..., Any]] = {(F, "scaled_dot_product_attention"): _fused_attention}
     if autocast:
@@ -145,7 +147,7 @@ def _fused_attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _cast(function: Callable[..., Any], dtype: torch.dtype | None) -> Callable[..., Any]:
-    """The function with its tensors in a dtype, but for masks; None: in the widest among them."""
+    """The function with its tensors converted to a dtype, except masks; None stands for the widest of their dtypes."""
 
     def cast(*args: Any, **kwargs: Any) -> Any:
         wanted = dtype or reduce(torch.promote_types, (t.dtype for t in _tensors((args, kwargs))))
@@ -161,12 +163,12 @@ def _look_at(func: Any, args: Any, kwargs: Any, out: Any) -> _Seen:
     new = not func._schema.is_mutable and not any(id(t.untyped_storage()) in old for t in outputs)
     traffic = sum(map(_extent, inputs + outputs))
     if (inputs and not new and not func._schema.is_mutable) or func._overloadpacket in _ALLOCATIONS:
-        traffic = 0  # a view, or memory that is only taken
+        traffic = 0  # a view, or only an allocation
     return _Seen(*_work(func, args, kwargs, out), traffic, _maker(out) if new and outputs else None)
 
 
 def _maker(out: Any) -> Callable[[], Any]:
-    """Makes outputs of the same form."""
+    """A function that creates outputs of the same shapes, strides and dtypes."""
     if isinstance(out, Tensor):
         shape, stride, dtype = out.shape, out.stride(), out.dtype
         return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
@@ -175,7 +177,7 @@ def _maker(out: Any) -> Callable[[], Any]:
 
 
 def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
-    """Floating-point operations of products, and of convolutions with a group for each channel."""
+    """Floating-point operations of matrix products and dense convolutions, and of depthwise convolutions."""
     if func is aten.convolution.default:
         flops, grouped = 2 * out.numel() * args[1][0].numel(), args[8] > 1
     elif func is aten.convolution_backward.default:
@@ -188,7 +190,7 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
 
 
 def _as_laid_out(func: Any, args: Any, out: Any) -> Any:
-    """Convolutions of channels-last tensors give such; on the meta device they forget it."""
+    """Make the output of convolutions channels-last if the input is, which the meta device does not do."""
     if func is aten.convolution.default and _channels_last(args[0]):
         return out.contiguous(memory_format=torch.channels_last)
     if func is aten.convolution_backward.default and out[0] is not None and _channels_last(args[1]):
@@ -201,7 +203,7 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes of a tensor's distinct elements: what is expanded counts once."""
+    """Bytes of a tensor's distinct elements: expanded dimensions count once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return math.prod(sizes) * tensor.element_size()
 

@@ -1,4 +1,4 @@
-"""One page about one run or several: curves, samples, evaluations, configs, events. See docs/tracking.md."""
+"""Makes one page about one or several runs: curves, samples, evaluations, configs, events. See docs/tracking.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from dico_t2i.report.record import read_record
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write one HTML file that needs nothing else. Raises ValueError if a folder is not one of a run."""
+    """Write one self-contained HTML file. Raises ValueError if a folder is not a run folder."""
     page = make_page([read_record(run) for run in runs])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode())

@@ -1,4 +1,4 @@
-"""What a run wrote into metrics.jsonl, in memory that does not grow with the length of the run."""
+"""Reads a run's metrics.jsonl, with memory that does not grow with the length of the run."""
 
 import math
 from collections import deque
@@ -8,19 +8,20 @@ from typing import Any
 
 from dico_t2i.runs.log import json_lines
 
-POINTS = 1500  # of a curve, at most
-EVENTS = 500  # told one by one, at most; the newest are kept
-MARKS = 300  # of a kind on the time axis, at most
+POINTS = 1500  # most points of a curve
+EVENTS = 500  # most events that are listed one by one; the newest are kept
+MARKS = 300  # most marks of a kind on the time axis
 
-# Kinds of which there may be very many: counted by what they say, not listed one by one.
-_COUNTED = {"saved": "checkpoints", "samples": "sample grids", "skip": "no usable gradient, or a spike"}
-_PAUSED = ("start", "resume", "config", "bad checkpoint")  # told before training goes on: the time before is no work
+# Kinds that may be very frequent: events with equal text are counted instead of listed one by one.
+_COUNTED = {"saved": "checkpoints", "samples": "sample grids", "skip": "steps skipped: no finite gradient, or a spike"}
+# Events that come before training continues: the time before them is a pause.
+_PAUSED = ("start", "resume", "config", "bad checkpoint")
 _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "failed": "failed", "hang": "failed"}
 
 
 @dataclass(slots=True)
 class Stretch:
-    """Reports in a row, as one point of a curve."""
+    """Consecutive reports, summarised as one point of a curve."""
 
     first: int  # step
     last: int
@@ -30,7 +31,7 @@ class Stretch:
     count: int
 
     def add(self, last: int, total: float, low: float, high: float, count: int) -> None:
-        """Take in what comes after."""
+        """Add the reports that follow."""
         self.last, self.total, self.count = last, self.total + total, self.count + count
         if low < self.low:
             self.low = low
@@ -39,9 +40,9 @@ class Stretch:
 
 
 class Curve:
-    """A quantity over steps: itself, or mean, lowest and highest of equal numbers of reports where there are many.
+    """A quantity over steps; long curves keep the mean, lowest and highest of equal numbers of reports.
 
-    Where a run has gone back to an earlier step, what it does then counts.
+    If a run returned to an earlier step, its new values replace the old ones.
     """
 
     def __init__(self, points: int = POINTS) -> None:
@@ -49,7 +50,7 @@ class Curve:
         self._stretches: list[Stretch] = []
 
     def add(self, step: int, value: float) -> None:
-        """One report; what is not finite is left out."""
+        """Add one report; values that are not finite are left out."""
         if not math.isfinite(value):
             return
         while self._stretches and self._stretches[-1].first >= step:
@@ -62,7 +63,7 @@ class Curve:
             self._halve()
 
     def rows(self) -> list[list[float]]:
-        """[step, mean], or where reports were put together [step, mean, lowest, highest]; six digits."""
+        """Rows of [step, mean], or [step, mean, lowest, highest] if reports were merged, rounded to six digits."""
         merged = any(stretch.count > 1 for stretch in self._stretches)
         return [
             [(b.first + b.last) / 2, *map(_rounded, (b.total / b.count, *((b.low, b.high) if merged else ())))]
@@ -95,7 +96,7 @@ class Curve:
 
 @dataclass
 class Event:
-    """Something that happened, once or, from ``step`` to ``last``, often."""
+    """Something that happened once, or ``count`` times between the steps ``step`` and ``last``."""
 
     step: int
     last: int
@@ -107,7 +108,7 @@ class Event:
 
 @dataclass
 class History:
-    """A run as its metrics.jsonl and failures.jsonl tell it."""
+    """The history of a run from its metrics.jsonl and failures.jsonl."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     single: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS))
@@ -115,13 +116,13 @@ class History:
     marks: dict[str, list[int]] = field(default_factory=dict)  # kind -> steps
     state: str = "new"
     step: int = 0
-    seconds: float = 0.0  # at work: pauses between starts are left out
+    seconds: float = 0.0  # of training, without pauses between starts
     newest: float = 0.0  # time of the last line
-    start: dict[str, Any] = field(default_factory=dict)  # the newest start's own words
-    unreadable: int = 0  # lines
+    start: dict[str, Any] = field(default_factory=dict)  # the newest start event
+    unreadable: int = 0  # number of lines
 
     def add(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. Raises KeyError, TypeError or ValueError for what is none."""
+        """Add one line of metrics.jsonl. Raises KeyError, TypeError or ValueError if it is malformed."""
         step, time = int(line["step"]), float(line["time"])
         kind = line.get("event")
         if self.newest and kind not in _PAUSED:
@@ -131,7 +132,7 @@ class History:
             self._add_event(step, time, str(kind), str(line.get("message", "")))
             if kind == "start":
                 self.start = line
-            elif kind == "done" and "total_steps" in line:  # a start that had nothing to do, of a duration in the past
+            elif kind == "done" and "total_steps" in line:  # a start with nothing left to do
                 self.start = {**self.start, "total_steps": line["total_steps"]}
             return
         self.step = step
@@ -142,21 +143,21 @@ class History:
             self._add_event(step, time, "skip", "", int(line["skipped_steps"]))
 
     def add_failure(self, line: dict[str, Any]) -> None:
-        """One line of failures.jsonl, written by the job's supervisor. Raises as ``add`` does."""
+        """Add one line of failures.jsonl, which the job's supervisor writes. Raises as ``add`` does."""
         said = str(line["error"]).splitlines() or [f"code {line['code']}"]
         who = "" if line.get("rank") is None else f"rank {line['rank']} on {line['host']}: "
         self._add_event(int(line["step"]), float(line["time"]), "failure", who + said[-1])
 
     def count_unreadable(self) -> None:
-        """One line that could not be read."""
+        """Count one line that could not be read."""
         self.unreadable += 1
 
     def events(self) -> list[Event]:
-        """In the order of time; those that are counted stand where they first happened."""
+        """All events in order of time; a counted event is placed where it first happened."""
         return sorted([*self.single, *self.counted.values()], key=lambda event: event.time)
 
     def marked(self) -> dict[str, list[int]]:
-        """Steps at which each kind happened, thinned out where there are many."""
+        """The steps at which each kind happened; only some of them if there are many."""
         return {kind: steps[:: -(-len(steps) // MARKS)] for kind, steps in self.marks.items()}
 
     def _add_event(self, step: int, time: float, kind: str, text: str, count: int = 1) -> None:
@@ -173,7 +174,7 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Of a run folder. Lines that are not whole, such as one being written, are counted and passed over."""
+    """The history of a run folder. Incomplete lines, such as one being written, are counted and skipped."""
     history = History()
     for line in json_lines(run / "metrics.jsonl", history.count_unreadable):
         try:
@@ -189,7 +190,7 @@ def read_history(run: Path) -> History:
 
 
 def _shard_and_reason(text: str) -> str:
-    """Of the message about a bad sample, what it shares with others of its kind."""
+    """The part of a bad sample's message that similar messages share: shard and reason."""
     shard, _, rest = text.removesuffix("; another took its place").partition(" ")
     return f"{shard}: {rest.partition(': ')[2] or rest}"
 

@@ -62,7 +62,7 @@ function smooth(rows, weight) {
   });
 }
 
-// ---- what there is to draw
+// ---- data to draw
 
 function seriesOf(panel) {
   return data.runs.flatMap((run, index) => {
@@ -89,7 +89,7 @@ function wholeRange() {
   return high > low ? [low, high] : [0, Math.max(high, 1)];
 }
 
-// All of the lines, and of what is behind them all but the most extreme hundredth at each end.
+// The range of all lines, and of the raw values behind them without the most extreme hundredth at each end.
 function heights(series) {
   const values = [];
   for (const { line, rows } of series) {
@@ -161,7 +161,7 @@ function curve({ index, rows, line, smoothed }, X, Y) {
   return parts;
 }
 
-// Values under the pointer; a drag chooses a range for all panels, a double click all of it again.
+// Shows the values under the pointer. A drag selects a range for all panels, and a double click resets it.
 function explore(picture, panel, series, width, [x0, x1], X, Y) {
   const cross = svg("line", { class: "cross", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
   const brush = svg("rect", { class: "brush", y: TOP, height: HEIGHT - TOP - BOTTOM, width: 0 });
@@ -261,7 +261,7 @@ function setUpSamples() {
   show();
 }
 
-// ---- the whole
+// ---- the whole page
 
 function setUpPanels() {
   const place = byId("curves"), boxes = [];

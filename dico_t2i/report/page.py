@@ -1,6 +1,6 @@
-"""The page: tables made here, curves drawn in the browser from numbers that are in the page.
+"""Builds the page: the tables here, while the browser draws the curves from numbers in the page.
 
-Nothing is loaded from elsewhere, and everything that a run says is escaped.
+The page loads nothing from elsewhere, and all text from runs is escaped.
 """
 
 import json
@@ -18,17 +18,17 @@ from dico_t2i.runs.evaluations import doubts, measured, protocol_name, shown_num
 
 _BAND = "val_loss_t"
 _PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "triton", "numpy", "wandb", "dico_t2i")
-_HIDDEN = ("images", "epoch", "eta_s", "skipped_steps")  # they say what the axis or the events say
+_HIDDEN = ("images", "epoch", "eta_s", "skipped_steps")  # the axis or the events show the same
 
 
 @dataclass(frozen=True)
 class Panel:
     """One set of axes."""
 
-    key: str  # of the curves
+    key: str  # the key of its curves
     title: str
     group: str
-    noisy: bool = False  # smoothed as the reader wishes
+    noisy: bool = False  # the reader can smooth it
     percent: bool = False
 
 
@@ -48,7 +48,7 @@ _PANELS = (
     Panel("images_per_s", "Images/s", _SPEED, noisy=True),
     Panel("data_wait", "Time spent waiting for data", _SPEED, noisy=True, percent=True),
     Panel("flops_utilization", "Model FLOPs utilisation", _SPEED, noisy=True, percent=True),
-    Panel("step_s", "Seconds a step", _SPEED, noisy=True),
+    Panel("step_s", "Seconds per step", _SPEED, noisy=True),
     Panel("other_s", "Seconds of saves, previews and validation", _SPEED),
     Panel("peak_memory_gb", "Peak memory, GB", _SPEED),
 )
@@ -65,7 +65,8 @@ def make_page(records: Sequence[Record]) -> str:
         "title": escape(", ".join(record.name for record in records)),
         "style": _part("page.css"),
         "script": _part("page.js"),
-        "data": json.dumps(payload, allow_nan=False).replace("<", "\\u003c"),  # no </script> from a prompt
+        # The replacement prevents a </script> in a prompt.
+        "data": json.dumps(payload, allow_nan=False).replace("<", "\\u003c"),
         "cards": "".join(_card(number, record) for number, record in enumerate(records)),
         "samples": _section("samples", "Samples", '<div id="sample-grids"></div>' if _has_pictures(records) else ""),
         "evaluations": _section("evaluations", "Evaluations", _evaluations(records)),
@@ -82,7 +83,7 @@ def _part(name: str) -> str:
 
 
 def _curves(record: Record) -> dict[str, Curve]:
-    """Those of training, and "evaluation/<protocol>/<number>" where a checkpoint after another was evaluated."""
+    """The curves of training, and "evaluation/<protocol>/<number>" if several checkpoints were evaluated."""
     found = {k: c for k, c in record.history.curves.items() if k not in _HIDDEN and not c.is_zero}
     evaluated: dict[str, Curve] = {}
     for result in record.evaluations:
@@ -92,7 +93,7 @@ def _curves(record: Record) -> dict[str, Curve]:
 
 
 def _panels(curves: Sequence[dict[str, Curve]]) -> list[Panel]:
-    """Known quantities first, then all others under their own names."""
+    """The panels: known quantities first, then all others under their own names."""
     keys = set().union(*curves)
     known = [panel for panel in _PANELS if panel.key in keys]
     bands = sorted((key for key in keys if _is_band(key)), key=lambda key: int(key.removeprefix(_BAND)))
@@ -130,7 +131,7 @@ def _run_data(record: Record, curves: dict[str, Curve]) -> dict[str, Any]:
 
 
 def _card(number: int, record: Record) -> str:
-    """What a run is and how far it has come."""
+    """The summary of a run and its progress."""
     history, start = record.history, record.starts[-1] if record.starts else {}
     total = history.start.get("total_steps")
     share = min(1.0, history.step / total) if isinstance(total, int | float) and total else 0.0
@@ -145,7 +146,7 @@ def _card(number: int, record: Record) -> str:
         "validation loss": _number(val.newest),
         "lowest so far": _number(val.lowest),
         "images/s, median": _number(speed.median),
-        "at work": _duration(history.seconds),
+        "training time": _duration(history.seconds),
         "parameters": f"{parameters / 1e6:,.1f}M" if isinstance(parameters, int | float) else "",
         "ranks": str(start.get("ranks", "")),
         "device": str(start.get("device", "")),
@@ -162,7 +163,7 @@ def _card(number: int, record: Record) -> str:
 
 
 def _evaluations(records: Sequence[Record]) -> str:
-    """A table for each protocol, all runs in it."""
+    """A table for each protocol, with all runs."""
     groups: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
     for record in records:
         for result in record.evaluations:
@@ -187,7 +188,7 @@ def _evaluation_table(protocol: str, rows: Sequence[tuple[Record, dict[str, Any]
 
 
 def _configs(records: Sequence[Record]) -> str:
-    """What differs between the runs, then all of each."""
+    """The keys in which the runs differ, then all keys."""
     keys = list(dict.fromkeys(key for record in records for key in record.config))
     names = [record.name for record in records]
     different = [key for key in keys if len({_value(record, key) for record in records}) > 1]
@@ -204,12 +205,12 @@ def _value(record: Record, key: str) -> str:
 
 
 def _events(records: Sequence[Record]) -> str:
-    """In the order of time, over all runs; those that are counted stand where they began."""
+    """The events of all runs in order of time; a counted event is placed where it first happened."""
     events = sorted(
         ((record.name, event) for record in records for event in record.history.events()), key=lambda e: e[1].time
     )
     unreadable = sum(record.history.unreadable for record in records)
-    note = f'<p class="warning">{unreadable} lines of the logs were not readable.</p>' if unreadable else ""
+    note = f'<p class="warning">{unreadable} lines of the logs could not be read.</p>' if unreadable else ""
     rows = [[_clock(e.time), name, _steps(e), e.kind, _said(e)] for name, e in events]
     kinds = [f"kind-{event.kind.replace(' ', '-')}" for _, event in events]
     return note + _table(["time", "run", "step", "event", "what"], rows, kinds) if rows else note
@@ -257,7 +258,7 @@ def _section(name: str, title: str, content: str) -> str:
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = (), numeric: int | None = None
 ) -> str:
-    """Cells are escaped. classes: of each row. numeric: the column from which on cells are numbers."""
+    """A table with escaped cells. classes: the CSS class of each row. numeric: the first column that holds numbers."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
         right = len(values) if numeric is None else numeric

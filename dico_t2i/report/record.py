@@ -1,4 +1,4 @@
-"""Everything of one run folder that a report shows."""
+"""Reads everything that a report shows of a run folder."""
 
 import base64
 import io
@@ -16,23 +16,23 @@ from dico_t2i.report.history import History, read_history
 from dico_t2i.runs.evaluations import read_evaluations
 from dico_t2i.text_lines import read_text
 
-PICTURES = 40  # of a run, at most
-_WIDTH = 1024  # pixels of a picture, at most
+PICTURES = 40  # most sample grids of a run
+_WIDTH = 1024  # largest width of a grid in pixels
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A grid of samples, ready to stand in a page."""
+    """A grid of samples, ready to be put into a page."""
 
     step: int
     width: int
     height: int
-    source: str  # a data: address
+    source: str  # a data: URL
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run."""
+    """The content of a run folder."""
 
     name: str
     path: Path
@@ -44,13 +44,13 @@ class Record:
 
     @property
     def batch(self) -> int:
-        """Images a step; 1 if the config does not tell."""
+        """Images per step; 1 if the config does not say."""
         batch = self.config.get("train.global_batch", 1)
         return batch if isinstance(batch, int) else 1
 
 
 def read_record(path: Path) -> Record:
-    """Raises ValueError if the folder is not one of a run."""
+    """Read a run folder. Raises ValueError if it is not one."""
     config = _read_config(path)
     return Record(
         name=str(config.get("name", path.name)),
@@ -64,21 +64,21 @@ def read_record(path: Path) -> Record:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """As it was written, so that runs of other versions of the code can be shown."""
+    """The config as written, without validation, so that runs of other versions of the code can be shown."""
     file = path / "config.yaml"
     try:
         tree = read_yaml(read_text(file))
     except FileNotFoundError:
         raise ValueError(f"{path}: not a run folder (no config.yaml); give runs/NAME") from None
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file}: not readable: {error}") from None
+        raise ValueError(f"{file}: cannot be read: {error}") from None
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{file}: not a config, but {type(tree).__name__}")
+        raise ValueError(f"{file}: a config must be a mapping, found {type(tree).__name__}")
     return flatten(tree)
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Oldest first; files that cannot be read are passed over."""
+    """The records of starts, oldest first; files that cannot be read are skipped."""
     starts = []
     for file in sorted(folder.glob("*.json")):
         try:
@@ -91,7 +91,7 @@ def _read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_pictures(folder: Path) -> list[Picture]:
-    """Grids, oldest first; evenly chosen where there are many. What is no picture is passed over."""
+    """The sample grids, oldest first; an even selection if there are many. Files that cannot be read are skipped."""
     files = sorted(file for file in folder.glob("step-*.png") if file.stem.removeprefix("step-").isdecimal())
     if len(files) > PICTURES:
         files = [files[round(i * (len(files) - 1) / (PICTURES - 1))] for i in range(PICTURES)]

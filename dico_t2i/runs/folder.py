@@ -36,6 +36,8 @@ FIXED = (
     "data.shuffle_block",
     "data.mixture",
     "data.buckets",
+    "data.captions",
+    "data.caption_weights",
     "train.global_batch",
 )
 FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")

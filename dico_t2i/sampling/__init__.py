@@ -1,1 +1,1 @@
-"""From weights and prompts to images."""
+"""Makes images from weights and prompts."""

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dico_t2i.files import temporary
 
-_MOST = 64  # images of a grid
+_MOST = 64  # most images of a grid
 
 
 def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
-    """Single PNGs, numbered, and a grid. images (N, 3, H, W) uint8."""
+    """Write numbered PNGs, with prompt and seed as metadata, and a grid. images (N, 3, H, W) uint8."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
         save_image(image, caption, seed, image_path(folder, number))
@@ -24,12 +24,12 @@ def save_images(images: Tensor, captions: Sequence[str], seeds: Sequence[int], f
 
 
 def image_path(folder: Path, number: int) -> Path:
-    """Where an image of a folder of samples is."""
+    """The path of an image in a folder of samples."""
     return folder / f"{number:05d}.png"
 
 
 def save_image(image: Tensor, caption: str, seed: int, path: Path) -> None:
-    """A PNG that is there whole or not at all, its prompt and seed as metadata. image (3, H, W) uint8."""
+    """Write a PNG atomically, with its prompt and seed as metadata. image (3, H, W) uint8."""
     info = PngInfo()
     info.add_itxt("prompt", caption)
     info.add_text("seed", str(seed))
@@ -39,7 +39,7 @@ def save_image(image: Tensor, caption: str, seed: int, path: Path) -> None:
 
 
 def save_grid(files: Sequence[Path], folder: Path) -> None:
-    """grid.png of the first of these images, as ``save_image`` has written them."""
+    """Write grid.png of the first of these files, which ``save_image`` has written."""
     images, captions = [], []
     for file in files[:_MOST]:
         with Image.open(file) as image:
@@ -49,7 +49,7 @@ def save_grid(files: Sequence[Path], folder: Path) -> None:
 
 
 def make_grid(images: Tensor, captions: Sequence[str], most: int = _MOST) -> Image.Image:
-    """The first images side by side, at least 128 pixels each, with their captions underneath."""
+    """A grid of the first ``most`` images, at least 128 pixels each, with their captions underneath."""
     images = images[:most]
     scale = max(1, -(-128 // images.shape[-1]))
     H, W = images.shape[2] * scale, images.shape[3] * scale

@@ -1,26 +1,26 @@
-"""The 1,000 classes of ImageNet by name."""
+"""The names of ImageNet's 1,000 classes."""
 
 import difflib
 from functools import cache
 
 CLASSES = 1000
 
-# WordNet gives these names to two classes each; torchvision sets one of the two apart by a further word.
+# Two classes share each of these names in WordNet; torchvision adds a word to one of the two.
 _SHARED = {"crane": [134, 517], "maillot": [638, 639]}
 
 
 @cache
 def class_names() -> list[str]:
-    """In the order of their numbers, one name each, as torchvision ships them with its classifiers."""
+    """One name for each class, in the order of their numbers, from torchvision."""
     from torchvision.models._meta import _IMAGENET_CATEGORIES
 
     return list(_IMAGENET_CATEGORIES)
 
 
 def class_number(text: str) -> int:
-    """The class that a number or a name stands for, upper and lower case alike.
+    """The class that a number or a name stands for; case does not matter.
 
-    Raises ValueError, with the nearest names and their numbers, for one that is unknown or that several classes have.
+    Raises ValueError, with similar names and their numbers, if the name is unknown or several classes have it.
     """
     if text.strip().isdecimal():
         return int(text)
@@ -32,13 +32,13 @@ def class_number(text: str) -> int:
     near = found or _similar(wanted, names)
     shown = ", ".join(f"{class_names()[n]} ({n})" for n in near)
     raise ValueError(
-        f"{text!r} is {'the name of several classes' if found else 'no class of ImageNet'}; "
+        f"{text!r} is {'the name of several classes' if found else 'not a class of ImageNet'}; "
         + (f"did you mean {shown}?" if near else "give its number, 0 to 999")
     )
 
 
 def _similar(wanted: str, names: list[str]) -> list[int]:
-    """Classes whose names hold the word, then those that are spelt nearly so; at most 8."""
+    """At most 8 classes: those whose names contain the word, then those with a similar spelling."""
     within = [number for number, name in enumerate(names) if wanted in name.split() or wanted in name.split("-")]
     close = [names.index(name) for name in difflib.get_close_matches(wanted, names, n=5)]
     return list(dict.fromkeys(within + close))[:8]

@@ -1,4 +1,4 @@
-"""From weights and prompts to images."""
+"""The pipeline from weights and prompts to images."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Pipeline:
-    """Everything that turns prompts or labels into images."""
+    """The parts that turn prompts or labels into images."""
 
     config: Config
     model: Network
@@ -47,11 +47,11 @@ class Pipeline:
         progress: Progress | None = None,
         decode_batch: int = 16,
     ) -> Tensor:
-        """Images (N, 3, H, W) uint8 on the host, one for each prompt or label and its seed.
+        """Images (N, 3, H, W) uint8 on the host, one for each pair of a condition (prompt or label) and a seed.
 
-        An image's noise depends on its own seed only, whatever the batch. ``progress(done, total)`` counts steps
-        over all batches. decode_batch: images that go through the autoencoder at a time, whose memory it bounds.
-        Raises ValueError for seeds that are no whole numbers of 64 bits.
+        An image's noise depends only on its own seed, whatever the batch. ``progress(done, total)`` counts steps over
+        all batches. decode_batch: how many images the autoencoder decodes at a time, which limits its memory.
+        Raises ValueError for seeds that are not 64-bit integers.
         """
         seeds = randomness.check_seeds(seeds)
         if not seeds or len(conditions) != len(seeds):
@@ -102,7 +102,7 @@ class Pipeline:
         )
 
     def _conditioning(self, conditions: Sequence[str | int]) -> dict[str, Any]:
-        """Each different prompt is encoded, and its kernels are made, once."""
+        """The conditioning of prompts or labels; equal prompts are encoded only once."""
         if self.config.model.condition == "class":
             return self.conditioner.of_labels(torch.tensor([int(c) for c in conditions]))
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, conditions)))}
@@ -113,23 +113,23 @@ class Pipeline:
         return tree_map(lambda values: values[rows], prepared)
 
     def _prepared(self, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The conditioning with all work on the text done that is the same at every step."""
+        """The conditioning with the work on the text done that is the same at every step."""
         if self.config.model.condition == "class":
             return dict(conditioning)
         return {**conditioning, "cond": self.model.text_kernels(conditioning["cond"])}
 
 
 def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
-    """The network as one CUDA graph, for inputs x shaped as ``like``; itself on other devices.
+    """The network as one CUDA graph for inputs x shaped like ``like``; unchanged on other devices.
 
-    A replay costs one launch instead of thousands, which is what small batches wait for.
+    Replaying it needs one launch instead of thousands, whose cost dominates with small batches.
     """
     if like.device.type != "cuda":
         return network
     x, t = torch.zeros_like(like), torch.zeros(len(like), device=like.device)
     side = torch.cuda.Stream(like.device)
     side.wait_stream(torch.cuda.current_stream(like.device))
-    with torch.cuda.stream(side):  # kernels are chosen and compiled before the capture, which allows neither
+    with torch.cuda.stream(side):  # choose and compile kernels first, which a capture does not allow
         network(x, t)
     torch.cuda.current_stream(like.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -140,16 +140,17 @@ def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
         x.copy_(x_now)
         t.copy_(t_now)
         graph.replay()
-        return output.clone()  # the next replay writes into the same memory
+        return output.clone()  # since the next replay writes into the same memory
 
     return replay
 
 
 def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """From a run, one of its checkpoints, or an exported folder.
+    """Load the pipeline of a run, of one of its checkpoints, or of an exported folder.
 
-    weights: "weight" or an average such as "ema_0.9999"; None is the first average of the config, or else the
-    weights. Raises ValueError (CheckpointError, ConfigError, MissingModelError) saying what is missing.
+    weights: "weight" or an average such as "ema_0.9999"; None stands for the first average of the config, or for the
+    weights if there is none. Raises ValueError (CheckpointError, ConfigError, MissingModelError) that says what is
+    missing.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -167,9 +168,9 @@ def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a network comes from. encoders: the identities of those it was trained with, None where nobody noted them.
+    """The origin of a network. encoders: the identities of the encoders it was trained with, or None if not recorded.
 
-    fill: puts the weights into the network.
+    fill: loads the weights into the network.
     """
 
     config: Config
@@ -183,7 +184,7 @@ def _find_weights(path: Path, weights: str | None) -> _Source:
         origin = _origin(path)
         if weights not in (None, origin.get("weights")):
             held = origin.get("weights")
-            raise ValueError(f"--weights {weights}: {path} is exported, and holds {held} alone; give the run instead")
+            raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
         return _Source(exported_config(path), origin.get(KEY), lambda model: _fill(model, load_file(file), path))
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
@@ -196,13 +197,13 @@ def _find_weights(path: Path, weights: str | None) -> _Source:
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What an exported folder says of its weights."""
+    """The content of export.json in an exported folder; empty without the file."""
     file = folder / "export.json"
     return read_json(file) if file.exists() else {}
 
 
 def exported_config(folder: Path) -> Config:
-    """The config of an exported folder, with the encoders that lie in it."""
+    """The config of an exported folder, with the paths of the encoders in that folder."""
     config = load_config(folder / "config.yaml")
     vae, text = folder / "vae", folder / "text_encoder"
     changes: dict[str, Any] = {}
@@ -218,7 +219,9 @@ def _fill(model: Network, state: dict[str, Tensor], source: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{source}: not weights of the model in its config: {str(error).splitlines()[1]}") from None
+        raise ValueError(
+            f"{source}: the weights do not fit the model of the config: {str(error).splitlines()[1]}"
+        ) from None
     broken = next((name for name, values in state.items() if not values.isfinite().all()), None)
     if broken:
-        raise ValueError(f"{source}: {broken} is not finite, this training diverged; take an earlier checkpoint")
+        raise ValueError(f"{source}: {broken} is not finite, so training diverged; use an earlier checkpoint")

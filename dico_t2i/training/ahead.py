@@ -1,4 +1,4 @@
-"""The next micro-batch, made ready while the device works on the one before."""
+"""Prepares the next micro-batch while the device works on the current one."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +13,10 @@ R = TypeVar("R")
 
 
 class Ahead(Generic[T, R]):
-    """Fetches a batch and makes the network's inputs of it, one ahead of their use.
+    """Fetches a batch and makes the network's inputs from it, one batch ahead of their use.
 
-    On a GPU the copies, the frozen encoders and the random draws run on a stream of their own, beside the network's.
-    What is made must be a function of the batch alone: then it does not matter when.
+    On a GPU the copies, the frozen encoders and the random draws run on their own stream, in parallel with the network.
+    The inputs must be a function of the batch alone, so that the time at which they are made does not matter.
     """
 
     def __init__(self, fetch: Callable[[], T], make: Callable[[T], R], device: torch.device) -> None:
@@ -25,17 +25,17 @@ class Ahead(Generic[T, R]):
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # the encoders' weights are there
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # so that the encoders' weights are complete
 
     def start(self) -> None:
-        """Begin with the next batch, unless it is under way already; waits for its data, not for the device."""
+        """Start on the next batch, unless that has been done; waits for its data, but not for the device."""
         if self._next is None:
             batch = self._fetch()
             with self._beside():
                 self._next = batch, self._make(batch)
 
     def take(self) -> tuple[T, R]:
-        """The next batch and what was made of it, for use on the current stream."""
+        """The next batch and the inputs made from it, for use on the current stream."""
         self.start()
         assert self._next is not None
         (batch, made), self._next = self._next, None
@@ -43,7 +43,7 @@ class Ahead(Generic[T, R]):
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             for tensor in _tensors(made):
-                tensor.record_stream(current)  # its memory is not free for the other stream before this one is done
+                tensor.record_stream(current)  # so that its memory is not reused before this stream is done with it
         return batch, made
 
     def _beside(self) -> AbstractContextManager[Any]:

@@ -1,11 +1,11 @@
-"""REPA: features of the network on noisy images are drawn to those of a frozen encoder on the clean ones.
+"""REPA: aligns features of the network on noisy images with those of a frozen encoder on the clean images.
 
-Yu et al. 2024: the loss is the mean over patches of -cos(projector(features), the encoder's features). Features of a
-U-shape differ from the encoder's grid in size; they are projected first and resampled after it, as U-REPA (Tian et
-al. 2025) does, which found the middle stage of U-Nets the one to align.
+The loss is the mean over patches of -cos(projector(features), the encoder's features) (Yu et al. 2024). The features of
+a U-shape differ in size from the encoder's grid. They are projected first and then resampled, as in U-REPA (Tian et al.
+2025), which found that the middle stage of U-Nets is the best one to align.
 
-The projector is a child of the network, under the name PROJECTOR: the engine trains, shards, averages and saves it with
-the rest, and what reads the network from a checkpoint leaves it out.
+The projector is a child of the network with the name PROJECTOR, so that the engine trains, shards, averages and saves
+it with the network. Code that reads the network from a checkpoint leaves it out.
 """
 
 from typing import Any
@@ -23,9 +23,9 @@ from dico_t2i.runs.checkpoint import PROJECTOR
 
 
 class Alignment:
-    """The encoder, and what the network's forward pass leaves for the loss.
+    """Holds the image encoder, and the projected features of the last forward pass.
 
-    Raises ConfigError when the network has no such block, MissingModelError when the encoder is not here.
+    Raises ConfigError if the network has no such block, and MissingModelError if the encoder cannot be found.
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -38,7 +38,7 @@ class Alignment:
         self._projected: Tensor | None = None
 
     def attach(self, network: nn.Module) -> None:
-        """Give the network its projector; each forward pass then leaves projected features behind."""
+        """Add the projector to the network; each forward pass then stores the projected features here."""
         projector = _projector(self.width, self.settings.hidden, self.encoder.width)
         network.add_module(PROJECTOR, projector)
 
@@ -53,9 +53,9 @@ class Alignment:
         network.register_forward_hook(project)
 
     def added(self, losses: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """The losses of the forward pass just made, (N,), with "alignment", which "loss" then includes.
+        """Add "alignment" to the losses (N,) of the last forward pass; "loss" then includes it.
 
-        target: the encoder's features of the same images, (N, rows, columns, D).
+        target: the encoder's features of the clean images, (N, rows, columns, D).
         """
         assert self._projected is not None
         alignment, self._projected = alignment_loss(self._projected, target), None
@@ -63,7 +63,7 @@ class Alignment:
 
 
 def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
-    """Mean over patches of -cos, (N,) float32, or float64 for float64 inputs.
+    """The mean over patches of -cos, (N,) float32, or float64 for float64 inputs.
 
     projected: (N, h, w, D), resampled to the target's grid. target: (N, rows, columns, D).
     """
@@ -72,9 +72,9 @@ def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def resample(x: Tensor, rows: int, columns: int) -> Tensor:
-    """(N, h, w, D) -> (N, rows, columns, D), bilinear, with antialiasing where it shrinks.
+    """Resample (N, h, w, D) to (N, rows, columns, D): bilinear, with antialiasing where it shrinks.
 
-    As products with small matrices, whose gradients are summed in the same order each time, also on a GPU.
+    It multiplies by small matrices, so that gradients are deterministic on GPUs, too.
     """
     if x.shape[1:3] == (rows, columns):
         return x
@@ -83,28 +83,29 @@ def resample(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _weights(source: int, target: int) -> Tensor:
-    """(target, source): what each target takes from each source."""
+    """The weight of each source in each target, (target, source)."""
     units = torch.eye(source, dtype=torch.float64)[None, None]
     return F.interpolate(units, size=(source, target), mode="bilinear", antialias=True)[0, 0].T
 
 
 def token_side(config: Config) -> int:
-    """Rows, and columns, of a transformer's image tokens; of other networks, whose features are maps, of its input."""
+    """The number of rows, and of columns, of a transformer's image tokens, or of the input of other networks."""
     patch = config.model.patch_size if isinstance(config.model, TransformerConfig) else 1
     return config.latent_size // patch
 
 
 def as_map(features: Any, side: int) -> Tensor:
-    """A block's output as (N, h, w, C): it may be that, or a tuple whose last entry is, or tokens.
+    """The output of a block as a map (N, h, w, C).
 
-    Of tokens (N, T, C) the last side * side are the image's: (N, side, side, C).
+    The output is such a map, or tokens (N, T, C), or a tuple whose last entry is one of these. The last side * side
+    tokens are those of the image.
     """
     x: Tensor = features[-1] if isinstance(features, tuple) else features
     return x if x.ndim == 4 else x[:, -side * side :].unflatten(1, (side, side))
 
 
 def feature_width(config: Config, block: str) -> int:
-    """Channels of the block's features. Raises ConfigError if it is not there, or gives no map of features."""
+    """The channels of the block's features. Raises ConfigError if there is no such block, or it returns no map."""
     seen: list[Tensor] = []
     with torch.device("meta"), torch.no_grad():
         network = build_network(config.model)
@@ -121,18 +122,18 @@ def feature_width(config: Config, block: str) -> int:
             return seen[0].shape[3]
         except (AttributeError, IndexError, RuntimeError) as error:
             raise ConfigError(
-                f"alignment.block: {block} gives no map of features; take a whole block, such as {_middle(network)}"
+                f"alignment.block: {block} returns no map of features; use a whole block, such as {_middle(network)}"
             ) from error
 
 
 def _middle(network: Network) -> str:
-    """The path of the block in the middle."""
+    """The path of the network's middle block."""
     blocks = list(network.blocks())
     return next(name for name, module in network.named_modules() if module is blocks[len(blocks) // 2])
 
 
 def _projector(features: int, hidden: int, out: int) -> nn.Sequential:
-    """As in REPA: three layers with SiLU between them."""
+    """REPA's projector: three linear layers with SiLU between them."""
     return nn.Sequential(
         nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
     )

@@ -1,7 +1,7 @@
-"""Writes checkpoints in the background, and deletes those that are no longer kept.
+"""Writes checkpoints in the background, and deletes expired ones.
 
-Saving copies the pieces to host memory and writes them in a thread while training goes on. The layout on disk is that
-of ``runs.checkpoint``.
+A save copies the pieces to host memory and writes them in a thread while training continues. ``runs.checkpoint``
+describes the layout on disk.
 """
 
 import json
@@ -33,14 +33,14 @@ from dico_t2i.runs.safetensors_writer import write_safetensors
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last ones, each N-th step, the one with the lowest loss."""
+    """Which checkpoints are kept: the last ones, those of every N-th step, and the one with the lowest loss."""
 
     last: int
     every_steps: int | None = None
     best: bool = False
 
     def expired(self, folder: Path) -> list[Path]:
-        """Complete checkpoints that may go, oldest first."""
+        """The complete checkpoints that may be deleted, oldest first."""
         complete = [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
         kept = set(complete[-self.last :])
         if self.every_steps:
@@ -51,17 +51,17 @@ class Retention:
 
 
 class CheckpointWriter:
-    """Saves in the background, one at a time. All ranks make the same calls in the same order."""
+    """Saves in the background, one checkpoint at a time. All ranks make the same calls in the same order."""
 
     def __init__(self, folder: Path, rank: int, world: int, retention: Retention, background: bool = True) -> None:
         self.folder, self.rank, self.world = folder, rank, world
         self.retention, self.background = retention, background
-        self.error: Exception | None = None  # of the save last finished
+        self.error: Exception | None = None  # of the last finished save
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
 
     def prepare(self, step: int) -> None:
-        """Make the new folder, or set ``error``. Rank 0 only; the others must wait for it before ``save``."""
+        """Create the folder, or set ``error``. Only rank 0 calls this; the others wait for it before ``save``."""
         target = self.folder / folder_name(step)
         try:
             if target.exists():
@@ -71,9 +71,9 @@ class CheckpointWriter:
             self.error = error
 
     def save(self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, Any]) -> int:
-        """Copy the pieces to host memory and start writing them; returns their bytes.
+        """Copy the pieces to host memory, start writing them, and return their size in bytes.
 
-        ``state`` goes into the manifest: position, optimizer_steps, and what else a resume needs.
+        ``state`` goes into the manifest: position, optimizer_steps, and everything else that a resume needs.
         """
         self.wait()
         self.error = None
@@ -92,13 +92,13 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Block until the save under way is on disk, or has failed (see ``error``)."""
+        """Wait until the current save is on disk, or has failed (see ``error``)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def abandon(self, step: int) -> None:
-        """Give up a save that failed on some rank, and remove what is there of it."""
+        """Give up a save that failed on any rank, and delete its files."""
         self._abandoned.set()
         self.wait()
         self._abandoned.clear()
@@ -117,9 +117,9 @@ class CheckpointWriter:
             self.error = error
 
     def _retire(self, newest: int) -> None:
-        """Delete what retention no longer covers, and the remains of saves that were cut off."""
+        """Delete expired checkpoints, and the remains of incomplete saves."""
         for path in self.retention.expired(self.folder):
-            (path / MANIFEST).unlink()  # first: a folder half deleted must not count
+            (path / MANIFEST).unlink()  # first, since a partly deleted folder must not count as a checkpoint
             shutil.rmtree(path)
         for path in checkpoint_folders(self.folder):
             if not (path / MANIFEST).exists() and step_of(path) < newest:
@@ -144,7 +144,7 @@ def _commit(target: Path, world: int, meta: dict[str, Any], abandoned: threading
     sidecars = [target / f"shard-{rank:05d}.json" for rank in range(world)]
     while not all(path.exists() for path in sidecars):
         if abandoned.wait(0.02):
-            raise CheckpointError(f"{target}: another rank could not write its part")
+            raise CheckpointError(f"{target}: a different rank could not write its part")
     entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
     kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
     manifest = json.loads(json.dumps({**meta, "kinds": kinds, "files": entries}))

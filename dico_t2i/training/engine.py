@@ -1,7 +1,7 @@
-"""DeepSpeed, and nothing else that knows it: one object that steps a model under ZeRO 0 to 3.
+"""Trains a model with DeepSpeed at ZeRO stages 0 to 3. This is the only module that imports DeepSpeed.
 
-The fp32 weights, moments and averages a rank holds are handed out as *pieces*: views of a range of a named
-parameter. Checkpoints and gathering are written in terms of pieces, so that they need not know the stage.
+The fp32 weights, moments and averages that a rank holds are available as *pieces*: views of a range of a named
+parameter. Checkpoints and gathering use pieces, and so do not depend on the stage.
 """
 
 import logging
@@ -29,18 +29,18 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/dico_
 import deepspeed
 from deepspeed.ops import __compatible_ops__
 
-# On CPU its start-up would compile an operator for shared-memory collectives; gloo does without.
+# On CPUs DeepSpeed would compile an operator for shared-memory collectives at start-up, which gloo does not need.
 __compatible_ops__["deepspeed_shm_comm"] = False
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of any optimizer it does not know
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about every optimizer that it does not know
 
 
 class Engine:
-    """A model in training: forward, backward, step, and access to its fp32 state."""
+    """A model in training, with forward, backward, step, and access to its fp32 state."""
 
     def __init__(
         self, model: Network, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
     ) -> None:
-        """batching: samples per rank and pass, passes per step."""
+        """batching: samples per rank and pass, and passes per step."""
         self.world, self.stage = world, train.zero_stage
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         model.to(world.device)
@@ -61,19 +61,20 @@ class Engine:
 
     @property
     def model(self) -> nn.Module:
-        """What to call in the forward pass."""
+        """The module to call in the forward pass."""
         return self.engine
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
+        """Add the gradient of a micro-batch's mean loss; gradients are averaged over micro-batches and ranks."""
         self.engine.backward(loss)
 
     def step(self, lr: float) -> Tensor:
-        """End a micro-batch; after the last of a step, update. Returns the norm of the last gradient before clipping.
+        """End a micro-batch, and update after the last one of a step.
 
-        A step whose gradient norm is not finite, or above ``limit``, leaves everything as it was and sets ``skipped``.
-        Both are tensors of no dimension on the device, which nothing here waits for; DeepSpeed itself does at stage 3,
-        in fp32 at stages 1 and 2, and where it clips.
+        Returns the norm of the last gradient before clipping. A step whose gradient norm is not finite, or above
+        ``limit``, changes nothing and sets ``skipped``. Norm and ``skipped`` are zero-dimensional tensors on the
+        device, and this code does not wait for them. DeepSpeed itself waits at stage 3, at stages 1 and 2 in fp32, and
+        when it clips.
         """
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -88,28 +89,28 @@ class Engine:
         return self._norm
 
     def _global_norm(self) -> Tensor:
-        """The gradient norm over all ranks; inf if DeepSpeed has found it not finite."""
+        """The gradient norm over all ranks; inf if DeepSpeed found that it is not finite."""
         if self.stage == 0:
             return self._norm
         return torch.as_tensor(self.engine.optimizer._global_grad_norm, device=self.world.device)
 
     def _unusable(self) -> Tensor:
-        """Whether the gradient would spoil the weights."""
+        """Whether the gradient would damage the weights."""
         norm = self._global_norm()
         return ~(norm.isfinite() & (norm <= self.limit))
 
     def materialize(self, step: int) -> None:
-        """Create the optimizer state as it is after ``step`` steps, ready to be filled through ``pieces``."""
+        """Create the optimizer state of step ``step``, to be filled through ``pieces``."""
         self.adam.materialize(self._flat_weights(), step)
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates made so far: steps that were not skipped."""
+        """The number of updates so far, without skipped steps."""
         state = next(iter(self.adam.state.values()), None)
         return int(state["step"]) if state else 0
 
     def pieces(self) -> Iterator[Piece]:
-        """All fp32 state this rank holds; views, in the model's order. Needs ``materialize`` or a first step."""
+        """All fp32 state that this rank holds, as views in the model's order, after ``materialize`` or a first step."""
         for name, parameter in self.engine.module.named_parameters():
             located = self._locate(parameter)
             if located is not None:
@@ -119,7 +120,7 @@ class Engine:
                 yield Piece(name, start, {k: v.view(-1)[offset : offset + numel] for k, v in tensors.items()})
 
     def owned_pieces(self) -> Iterator[Piece]:
-        """The pieces this rank writes to a checkpoint: over all ranks, each element exactly once."""
+        """The pieces that this rank writes to a checkpoint: all ranks together hold each element exactly once."""
         for piece in self.pieces():
             if self.stage > 0:
                 yield piece
@@ -130,7 +131,7 @@ class Engine:
                 yield piece.narrow(begin, end)
 
     def held_bytes(self) -> dict[str, int]:
-        """What this rank keeps from step to step, by part; named as in ``plan.Memory``."""
+        """The bytes that this rank keeps between steps, by part, with the names of ``plan.Memory``."""
         parameters = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
         masters = self._flat_weights() if self.stage > 0 else []
         states = list(self.adam.state.values())
@@ -143,7 +144,7 @@ class Engine:
         }
 
     def publish_weights(self) -> None:
-        """Copy the fp32 pieces, after they were written to, into the weights that the forward pass uses."""
+        """Copy the fp32 pieces, after a change of their values, into the weights that the forward pass uses."""
         zero = self.engine.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()
@@ -154,7 +155,7 @@ class Engine:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def gather(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters of one kind ("weight", "ema_0.9999", ...) on every rank, one at a time; collective."""
+        """Yield whole parameters of one kind ("weight", "ema_0.9999", ...) on every rank, one at a time; collective."""
         pieces = {piece.name: piece for piece in self.owned_pieces()}
         for name, shape in self.shapes.items():
             whole = torch.zeros(shape.numel(), device=self.world.device)
@@ -165,7 +166,7 @@ class Engine:
             yield name, whole.view(shape)
 
     def distance(self, kind: str) -> float:
-        """How far an average ("ema_0.9999") is from the weights, ||weight - average|| / ||weight||; collective."""
+        """The distance of an average ("ema_0.9999") from the weights, ||weight - average|| / ||weight||; collective."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for piece in self.owned_pieces():
             weight = piece.tensors[WEIGHT]
@@ -182,13 +183,13 @@ class Engine:
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
     def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """Where this rank keeps a parameter's fp32 copy: (flat tensor, offset in it, start in the parameter, count)."""
+        """Where this rank keeps a parameter's fp32 copy: flat tensor, offset in it, start in the parameter, count."""
         if self.stage == 0:
             return parameter, 0, 0, parameter.numel()
         zero: Any = self.engine.optimizer
         if self.stage == 3:
             group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-            share = parameter.ds_tensor.ds_numel  # equal on all ranks; the last one's may be padding in part
+            share = parameter.ds_tensor.ds_numel  # equal on all ranks; on the last one a part may be padding
             start = self.world.rank * share
             numel = min(share, parameter.ds_numel - start)
             return (zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
@@ -212,9 +213,9 @@ def _deepspeed_config(
         "steps_per_print": 2**62,
     }
     if train.precision == "bf16":
-        # At stage 0 DeepSpeed's bf16 optimizer makes a spurious first step; autocast over fp32 weights does not.
+        # At stage 0 DeepSpeed's bf16 optimizer makes a wrong first step; autocast with fp32 weights does not.
         if train.zero_stage == 0:
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        else:  # the optimizer leaves out steps that are not finite, by the norm, and needs no search that waits for it
+        else:  # our optimizer skips steps whose norm is not finite, so DeepSpeed's check, which waits, is off
             config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     return config

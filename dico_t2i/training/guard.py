@@ -1,4 +1,4 @@
-"""Steps that would spoil the weights: skipped one by one, and a way back when they don't end."""
+"""Skips steps that would damage the weights, and detects when a run has to return to a checkpoint."""
 
 import math
 from collections import deque
@@ -12,13 +12,13 @@ from torch import Tensor
 from dico_t2i.config import GuardConfig
 from dico_t2i.runs.log import append
 
-_SETTLED = 50  # good steps before the mean gradient norm can tell a spike
-_MEMORY = 0.98  # of the running mean
+_SETTLED = 50  # good steps before the mean gradient norm is used to detect spikes
+_MEMORY = 0.98  # decay of the running mean
 
 
 @dataclass
 class GuardState:
-    """What of the guard is saved with a checkpoint."""
+    """The state of the guard that is saved with a checkpoint."""
 
     norm_mean: float = 0.0
     good_steps: int = 0
@@ -26,10 +26,10 @@ class GuardState:
 
 
 class Guard:
-    """Judges gradient norms. Every rank sees the same norms, and so decides the same."""
+    """Judges gradient norms. All ranks see the same norms and therefore make the same decisions."""
 
     def __init__(self, config: GuardConfig, quarantine: Path | None) -> None:
-        """quarantine: where skipped batches are listed; None on ranks other than 0."""
+        """quarantine: the file that lists skipped batches; None on ranks other than 0."""
         self.config, self.quarantine = config, quarantine
         self.state = GuardState()
         self.skipped_in_row = 0
@@ -43,27 +43,28 @@ class Guard:
 
     @property
     def lost(self) -> bool:
-        """Whether so many steps in a row were skipped that going on is no use."""
+        """Whether so many steps in a row were skipped that the run should not continue."""
         return self.skipped_in_row >= self.config.max_skipped
 
     def hear(self, step: int, position: int, batch: int, norm: Tensor, skipped: Tensor) -> None:
-        """Take note of a step while its norm may still be in the making: on a GPU one step later, so that none waits.
+        """Register a step, whose norm may not be computed yet. On a GPU it is judged one step later, to avoid waiting.
 
-        Where spikes are looked for the next limit needs this norm, and it is waited for. norm, skipped: no dimension.
+        If spikes are skipped, the next limit needs this norm, so the step is judged at once. norm and skipped are
+        zero-dimensional tensors.
         """
         self._heard.append(((step, position, batch), _on_its_way(torch.stack((norm.double(), skipped.double())))))
         late = norm.is_cuda and self.config.spike == 0
         self.settle(keep=1 if late else 0)
 
     def settle(self, keep: int = 0) -> None:
-        """Judge all steps heard of but the last ``keep``."""
+        """Judge all registered steps except the last ``keep``."""
         while len(self._heard) > keep:
             where, read = self._heard.popleft()
             norm, skipped = read()
             self.judge(*where, norm, bool(skipped))
 
     def judge(self, step: int, position: int, batch: int, norm: float, skipped: bool) -> None:
-        """Take note of a step on samples [position, position + batch)."""
+        """Judge a step on the samples [position, position + batch)."""
         if skipped:
             self.skipped_in_row += 1
             self._list({"step": step, "positions": [position, position + batch], "grad_norm": str(norm)})
@@ -75,7 +76,7 @@ class Guard:
         state.good_steps += 1
 
     def restore(self, saved: dict[str, float]) -> None:
-        """Take the state a checkpoint holds; what it lacks stays at its start."""
+        """Load the state of a checkpoint; values that it lacks keep their defaults."""
         self.state = GuardState(**{**asdict(GuardState()), **saved})
 
     def _list(self, line: dict[str, object]) -> None:
@@ -84,7 +85,7 @@ class Guard:
 
 
 def _on_its_way(values: Tensor) -> Callable[[], list[float]]:
-    """Start to copy from the device; the result waits for the copy, and for nothing that came after it."""
+    """Start a copy from the device, and return a function that waits only for this copy and returns the values."""
     if not values.is_cuda:
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""From a micro-batch of data to what the network and the loss take."""
+"""Turns a micro-batch of data into the inputs of the network and of the loss."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from dico_t2i.training.alignment import Alignment
 
 
 class Inputs(NamedTuple):
-    """A micro-batch as the network takes it, on the device. t (N,) int64; latents and noise (N, C, H, W).
+    """The network's inputs of a micro-batch, on the device. latents and noise (N, C, H, W), t (N,).
 
-    features: of the clean images, to be aligned with, (N, rows, columns, D).
+    features: the image encoder's features of the clean images (N, rows, columns, D), with alignment only.
     """
 
     latents: Tensor
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class InputMaker:
-    """Encodes micro-batches. Every draw is a function of the seed and the sample's position."""
+    """Encodes micro-batches. Each random draw is a function of the seed and the sample's position."""
 
     config: Config
     device: torch.device
@@ -40,7 +40,7 @@ class InputMaker:
     alignment: Alignment | None = None
 
     def __call__(self, batch: Batch) -> Inputs:
-        """What the network and the loss take of a micro-batch in training."""
+        """The inputs of the network and of the loss for a micro-batch in training."""
         seed, position = self.config.seed, batch.positions.to(self.device, non_blocking=True)
         latents = self.latents(batch, position)
         dropped = randomness.uniform(seed, "drop", position) < self.config.model.dropout_prob
@@ -50,7 +50,7 @@ class InputMaker:
         return Inputs(latents, conditioning, t, noise, self._features(batch))
 
     def latents(self, batch: Batch, position: Tensor) -> Tensor:
-        """Latents (N, C, H, W); ``position`` (N,) int64 on the device is what their draws depend on."""
+        """Latents (N, C, H, W), whose random draws depend on ``position`` (N,) int64 on the device."""
         return self.autoencoder.of_batch(batch, position, self.config.seed)
 
     def _features(self, batch: Batch) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Measures training between two reports: time, losses, skipped steps, replaced samples."""
+"""Measures training between two reports: time, losses, skipped steps and replaced samples."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from dico_t2i.training.ranks.distributed import mean_over_ranks
 
 
 class Meter:
-    """Sums what happens between two reports. What is on the device stays there until a report asks for it."""
+    """Sums measurements between two reports. Values on the device stay there until a report needs them."""
 
     steps: int
     wait_s: float  # spent waiting for data
@@ -24,9 +24,9 @@ class Meter:
 
     def __init__(self, loss_names: Sequence[str], device: torch.device) -> None:
         self.loss_names, self.device = loss_names, device
-        self.bad_samples = 0  # replaced since the start by this rank; so are those in quarantine
+        self.bad_samples = 0  # samples that this rank has replaced since the start; so is quarantined
         self.quarantined = 0
-        self._since_save: list[float] = []  # mean loss of each report
+        self._since_save: list[float] = []  # mean losses of the reports
         self._reset()
 
     @contextmanager
@@ -44,19 +44,19 @@ class Meter:
         self.aside_s += time.monotonic() - started
 
     def note_replaced(self, batch: Batch) -> None:
-        """Count the samples of a micro-batch that others took the place of."""
+        """Count the samples of a micro-batch that were replaced by others."""
         self.bad_samples += len(batch.bad)
         self.quarantined += batch.quarantined
 
     def add(self, losses: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """Count a step: its losses in the order of ``loss_names``, its gradient norm, whether it was skipped."""
+        """Add a step: its losses in the order of ``loss_names``, its gradient norm, and whether it was skipped."""
         self.steps += 1
         self.norm, self.skipped = norm, self.skipped + skipped
         self.losses += losses
 
     def report(self, global_batch: int) -> dict[str, float]:
         """The means over steps and ranks since the last report; collective."""
-        skipped = int(self.skipped)  # waits for the device: only then is the time of the steps known
+        skipped = int(self.skipped)  # waits for the device, so that the measured time is right
         spent_s = time.monotonic() - self._began - self.aside_s
         own = torch.tensor([self.wait_s, spent_s, self.aside_s, self.bad_samples, self.quarantined], device=self.device)
         means = mean_over_ranks(torch.cat((self.losses / self.steps, own))).tolist()
@@ -71,7 +71,7 @@ class Meter:
             "data_wait": wait_s / seconds,
             "other_s": aside_s,
             "skipped_steps": skipped,
-            "bad_samples": round(bad * ranks),  # these two: replaced since the start, by all ranks
+            "bad_samples": round(bad * ranks),  # this and the next: samples replaced since the start, on all ranks
             "quarantined_samples": round(quarantined * ranks),
         }
         self._since_save.append(values["loss"])
@@ -79,7 +79,7 @@ class Meter:
         return values
 
     def loss_since_save(self) -> float:
-        """The mean of the losses reported since this was last asked; inf if there are none."""
+        """The mean of the losses reported since the last call; inf if there are none."""
         losses, self._since_save = self._since_save, []
         return sum(losses) / len(losses) if losses else math.inf
 

@@ -1,7 +1,7 @@
-"""AdamW with exponential moving averages of the weights as part of its state.
+"""AdamW with exponential moving averages of the weights in its state.
 
-Where the optimizer's parameters are ZeRO partitions, so are the averages: nothing is gathered to update or to
-save them. They live and stay in fp32, and take a step exactly when the weights do.
+With ZeRO the averages are partitioned like the parameters, so that updates and saves need no gathering. They are in
+fp32, and are updated exactly when the weights are.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,10 @@ from dico_t2i.runs.kinds import MOMENTS, ema_name
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """ema <- ema + (1 - decay) (weight - ema) after each step, from the initial weights, for several decays."""
+    """AdamW that updates ema <- ema + (1 - decay) (weight - ema) after each step, for each of several decays.
+
+    The averages start at the initial weights.
+    """
 
     def __init__(self, params: Iterable[Tensor], config: OptimizerConfig) -> None:
         super().__init__(
@@ -27,15 +30,16 @@ class AdamWEMA(torch.optim.AdamW):
             fused=True,
         )
         self.decays = config.ema
-        self.veto: Callable[[], Tensor] | None = None  # asked before a step: leave everything as it is?
-        self.deferred = False  # the answer stays on the device, and nobody waits for it
+        self.veto: Callable[[], Tensor] | None = None  # called before each step: whether to skip it
+        self.deferred = False  # keep the answer of veto on the device instead of waiting for it
 
     @property
     def state_names(self) -> tuple[str, ...]:
+        """The names of the tensors in each parameter's state: moments and averages."""
         return (*MOMENTS, *map(ema_name, self.decays))
 
     def materialize(self, weights: Iterable[Tensor], step: int) -> None:
-        """Give each weight the state it has after ``step`` steps, with moments 0 and averages at the weight."""
+        """Create the state of each weight for step ``step``: moments of 0, and averages equal to the weight."""
         for weight in weights:
             self.state[weight] = {
                 "step": torch.tensor(float(step), device=weight.device),
@@ -50,7 +54,8 @@ class AdamWEMA(torch.optim.AdamW):
         skip = self.veto() if self.veto is not None and weights else None
         if not weights or (skip is not None and not self.deferred and skip):
             return
-        self.found_inf = skip.float() if skip is not None and self.deferred else None  # torch's kernels heed it
+        # torch's kernels skip the step if this is 1.
+        self.found_inf = skip.float() if skip is not None and self.deferred else None
         super().step(closure)
         for decay in self.decays:
             averages = [self.state[w][ema_name(decay)] for w in weights]
@@ -63,7 +68,7 @@ class AdamWEMA(torch.optim.AdamW):
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int) -> float:
-    """The rate of step ``step`` (from 0) of ``total``: linear over ``warmup`` steps, then constant or cosine to 0."""
+    """The rate of step ``step`` (from 0) of ``total``: linear for ``warmup`` steps, then constant or cosine to 0."""
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "constant":

@@ -34,7 +34,7 @@ WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a rank trains with."""
+    """All parts that a rank trains with."""
 
     inputs: InputMaker
     engine: Engine
@@ -53,10 +53,10 @@ class Parts:
 def build_parts(
     config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
 ) -> Parts:
-    """Load the encoders, make network, optimizer and data order; then write down what the run is started with.
+    """Load the encoders, make the network, the optimizer and the data order, then record how the run was started.
 
-    changes: of the config since the last start.
-    Raises ConfigError, DataError or MissingModelError before anything is trained.
+    changes: the changes of the config since the last start, to be reported.
+    Raises ConfigError, DataError or MissingModelError before training starts.
     """
     dtype = WORKING_DTYPE[config.train.precision]
     inputs = _input_maker(config, world, dtype)
@@ -126,7 +126,7 @@ def _check_encoders(run: RunFolder, encoders: Identities, world: World) -> str:
 def span_in_steps(config: Config, index: DatasetIndex, span: Span) -> int:
     """A span that is not given in minutes, in optimizer steps."""
     steps = span.in_steps(config.train.global_batch, len(index))
-    assert steps is not None  # minutes are refused by the config
+    assert steps is not None  # the config refuses minutes
     return steps
 
 

@@ -1,4 +1,4 @@
-"""When a run saves, what is told about it, and how it finds its way back."""
+"""Saves a run, reports on its saves, and restores it from a checkpoint."""
 
 import time
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from dico_t2i.training.ranks.distributed import World, any_rank, first_message
 
 
 class Saver:
-    """Saves and restores a run: weights, optimizer, averages, and where it is."""
+    """Saves and restores a run: weights, optimizer, averages, and the position in the data."""
 
     def __init__(
         self,
@@ -29,27 +29,27 @@ class Saver:
         data: dict[str, int],
         encoders: Identities,
     ) -> None:
-        """data: how much there is of what, kept with each checkpoint: other data come in another order.
+        """data: the size of the data, saved with checkpoints; data of a different size have a different order.
 
-        encoders: of rank 0, the identities of the frozen ones, kept with each checkpoint.
+        encoders: on rank 0, the identities of the frozen encoders, saved with checkpoints.
         """
         self.encoders = encoders
         self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
         retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
         self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
         self.saved_step, self.saved_at = 0, time.monotonic()
-        self.pause_s = 0.0  # seconds for which the last save held up training
-        self._bytes = 0  # of the save under way
+        self.pause_s = 0.0  # how long the last save paused training, in seconds
+        self._bytes = 0  # of the current save
         self._failures = 0
 
     def save(self, step: int, position: int, loss: float, guard: Guard) -> None:
-        """Start saving; returns when training may go on. Collective."""
+        """Start a save, and return when training may continue; collective."""
         started = time.monotonic()
         self.drain()
         self.saved_step, self.saved_at = step, time.monotonic()
         if self.world.is_main:
             self.writer.prepare(step)
-        if any_rank([self.failed], self.world.device)[0]:  # also keeps the others until the folder is there
+        if any_rank([self.failed], self.world.device)[0]:  # also makes the other ranks wait for the folder
             self._give_up()
             return
         state = {
@@ -70,11 +70,11 @@ class Saver:
 
     @property
     def ended(self) -> bool:
-        """Whether a save of this rank is done and has not been reported."""
+        """Whether a save of this rank has ended and was not reported yet."""
         return self._bytes > 0 and not self.writer.busy
 
     def settle(self) -> bool:
-        """Tell how the last save ended; False while it goes on. Collective."""
+        """Report how the last save ended; False while it still runs; collective."""
         failed, busy = any_rank([self.failed, self.writer.busy], self.world.device)
         if failed:
             self._give_up()
@@ -87,17 +87,17 @@ class Saver:
         return failed or not busy
 
     def drain(self) -> bool:
-        """Wait for the save under way. False if the newest state is not on disk. Collective."""
+        """Wait for the current save. False if the newest state is not on disk; collective."""
         failures = self._failures
         while not self.settle():
             time.sleep(0.02)
         return self._failures == failures
 
     def restore(self, guard: Guard) -> tuple[int, int] | None:
-        """Load the newest checkpoint that is whole; say which, and which were not. Collective.
+        """Load the newest undamaged checkpoint, and report which one and which were damaged; collective.
 
-        Returns its step and position, None if nothing was ever saved. Raises CheckpointError if none of
-        them is whole, or if they are of another model.
+        Returns its step and position, or None if nothing was ever saved. Raises CheckpointError if all are damaged, or
+        if they belong to a different model.
         """
         found = ckpt.candidates(self.run.checkpoints)
         for path in found:
@@ -112,19 +112,21 @@ class Saver:
             self.report.event(checkpoint.step, "resume", f"resumed from {path}", ranks=self.world.size)
             before = checkpoint.state.get("data", self.data)
             if before != self.data:
-                message = f"WARNING: {self.data}, but {before} when this checkpoint was made: their order is another"
+                message = (
+                    f"WARNING: the data are {self.data}, but were {before} at this checkpoint: their order is different"
+                )
                 self.report.event(checkpoint.step, "data", message)
             self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
             return checkpoint.step, checkpoint.position
         if ckpt.ever_saved(self.run.checkpoints):
             raise ckpt.CheckpointError(
-                f"{self.run.checkpoints}: none of {len(found)} checkpoints is whole;"
-                " restore one, or start a new run under another name (name=...)"
+                f"{self.run.checkpoints}: all {len(found)} checkpoints are damaged;"
+                " restore one, or start a new run with a different name (name=...)"
             )
         return None
 
     def _verified(self, path: Path) -> ckpt.Checkpoint | None:
-        """The checkpoint, after each rank has hashed its share of the files; None if any of it is damaged."""
+        """The checkpoint, after each rank has verified its share of the files; None if any of them is damaged."""
         problem, checkpoint = "", None
         try:
             checkpoint = ckpt.open_checkpoint(path)
@@ -133,7 +135,7 @@ class Saver:
             problem = str(error)
         problem = first_message(problem, self.world.device)
         if problem:
-            self.report.event(0, "bad checkpoint", f"{path} is passed over: {problem}")
+            self.report.event(0, "bad checkpoint", f"{path} is skipped: {problem}")
             return None
         return checkpoint
 
@@ -147,5 +149,5 @@ class Saver:
             self.saved_step,
             "save failed",
             f"WARNING: the checkpoint of step {self.saved_step} could not be written: {why}."
-            " Training goes on; the checkpoints before it are valid",
+            " Training continues; the checkpoints before it are valid",
         )

@@ -1,4 +1,4 @@
-"""The training loop: one for every model, data kind and ZeRO stage."""
+"""The training loop, which is the same for all models, kinds of data and ZeRO stages."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from dico_t2i.data.batches import Batch
 from dico_t2i.data.checks import check_data
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder, MixtureOrder
 from dico_t2i.data.sources import load_data
 from dico_t2i.models import Network
@@ -37,31 +37,31 @@ from dico_t2i.training.ranks.distributed import World, any_rank, join_world
 from dico_t2i.training.ranks.signals import StopFlag
 from dico_t2i.training.ranks.watchdog import Watchdog
 
-_SLOWER = 1.2  # times as long, which is told
-_DATA_SHARE = 0.8  # of the hang timeout: the loader, which can name a stalled worker, gives up first
+_SLOWER = 1.2  # bf16 is reported as slow when it takes this many times as long as fp32
+_DATA_SHARE = 0.8  # of the hang timeout, so that the loader, which can name a stalled worker, gives up first
 
 
 class TrainingError(ValueError):
-    """Training that cannot go on; the message says where it stopped and what to look at."""
+    """Raised if training cannot continue; the message says where it stopped and what to check."""
 
 
 def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
-    """Train, or resume, the run of this config. Returns the exit code: 0 done, 75 stopped by a signal.
+    """Train or resume the run of this config. Returns the exit code: 0 if it is done, 75 if a signal stopped it.
 
-    lock_patience_s: how long to wait for another job to leave the run folder.
-    Raises ConfigError, DataError, MissingModelError or CheckpointError before anything is trained.
+    lock_patience_s: how long to wait until a different job leaves the run folder. Raises ConfigError, DataError,
+    MissingModelError or CheckpointError before training starts.
     """
     check_tracking(config)
     world = join_world()
     config.batching(world.size)
     if world.is_main:
-        load_data(config.data)  # makes the index if there is none
+        load_data(config.data)  # creates the index if there is none
     dist.barrier()
     index = load_data(config.data)
     check_data(config, index)
     run = RunFolder(runs, config.name)
     changes = run.changes(config)
-    dist.barrier()  # every rank has compared configs before rank 0 writes its own
+    dist.barrier()  # all ranks compare configs before rank 0 writes the new one
     if not world.is_main:
         return Trainer(config, index, run, world).fit()
     with run.locked(lock_patience_s):
@@ -69,7 +69,7 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
 
 
 class Trainer:
-    """One rank's part of a run."""
+    """Trains one rank of a run."""
 
     def __init__(
         self, config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
@@ -85,9 +85,9 @@ class Trainer:
         self.step, self.position = self._resume()
 
     def fit(self) -> int:
-        """Train to the end of the duration or to a signal; saves on both. Returns the exit code.
+        """Train until the end of the duration or until a signal, then save. Returns the exit code.
 
-        Raises DataError or TrainingError when going on is no use; what can be saved is saved.
+        Raises DataError or TrainingError if training cannot continue, after saving what it can.
         """
         if self.step >= self.total_steps:
             return self._nothing_to_do()
@@ -104,7 +104,7 @@ class Trainer:
                 self.report.close()
 
     def _nothing_to_do(self) -> int:
-        """The run has come as far as its duration, or further."""
+        """End at once, because the run has reached or passed its duration."""
         message = f"already at {self.step} of {self.total_steps} steps, nothing to do; run folder: {self.run.path}"
         self.report.event(self.step, "done", message, total_steps=self.total_steps)
         self.parts.profiler.close()
@@ -142,7 +142,7 @@ class Trainer:
         return self._finish(0)
 
     def _train_step(self, ahead: Ahead[Batch, Inputs]) -> None:
-        """One update, or a step skipped by the guard."""
+        """Make one update, or skip the step if the guard refuses it."""
         batch_size = self.config.train.global_batch
         self.engine.limit = self.guard.limit
         names, accumulation = self.meter.loss_names, self.parts.accumulation
@@ -166,7 +166,7 @@ class Trainer:
         self.report.advance(self.step)
 
     def _losses(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Per-sample losses."""
+        """The losses of each sample, (N,)."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return self.engine.model(x, t, **inputs.conditioning)
@@ -179,24 +179,16 @@ class Trainer:
         return alignment.added(losses, inputs.features)
 
     def _fetcher(self) -> Callable[[], Batch]:
-        """The next micro-batch from here on, at each call; the wait for it is counted."""
-        encoder = self.parts.inputs.conditioner.text_encoder
+        """A function that returns the next micro-batch at each call, and measures the time spent waiting for it."""
         batches = iter(
             make_loader(
                 self.config.data,
                 self.index,
                 self.parts.order,
+                Share(self.config.train.global_batch, self.parts.micro_batch, self.world.rank, self.world.size),
+                self.parts.inputs.conditioner.wanted,
                 seed=self.config.seed,
-                condition=self.config.model.condition,
-                classes=self.config.model.num_classes,
-                global_batch=self.config.train.global_batch,
-                micro_batch=self.parts.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
                 start_step=self.position // self.config.train.global_batch,
-                tokenize=encoder.tokenize if encoder else None,
-                retries=self.config.data.retries,
-                retry_wait_s=self.config.data.retry_wait_s,
                 timeout_s=_DATA_SHARE * self.config.train.hang_timeout_s,
             )
         )
@@ -211,7 +203,7 @@ class Trainer:
         return fetch
 
     def _aside(self, work: Callable[[], None]) -> None:
-        """Do work that is not training."""
+        """Do work that is not training, and measure its time separately."""
         extra = self.config.train.first_step_timeout_s
         with self.meter.aside():
             self.watchdog.beat(self.step, "saving or sampling", extra)
@@ -219,7 +211,7 @@ class Trainer:
             self.watchdog.beat(self.step, "step", extra)
 
     def _report(self) -> None:
-        """Write the numbers since the last report; collective."""
+        """Report the numbers since the last report; collective."""
         measured = self.meter.report(self.config.train.global_batch)
         step_s = measured["step_s"]
         values: dict[str, Any] = {
@@ -237,7 +229,7 @@ class Trainer:
         self.report.log(self.step, values)
 
     def _note_bad(self, batch: Batch) -> None:
-        """Record samples that were replaced."""
+        """Report the samples that were replaced."""
         for bad in batch.bad:
             self.report.event(self.step, "bad sample", f"{bad.shard} {bad.key}: {bad.reason}; another took its place")
         self.meter.note_replaced(batch)
@@ -278,7 +270,7 @@ class Trainer:
         return step_cost(self.config, self.world.size, parameters, self.world.device)
 
     def _report_memory(self) -> None:
-        """After the first step, when everything has been made."""
+        """Report memory after the first step, when everything is allocated."""
         if not self.world.is_main:
             return
         held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
@@ -286,19 +278,21 @@ class Trainer:
         self.report.event(self.step, "memory", memory_report(held, peak, expected), bytes={**held, "peak": peak})
 
     def _data_notes(self) -> Iterator[str]:
-        """What of the data is left out, and how they are mixed."""
+        """Notes on which data are left out, and how data sets are mixed."""
         order, size = self.parts.order, self.config.train.global_batch
         if self.index.quarantined:
-            yield f"{self.index.quarantined} samples are in quarantine: others take their place"
+            yield f"{self.index.quarantined} samples are in quarantine: others replace them"
         if isinstance(order, BucketOrder):
             yield (
                 f"{len(order.steps)} of {len(self.index.buckets)} buckets, {sum(order.steps.values())} batches of"
-                f" {size} an epoch; {order.dropped} samples do not fill a batch, others in each epoch but for"
-                f" {order.unused} in buckets too small for one"
+                f" {size} per epoch; each epoch leaves out {order.dropped} samples that do not fill a batch: different"
+                f" ones each time, except for {order.unused} in buckets with less than one batch"
             )
         if isinstance(order, MixtureOrder):
             shares = zip(self.config.data.mixture, order.per_block.tolist(), strict=True)
-            yield f"of {order.block} samples of a stream: " + ", ".join(f"{n} {source.name}" for source, n in shares)
+            yield f"of each {order.block} samples of a stream: " + ", ".join(
+                f"{n} {source.name}" for source, n in shares
+            )
 
     def _steps(self, span: Span) -> int:
         return span_in_steps(self.config, self.index, span)
@@ -307,11 +301,11 @@ class Trainer:
         return every is not None and self.step % self._steps(every) == 0
 
     def _agree(self) -> list[bool]:
-        """Whether any rank wants to stop, has too many bad samples, finds a save due, or one ended; collective."""
+        """Whether any rank has to stop, has too many bad samples, has to save, or has ended a save; collective."""
         every = self.config.checkpoint.every
         minutes = (time.monotonic() - self.saver.saved_at) / 60
         save = self._due(every) if every.minutes is None else minutes >= every.minutes
-        save = save and not self.guard.skipped_in_row  # else a rollback would come back to weights that are lost
+        save = save and not self.guard.skipped_in_row  # else a rollback could return to damaged weights
         spoilt = self.meter.bad_samples > self.config.data.max_bad_samples
         flags = [self.stop.signal is not None, spoilt, save, self.saver.failed or self.saver.ended]
         return any_rank(flags, self.world.device)
@@ -321,7 +315,7 @@ class Trainer:
         self.saver.save(self.step, self.position, self.meter.loss_since_save(), self.guard)
 
     def _resume(self) -> tuple[int, int]:
-        """Step and position to go on from."""
+        """The step and position to continue from."""
         found = self.saver.restore(self.guard)
         if found is None:
             self.engine.materialize(0)
@@ -329,22 +323,22 @@ class Trainer:
         return found
 
     def _roll_back(self) -> None:
-        """Go back to the last checkpoint; the data goes on from here, past the stretch that did the harm."""
+        """Return to the last checkpoint, but continue in the data from here, after the samples that did the damage."""
         rollbacks, step = self.guard.state.rollbacks, self.step
         skipped = self.guard.skipped_in_row
         self.guard.settle()
         self.saver.drain()
         found = self.saver.restore(self.guard) if rollbacks < self.config.guard.max_rollbacks else None
         if found is None:
-            why = "after a rollback" if rollbacks else "and there is no checkpoint to go back to"
+            why = "after a rollback" if rollbacks else "and there is no checkpoint to return to"
             raise TrainingError(
                 f"{skipped} steps in a row up to step {step} had no usable gradient, {why}."
-                f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or look at the data"
+                f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or check the data"
             )
         self.step = found[0]
         self.guard.state.rollbacks = rollbacks + 1
         self.guard.skipped_in_row = 0
-        message = f"back from step {step} to step {self.step}; the data goes on from sample {self.position}"
+        message = f"back from step {step} to step {self.step}; the data continues from sample {self.position}"
         self.report.event(self.step, "rollback", message)
 
     def _hung(self, step: int, message: str) -> None:
@@ -374,16 +368,16 @@ class Trainer:
         )
 
     def _finish(self, code: int) -> int:
-        """Wait for the last save. Raises CheckpointError if it failed; nobody leaves before it is committed."""
+        """Wait for the last save. Raises CheckpointError if it failed; no rank leaves before it is committed."""
         saved = self.saver.drain()
         if code == REQUEUE_EXIT_CODE:
             name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
-            self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to go on")
+            self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to resume")
         elif code == 0:
             self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
         if not saved:
             raise CheckpointError(
                 f"the last checkpoint, of step {self.step}, could not be written to {self.run.checkpoints};"
-                " make room and start again: the run goes on from the one before"
+                " make room and start again: the run resumes from the checkpoint before it"
             )
         return code

@@ -10,7 +10,7 @@ from torch import Tensor
 from dico_t2i import randomness
 from dico_t2i.config import Config
 from dico_t2i.data.checks import check_data
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
@@ -41,15 +41,9 @@ def chunks(pipeline: Pipeline, data: str | None, samples: int, batch: int) -> It
         config.data,
         index,
         make_order(config.data, index, config.seed, batch),
+        Share(batch, batch),
+        pipeline.conditioner.wanted,
         seed=config.seed,
-        condition=config.model.condition,
-        classes=config.model.num_classes,
-        global_batch=batch,
-        micro_batch=batch,
-        rank=0,
-        world=1,
-        start_step=0,
-        tokenize=encoder.tokenize if encoder else None,
     )
     for found in islice(iter(loader), -(-samples // batch)):
         position = found.positions.to(pipeline.device)

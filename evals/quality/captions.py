@@ -9,14 +9,14 @@ with the smallest key. ``drawn`` takes the images with the smallest keys, in ord
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.coco import read_annotations
+from data_prep.coco import Annotation, Id, Places, read_annotations
 from dico_t2i import randomness
+from dico_t2i.data.sample import captions_in
 from evals.quality.protocol import Prompts, digest
 
 
@@ -33,15 +33,15 @@ class Draw:
 
 def draw(file: Path, prompts: Prompts) -> Draw:
     """The captions of a protocol. Raises ValueError if the file is of another split or has too few images."""
-    images, annotations = read_annotations([file])
-    names = {int(image["id"]): str(image["file_name"]) for image in images}
+    content = read_annotations(file)
+    names = {_number(file, image.id): image.file_name for image in content.images.values()}
     if prompts.annotated_images not in (None, len(names)):
         raise ValueError(
             f"--captions {file}: annotates {len(names)} images, such as {next(iter(names.values()))}; this protocol's"
             f" captions are of a split of {prompts.annotated_images}. To evaluate on another one, not comparably:"
             " --set prompts.annotated_images=null"
         )
-    captions = _one_an_image(annotations, names, prompts.seed)
+    captions = _one_an_image(file, content.captions, names, prompts.seed)
     order = np.array(sorted(captions), dtype=np.int64)
     if prompts.rule == "drawn":
         order = order[np.argsort(_keys(order, prompts.seed, "evaluation image"), kind="stable")]
@@ -65,12 +65,12 @@ def draw(file: Path, prompts: Prompts) -> Draw:
 def find_files(names: tuple[str, ...], folder: Path) -> list[Path]:
     """Image files by name, in the folder or one of the folders in it.
 
-    Raises ValueError, with numbers, if any is missing.
+    Raises ValueError, with numbers, if any is missing, or if two files may be meant by a name.
     """
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: no such folder")
-    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    found = {path.name: path for place in reversed(places) for path in place.iterdir()}
+    places = Places(folder)
+    found = {name: place for name in names if isinstance(place := places.find(name, "--captions"), str)}
     missing = [name for name in names if name not in found]
     if missing:
         hint = "; the folder is of another split, or empty" if len(missing) == len(names) else ""
@@ -78,12 +78,23 @@ def find_files(names: tuple[str, ...], folder: Path) -> list[Path]:
             f"--images {folder}: {len(missing)} of {len(names)} reference images are missing"
             f" ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}){hint}"
         )
-    return [found[name] for name in names]
+    return [folder / found[name] for name in names]
 
 
-def _one_an_image(annotations: list[dict[str, Any]], names: dict[int, str], seed: int) -> dict[int, tuple[int, str]]:
+def _number(file: Path, identity: Id) -> int:
+    """An id, by which images and captions are drawn. Raises ValueError if it is no number."""
+    if not isinstance(identity, int):
+        raise ValueError(f"--captions {file}: id {identity!r} is no number, and captions are drawn by their numbers")
+    return identity
+
+
+def _one_an_image(file: Path, notes: list[Annotation], names: dict[int, str], seed: int) -> dict[int, tuple[int, str]]:
     """Image id -> annotation id and caption, the one with the smallest key."""
-    texts = {int(a["id"]): (int(a["image_id"]), " ".join(str(a.get("caption", "")).split())) for a in annotations}
+    texts = {}
+    for note in notes:
+        captions, _ = captions_in(note.caption)
+        text = next((caption.text for caption in captions), "")
+        texts[_number(file, note.id)] = (_number(file, note.image_id), " ".join(text.split()))
     ids = np.array(sorted(i for i, (image, text) in texts.items() if text and image in names), dtype=np.int64)
     chosen: dict[int, tuple[int, str]] = {}
     for i in ids[np.argsort(_keys(ids, seed, "evaluation caption"), kind="stable")]:

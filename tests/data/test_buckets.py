@@ -12,12 +12,13 @@ from test_loader import tokenize
 
 from dico_t2i.config import ConfigError, DataConfig, parse_config
 from dico_t2i.data import __main__ as command
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.buckets import assign_buckets, bucket_shapes, nearest_bucket
 from dico_t2i.data.checks import check_data
 from dico_t2i.data.decode import decode_image
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder
 from dico_t2i.data.sources import make_order
 from dico_t2i.data.writer import ShardFile, ShardWriter
@@ -96,8 +97,15 @@ def expected_bucket(key):
 def loader(index, world=1, rank=0, start_step=0, micro_batch=2, workers=0):
     config = DataConfig(path=str(index.root), buckets=True, streams=STREAMS, shuffle_block=5, workers=workers)
     order = make_order(config, index, 3, BATCH)
-    sizes = {"global_batch": BATCH, "micro_batch": micro_batch, "rank": rank, "world": world, "start_step": start_step}
-    return make_loader(config, index, order, seed=3, condition="text", tokenize=tokenize, **sizes)
+    return make_loader(
+        config,
+        index,
+        order,
+        Share(BATCH, micro_batch, rank, world),
+        Wanted("text", tokenize=tokenize),
+        seed=3,
+        start_step=start_step,
+    )
 
 
 def steps(index, count, world=1, micro_batch=2, **options):
@@ -206,10 +214,7 @@ def test_latents_come_in_the_shape_of_their_bucket(tmp_path):
     index = load_index(tmp_path)
     assert index.bucket_counts.sum(0).tolist() == [26, 14]
     config = DataConfig(path=str(tmp_path), buckets=True, image_size=64, streams=2, workers=0)
-    sizes = {"global_batch": 4, "micro_batch": 2, "rank": 0, "world": 1, "start_step": 0}
-    batches = make_loader(
-        config, index, make_order(config, index, 0, 4), seed=0, condition="class", tokenize=None, **sizes
-    )
+    batches = make_loader(config, index, make_order(config, index, 0, 4), Share(4, 2), Wanted("class"), seed=0)
     shapes = set()
     for batch in islice(batches, 2 * (26 // 4 + 14 // 4)):
         assert not batch.bad

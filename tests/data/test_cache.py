@@ -14,9 +14,10 @@ import pytest
 from test_loader import make_sample, tokenize
 
 from dico_t2i.config import CacheConfig, DataConfig
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.cache import cached_index
 from dico_t2i.data.errors import DataError, SampleError
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.data.writer import ShardWriter
@@ -91,16 +92,9 @@ def batches(path, cache=None, workers=0, count=20, **options):
         config,
         index,
         make_order(config, index, 3, 8),
+        Share(8, 4),
+        Wanted("text", tokenize=tokenize),
         seed=3,
-        condition="text",
-        global_batch=8,
-        micro_batch=4,
-        rank=0,
-        world=1,
-        start_step=0,
-        tokenize=tokenize,
-        retries=config.retries,
-        retry_wait_s=config.retry_wait_s,
     )
     return [(b.keys, b.captions, b.images.tolist(), b.bad) for b in islice(found, count)]
 

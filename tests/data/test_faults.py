@@ -18,9 +18,10 @@ from torch.utils.data import get_worker_info
 
 from dico_t2i.config import DataConfig
 from dico_t2i.data import reader
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import Order
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.writer import ShardWriter
@@ -37,11 +38,21 @@ def index(tmp_path):
     return load_index(tmp_path / "set")
 
 
-def loader(index, *, workers=0, micro_batch=4, start_step=0, **options):
-    config = DataConfig(path=str(index.root), image_size=8, streams=STREAMS, shuffle_block=32, workers=workers)
+def loader(index, *, workers=0, micro_batch=4, start_step=0, timeout_s=0.0, retries=0, **options):
+    sizes = {"image_size": 8, "streams": STREAMS, "shuffle_block": 32}
+    config = DataConfig(path=str(index.root), workers=workers, retries=retries, **sizes, **options)
     order = Order(3, index.samples, config.streams, config.shuffle_block)
-    sizes = {"global_batch": BATCH, "micro_batch": micro_batch, "rank": 0, "world": 1, "start_step": start_step}
-    return make_loader(config, index, order, seed=3, condition="text", tokenize=tokenize, **sizes, **options)
+    wanted = Wanted("text", tokenize=tokenize)
+    return make_loader(
+        config,
+        index,
+        order,
+        Share(BATCH, micro_batch),
+        wanted,
+        seed=3,
+        start_step=start_step,
+        timeout_s=timeout_s,
+    )
 
 
 def content(batch):
@@ -251,7 +262,7 @@ ORPHANS = """
 import sys, time
 sys.path[:0] = sys.argv[2:]
 from test_faults import loader
-from dico_t2i.data import load_index
+from dico_t2i.data.index import load_index
 
 batches = iter(loader(load_index(sys.argv[1]), workers=1))
 next(batches)
@@ -266,7 +277,7 @@ def test_a_worker_does_not_outlive_a_parent_that_is_killed(index):
     worker = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{worker}/stat").exists() and state(worker) != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dico_t2i.config import DataConfig
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import Order
 from dico_t2i.data.sample import captions_of
 from dico_t2i.data.writer import ShardWriter
@@ -75,15 +76,10 @@ def loader(
         config,
         index,
         order,
+        Share(BATCH, micro_batch, rank, world),
+        Wanted(condition, classes, tokenize if condition == "text" else None),
         seed=3,
-        condition=condition,
-        global_batch=BATCH,
-        micro_batch=micro_batch,
-        rank=rank,
-        world=world,
         start_step=start_step,
-        tokenize=tokenize if condition == "text" else None,
-        classes=classes,
     )
 
 
@@ -345,14 +341,9 @@ def test_real_photographs_come_through(tmp_path):
         config,
         index,
         order,
+        Share(4, 4),
+        Wanted("text", tokenize=None),
         seed=0,
-        condition="text",
-        global_batch=4,
-        micro_batch=4,
-        rank=0,
-        world=1,
-        start_step=0,
-        tokenize=None,
     )
     epoch = list(islice(batches, 3))
     assert sorted(key for batch in epoch for key in batch.keys) == [path.stem for path in photographs]
@@ -368,7 +359,7 @@ def test_real_photographs_come_through(tmp_path):
         ({"txt": "ünï".encode("utf-8-sig")}, "ünï"),
         ({"txt": "ünï".encode("utf-16")}, "ünï"),
         ({"txt": "“ünï”".encode("cp1252")}, "“ünï”"),
-        ({"json": {"captions": "one text"}}, None),
+        ({"json": {"captions": "one text"}}, "one text"),
         ({"json": json.dumps({"captions": ["ünï"]}).encode("utf-16")}, "ünï"),
         ({"json": b'{"captions": ["a\\ud800b", " "]}'}, "a\ufffdb"),
         ({"txt": "ünï".encode("utf-16-be")}, None),

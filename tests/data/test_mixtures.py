@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from test_loader import make_sample, tokenize
 
 from dico_t2i.config import DataConfig
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.errors import DataError
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import MixtureOrder, Order
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.data.writer import ShardWriter
@@ -39,8 +40,15 @@ def config(folders, **changes):
 def batches(data, count, world=1, rank=0, start_step=0, micro_batch=2):
     index = load_data(data)
     order = make_order(data, index, 3, BATCH)
-    sizes = {"global_batch": BATCH, "micro_batch": micro_batch, "rank": rank, "world": world, "start_step": start_step}
-    found = make_loader(data, index, order, seed=3, condition="text", tokenize=tokenize, **sizes)
+    found = make_loader(
+        data,
+        index,
+        order,
+        Share(BATCH, micro_batch, rank, world),
+        Wanted("text", tokenize=tokenize),
+        seed=3,
+        start_step=start_step,
+    )
     return list(islice(found, count * BATCH // world // micro_batch))
 
 
@@ -141,10 +149,10 @@ def test_a_quarantine_holds_for_its_source(folders, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixture": []}, "one of the two"),
-        ({"path": "x"}, "one of the two"),
+        ({"mixture": []}, "give either data.path, or data.mixture"),
+        ({"path": "x"}, "give either data.path, or data.mixture"),
         ({"buckets": True}, "cannot be used with data.buckets"),
-        ({"mixture": [{"path": "x", "name": "n"}, {"path": "y", "name": "n"}]}, "names must differ"),
+        ({"mixture": [{"path": "x", "name": "n"}, {"path": "y", "name": "n"}]}, "give them different names"),
         ({"mixture": [{"path": "x", "name": "n", "weight": 0}]}, "greater than 0"),
         ({"mixture": [{"path": "x", "name": "a b"}]}, "pattern"),
         ({"mixture": [{"path": "http://x/y", "name": "n"}]}, "data.cache"),

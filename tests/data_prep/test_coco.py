@@ -71,7 +71,7 @@ def test_whole_images_are_packed_and_the_rest_is_listed(
     assert abs(stored - cropped).mean() < 8  # JPEG
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["seen"], report["kept"]) == (4, 3)
+    assert (report["seen"], report["kept"]) == (6, 3)
     assert report["left out"] == {
         "captions of images not in the annotations": 1,
         "missing image files": 1,

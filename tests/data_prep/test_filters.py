@@ -7,17 +7,18 @@ import pytest
 
 from data_prep.importing import captions
 from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
+from dico_t2i.text_lines import decode_text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_byte_order_marks_tell_the_encoding(encoding: str) -> None:
-    assert captions.decode("Füße 猫".encode(encoding)) == "Füße 猫"
+    assert decode_text("Füße 猫".encode(encoding), "file") == "Füße 猫"
 
 
 def test_other_encodings_have_to_be_named() -> None:
-    with pytest.raises(UnicodeDecodeError):
-        captions.decode("Füße".encode("cp1252"))
-    assert captions.decode("Füße".encode("cp1252"), "cp1252") == "Füße"
+    with pytest.raises(ValueError, match="is not utf-8 text"):
+        decode_text("Füße".encode("cp1252"), "file")
+    assert decode_text("Füße".encode("cp1252"), "file", "cp1252") == "Füße"
     with pytest.raises(ValueError, match="--encoding klingon: not known"):
         captions.check_encoding("klingon")
 

@@ -19,10 +19,11 @@ from data_prep import latents
 from data_prep.checking import quarantine
 from data_prep.checking.quarantine import Entry
 from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.buckets import assign_buckets
 from dico_t2i.data.decode import decode_image, decode_moments
 from dico_t2i.data.index import load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.sources import make_order
 from dico_t2i.data.writer import ShardWriter
@@ -194,8 +195,9 @@ def test_buckets_are_encoded_at_their_shapes_and_trained_on(tmp_path: Path, auto
     index = load_index(tmp_path / "latents")
     data = DataConfig(path=str(tmp_path / "latents"), image_size=64, streams=4, workers=0, buckets=True)
     order = make_order(data, index, 0, 4)
-    sizes = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world": 1, "start_step": 0}
-    batches = make_loader(data, index, order, seed=0, condition="text", tokenize=lambda texts: torch.zeros(4), **sizes)
+    batches = make_loader(
+        data, index, order, Share(4, 4), Wanted("text", tokenize=lambda texts: torch.zeros(4)), seed=0
+    )
     seen = [(batch.keys, tuple(batch.moments.shape)) for batch in islice(batches, 6)]
     assert sorted({key for keys, _ in seen for key in keys}) == sorted(samples)
     assert {shape for _, shape in seen} == {(4, 8, 8, 8), (4, 8, 4, 8)}

@@ -84,7 +84,7 @@ def test_archives(tmp_path: Path, out: Path) -> None:
     for number in range(ARCHIVES):
         rng = random.Random(number)
         (tmp_path / "0.tar").write_bytes(mutated(archive(rng), rng))
-        report = check(Archive(str(tmp_path / "0.tar"), (), "utf-8"), number, out, 0)
+        report = check(Archive(str(tmp_path / "0.tar"), "0.tar", (), None), number, out, 0)
         kept, seen = kept + report.kept, seen + report.seen
     assert 0.2 * seen < kept < 0.9 * seen  # damage of all degrees
 
@@ -103,8 +103,18 @@ def test_tables(tmp_path: Path, out: Path, kind: str) -> None:
         head = b"" if kind == "jsonl" else f"{lines[0]}\n".encode()
         body = "\n".join(lines[kind == "csv" :]).encode()
         table.write_bytes(head + mutated(body, random.Random(case)))
-        for stretch in stretches(table, 5, "utf-8"):
+        for stretch in parts_of(table):
             unit = Listed(tmp_path, stretch, "path", ("caption",), 0)
             report = check(unit, number, out, stretch.count)
             kept, seen, number = kept + report.kept, seen + report.seen, number + 1
     assert 0.3 * seen < kept < seen
+
+
+def parts_of(table: Path) -> list[Any]:
+    """The stretches of a table; none if it is refused, which only a quote may cause that is never closed."""
+    try:
+        return list(stretches(table, 5, "utf-8"))
+    except ValueError as error:
+        if "a quote is opened and never closed" not in str(error):
+            raise
+        return []

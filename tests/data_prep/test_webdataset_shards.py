@@ -17,8 +17,9 @@ import torch
 
 from data_prep import webdataset_shards
 from dico_t2i.config import DataConfig
+from dico_t2i.data.batches import Wanted
 from dico_t2i.data.index import load_index
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import Order
 from tests.shards import image_bytes, read_samples, tar_bytes
 
@@ -103,8 +104,7 @@ def batches(folder: Path) -> list[tuple[list[str], list[str] | None, torch.Tenso
     index = load_index(folder)
     data = DataConfig(path=str(folder), image_size=16, streams=4, shuffle_block=4, workers=0)
     order = Order(3, index.samples, data.streams, data.shuffle_block)
-    sizes = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world": 1, "start_step": 0}
-    loader = make_loader(data, index, order, seed=3, condition="text", tokenize=None, **sizes)
+    loader = make_loader(data, index, order, Share(8, 8), Wanted("text"), seed=3)
     return [(batch.keys, batch.captions, batch.images) for batch in islice(loader, 6)]
 
 
@@ -147,12 +147,16 @@ def test_hostile_archives(tmp_path: Path) -> None:
             tar.addfile(info)
     assert prepare(tmp_path / "0.tar", tmp_path / "out") == 0
     found = {s["__key__"]: json.loads(s["json"])["captions"] for s in read_samples(tmp_path / "out")}
-    assert found == {"a": ["a dog"], "i": ["a cat"]}
+    assert found == {"a": ["a dog"], "h": ["Füße"], "i": ["a cat"]}
     assert left_out(tmp_path / "out") == {
         "samples without an image": 1,
         "unreadable json or cls members": 3,
-        "text that is not utf-8": 1,
         "images without captions": 1,
+        "absolute names (tar them without --absolute-names)": 1,
+        "names with .. in them": 1,
+        "symbolic links (tar them with --dereference)": 1,
+        "hard links (tar them with --hard-dereference)": 1,
+        "devices and pipes": 1,
     }
 
 

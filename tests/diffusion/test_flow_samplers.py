@@ -213,10 +213,10 @@ def test_guidance_in_an_interval_costs_what_it_guides(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("diffusion", "sampler", "message"),
     [
-        (FLOW, {"kind": "ddim"}, "sampler.kind: ddim does not sample diffusion.kind: flow; use euler, heun"),
-        (DiffusionConfig(), {"kind": "euler"}, "sampler.kind: euler does not sample diffusion.kind: iddpm"),
-        (DiffusionConfig(), {"kind": "dpm++", "shift": 2.0}, "sampler.shift: is for diffusion.kind: flow"),
-        (FLOW, {"kind": "heun", "steps": 50}, "sampler.steps: heun takes an odd number of evaluations, 49 or 51"),
+        (FLOW, {"kind": "ddim"}, "sampler.kind: ddim cannot sample diffusion.kind: flow; use euler, heun"),
+        (DiffusionConfig(), {"kind": "euler"}, "sampler.kind: euler cannot sample diffusion.kind: iddpm"),
+        (DiffusionConfig(), {"kind": "dpm++", "shift": 2.0}, "sampler.shift: it is for diffusion.kind: flow"),
+        (FLOW, {"kind": "heun", "steps": 50}, "steps: heun takes an odd number of evaluations, such as 49 or 51"),
     ],
 )
 def test_impossible_samplers_are_refused(diffusion: DiffusionConfig, sampler: Any, message: str) -> None:

@@ -178,7 +178,7 @@ def test_ddim_reverse_undoes_a_ddim_step() -> None:
 
 def test_a_network_with_the_wrong_channels_is_refused() -> None:
     x, noise, output = tensors()
-    with pytest.raises(ValueError, match="returned 8 channels for 4 in; expected 4"):
+    with pytest.raises(ValueError, match="returned 8 channels for an input of 4; expected 4"):
         IDDPM(learn_sigma=False).training_losses(constant(output), x, T, noise)
 
 

@@ -93,8 +93,8 @@ def test_a_missing_model_says_what_where_and_how(cache: Path, tmp_path: Path, co
         resolve(NAME, FILES, "autoencoder.path")
     text = str(caught.value)
     assert text.startswith(f"autoencoder.path: no usable copy of '{NAME}'")
-    assert f"{tmp_path / NAME}: not there" in text
-    assert f"{cache}/models--nobody--no-such-model: not there" in text
+    assert f"{tmp_path / NAME}: not found" in text
+    assert f"{cache}/models--nobody--no-such-model: not found" in text
     assert f"hf download {NAME} config.json model.safetensors --local-dir no-such-model" in text
     assert "set autoencoder.path to that folder" in text
     assert "DICO_ALLOW_DOWNLOAD=1" in text
@@ -104,7 +104,7 @@ def test_a_missing_model_says_what_where_and_how(cache: Path, tmp_path: Path, co
 def test_a_missing_folder_is_not_taken_for_a_hub_id(cache: Path) -> None:
     with pytest.raises(MissingModelError) as caught:
         resolve("/models/none/vae", FILES, "autoencoder.path")
-    assert "/models/none/vae: not there" in str(caught.value)
+    assert "/models/none/vae: not found" in str(caught.value)
     assert "hf download" not in str(caught.value)
 
 

@@ -102,8 +102,8 @@ def test_t5_in_parts_is_the_same_and_its_identity_knows_all_files(saved: tuple[P
         ("tokenizer.json", None, r"text_encoder\.model: no usable copy.*lacks tokenizer\.json"),
         ("model.safetensors", None, r"lacks model\.safetensors or model\.safetensors\.index\.json"),
         ("model.safetensors", b"torn", r"model\.safetensors: cannot be loaded"),
-        ("config.json", {"model_type": "bert"}, "'bert', not of T5"),
-        ("config.json", {"vocab_size": 5}, "12 tokens are not those of"),
+        ("config.json", {"model_type": "bert"}, "'bert', not T5"),
+        ("config.json", {"vocab_size": 5}, "its 12 tokens do not fit"),
     ],
 )
 def test_what_is_not_a_t5_is_refused(tmp_path: Path, file: str, change: Any, message: str) -> None:
@@ -142,7 +142,7 @@ def test_several_lie_side_by_side(saved: tuple[Path, Any], tmp_path: Path) -> No
     assert same_encoder(joint.identity(), moved)
     assert not same_encoder(joint.identity(), {**moved, "also.0.weights": "other"})
     assert joint.identity().items() >= alone[0].identity().items()
-    with pytest.raises(ValueError, match="only one CLIP"):
+    with pytest.raises(ValueError, match="only a single CLIP"):
         joint.save(tmp_path / "tower", tmp_path / "tokenizer")
 
 
@@ -163,7 +163,7 @@ def test_a_missing_one_is_named_by_its_place(tmp_path: Path) -> None:
         text_sizes(several(SEEDED, {"kind": "t5", "model": str(tmp_path)}))
     with pytest.raises(ValueError, match=r"text_encoder\.also\.0\.seeded: width 16 is not divisible by heads 3"):
         load_text_encoder(several(SEEDED, {**SEEDED, "seeded": {"width": 16, "heads": 3}}), "cpu")
-    with pytest.raises(ValueError, match="tokens: 80, but CLIP has 77"):
+    with pytest.raises(ValueError, match="tokens: 80, but CLIP always has 77"):
         several(SEEDED, {**SEEDED, "tokens": 80})
 
 
@@ -209,7 +209,7 @@ def test_t5_alone_has_no_pooled_feature() -> None:
     cond = Conditioner(network(text_tokens=12), encoder, torch.device("cpu")).of_prompts(CAPTIONS)["cond"]
     assert isinstance(cond, Tensor)
     assert cond.shape == (3, 12, 24)
-    with pytest.raises(ConfigError, match="T5 gives no pooled feature"):
+    with pytest.raises(ConfigError, match="T5 has no pooled feature"):
         Conditioner(network(text_tokens=12, pooled_text=True), encoder, torch.device("cpu"))
 
 

@@ -229,7 +229,7 @@ def test_a_folder_of_open_clip_must_say_its_architecture(open_clip_folder: Path,
 
 
 def test_unknown_names_of_open_clip_are_refused(open_clip_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"text_encoder\.pretrained: 'opnai'.*no tag of ViT-L-14 .*openai"):
+    with pytest.raises(ValueError, match=r"text_encoder\.pretrained: 'opnai' is not .* tag of ViT-L-14 .*openai"):
         load_text_encoder(TextEncoderConfig(kind="open_clip", model="ViT-L-14", pretrained="opnai"), "cpu")
     weights = tmp_path / "open_clip_model.safetensors"
     weights.write_bytes((open_clip_folder / "open_clip_model.safetensors").read_bytes())
@@ -266,7 +266,7 @@ def test_unfit_transformers_folders_are_refused(clip: tuple[Path, Any], tmp_path
         pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"config\.json is of 'bert', not of CLIP"):
+    with pytest.raises(ValueError, match=r"config\.json describes 'bert', not CLIP"):
         pretrained(folder)
 
 
@@ -387,5 +387,5 @@ def test_a_model_without_a_null_class_cannot_be_guided() -> None:
     classes = Conditioner(DiTConfig(hidden_size=16, depth=1, num_heads=2, dropout_prob=0.0), None, torch.device("cpu"))
     conditioning = classes.of_labels(torch.tensor([0, 999]))
     assert classes.drop(conditioning, torch.tensor([True, True])) is conditioning
-    with pytest.raises(ValueError, match="guidance: must be 1, this model has no null class"):
+    with pytest.raises(ValueError, match="guidance: it must be 1, since this model has no null class"):
         classes.null(1)

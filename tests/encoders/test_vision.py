@@ -141,10 +141,10 @@ def test_what_is_not_there_or_does_not_fit_is_told(dinov2: Path, timm_vit: Path,
         load(model=str(dinov2), image_size=3)
     (tmp_path / "config.json").write_text('{"architecture": "no_such_net"}')
     (tmp_path / "model.safetensors").write_bytes((timm_vit / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="'no_such_net', which this version of timm lacks"):
+    with pytest.raises(ValueError, match="'no_such_net', which this version of timm does not have"):
         load(kind="timm", model=str(tmp_path))
     (tmp_path / "config.json").write_text((timm_vit / "config.json").read_text())
-    with pytest.raises(ValueError, match="fetch it again"):
+    with pytest.raises(ValueError, match="download it again"):
         load(kind="timm", model=str(tmp_path))
     with pytest.raises(ValueError, match="not divisible by heads"):
         load(weights="seeded", seeded={"width": 10, "heads": 3})

@@ -9,7 +9,7 @@ from evals import shapes_comparison
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_runs_are_trained_sampled_and_summed_up(tmp_path, monkeypatch, capsys):
+def test_runs_are_trained_sampled_and_summed_up(tmp_path, monkeypatch, capsys, forked):
     monkeypatch.chdir(ROOT)
     for name, seed in (("train", "0"), ("held_out", "1")):
         where = ["--out", str(tmp_path / name), "--samples", "64", "--size", "16", "--seed", seed]

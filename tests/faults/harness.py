@@ -1,8 +1,8 @@
 """Break real runs on purpose and compare what comes out with a run that was left alone.
 
 A *job* is one start of a run: as many processes as ranks, each of which calls the ``dico train`` command. A job is
-killed, stopped or ends; the next job of the same run goes on. The ranks are forked from one server process that has
-the imports done, so that a start takes a second or two. What a rank is given to train on is recorded on the way.
+killed, stopped or ends; the next job of the same run goes on. The ranks are forks (``tests.forkserver``), so that a
+start takes a second or two. What a rank is given to train on is recorded on the way.
 
 As a program, the long form: ``python -m tests.faults.harness --kills 300 --ranks 4``.
 """
@@ -10,7 +10,6 @@ As a program, the long form: ``python -m tests.faults.harness --kills 300 --rank
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -23,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,10 @@ from PIL import Image
 
 from dico_t2i.data.writer import ShardWriter
 from dico_t2i.runs import checkpoint as ckpt
+from tests.forkserver import Popen
 from tests.ports import free_port
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120  # for anything that should take seconds
 GLOBAL_BATCH = 8
 
@@ -77,22 +79,21 @@ class Job:
     def __init__(self, folder: Path, arguments: list[str], ranks: int, death: OwnDeath | None = None) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        port = free_port()
-        server = _fork_server()
-        self.ranks = [
-            server.Process(target=_rank_main, args=(folder, arguments, rank, ranks, port, death), daemon=False)
-            for rank in range(ranks)
-        ]
-        for process in self.ranks:
-            process.start()
+        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        place |= {"COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
+        self.ranks: list[Popen] = []
+        for rank in range(ranks):
+            dies_before = str(death.operation if death and death.rank == rank else 0)
+            command = [sys.executable, "-m", "tests.faults.rank", str(folder), dies_before, *arguments]
+            own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (folder / f"rank-{rank}.txt").open("wb") as output:
+                self.ranks.append(Popen(command, cwd=ROOT, env=own, stdout=output, stderr=output))
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.pid(rank), number)
 
     def pid(self, rank: int) -> int:
-        pid = self.ranks[rank].pid
-        assert pid is not None
-        return pid
+        return self.ranks[rank].pid
 
     def kill(self) -> None:
         """SIGKILL to every rank that is left, and wait for their end."""
@@ -104,26 +105,27 @@ class Job:
         """The exit codes, when all ranks have ended; a negative one is the signal that killed."""
         deadline = time.monotonic() + patience_s
         for rank, process in enumerate(self.ranks):
-            process.join(max(0, deadline - time.monotonic()))
-            if process.exitcode is None:
-                pid, output = process.pid, self.output
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except TimeoutExpired:
+                output = self.output
                 for other in self.ranks:
                     other.kill()
-                raise TimeoutError(f"rank {rank} (process {pid}) does not end:\n{output[-4000:]}")
-        return [process.exitcode for process in self.ranks if process.exitcode is not None]
+                raise TimeoutError(f"rank {rank} (process {process.pid}) does not end:\n{output[-4000:]}") from None
+        return [process.wait() for process in self.ranks]
 
     def until(self, happened: Callable[[], object]) -> None:
         """Wait for something that the running job does. Raises RuntimeError with its output if it ends before."""
         deadline = time.monotonic() + PATIENCE_S
         while not happened():
-            if any(process.exitcode is not None for process in self.ranks):
+            if any(process.poll() is not None for process in self.ranks):
                 if happened():
                     return
-                raise RuntimeError(f"the job ended before it: {[p.exitcode for p in self.ranks]}\n{self.output}")
+                raise RuntimeError(f"the job ended before it: {[p.poll() for p in self.ranks]}\n{self.output}")
             if time.monotonic() > deadline:
                 self.kill()
                 raise TimeoutError(f"did not happen:\n{self.output}")
-            time.sleep(0.003)
+            time.sleep(0.01)
 
     @property
     def output(self) -> str:
@@ -192,6 +194,10 @@ class Run:
         """Whether the last line of metrics with a loss is of this step or a later one."""
         lines = [line for line in _json_lines(self.path / "metrics.jsonl", tail=4096) if "loss" in line]
         return bool(lines) and lines[-1]["step"] >= step
+
+    def saves(self) -> int:
+        """How many checkpoints have their manifest, which is written last; none is read."""
+        return len(list(self.checkpoints.glob("step-*/manifest.json")))
 
     def valid_steps(self) -> list[int]:
         """The steps of the checkpoints that are whole, oldest first; every file is read."""
@@ -271,12 +277,12 @@ def survive(run: Run, kills: int, ranks: int, seed: int, patience_s: float = PAT
             job.until(lambda: job.start_step is not None and run.reached(step))  # noqa: B023
             time.sleep(draw.uniform(0, 0.05))
         else:
-            job.until(lambda: not job.ranks[victim].is_alive())  # noqa: B023
+            job.until(lambda: job.ranks[victim].poll() is not None)  # noqa: B023
         job.ranks[victim].kill()
-        job.ranks[victim].join()
+        code = job.ranks[victim].wait()
         time.sleep(draw.uniform(0, 0.2))
         job.kill()
-        if job.ranks[victim].exitcode != -signal.SIGKILL:
+        if code != -signal.SIGKILL:
             raise RuntimeError(f"rank {victim} ended by itself, after {report.kills} kills:\n{job.output}")
         report.kills += 1
         report.in_start += not any(True for _ in job.batches())
@@ -320,66 +326,6 @@ def write_data(folder: Path, samples: int = 64, size: int = 8) -> Path:
             Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "png")
             writer.write({"__key__": f"{number:04d}", "png": file.getvalue(), "cls": str(number % 4).encode()})
     return folder
-
-
-def _fork_server() -> Any:
-    """Where ranks are forked from; it has the imports done, and a single thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["dico_t2i.cli", "dico_t2i.training.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"]
-    )
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return context
-
-
-def _rank_main(folder: Path, arguments: list[str], rank: int, ranks: int, port: int, death: OwnDeath | None) -> None:
-    """One rank, in a process of its own."""
-    output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), COLUMNS="1000")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    from dico_t2i.cli import main
-    from dico_t2i.training.ahead import Ahead
-
-    take = Ahead.take
-
-    def recorded(ahead: Ahead[Any, Any]) -> tuple[Any, Any]:
-        """What is about to be trained on; more may have been fetched."""
-        batch, inputs = take(ahead)
-        with (folder / f"rank-{rank}.jsonl").open("a") as record:
-            record.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
-        return batch, inputs
-
-    Ahead.take = recorded  # type: ignore[method-assign]
-    if death and death.rank == rank:
-        config = arguments[arguments.index("--config") + 1]
-        name = yaml.safe_load(Path(config).read_text())["name"]
-        _die_in_save(Path(arguments[arguments.index("--runs") + 1]) / name / "checkpoints", death.operation)
-    main(arguments)
-
-
-def _die_in_save(checkpoints: Path, operation: int) -> None:
-    """SIGKILL to this process before its n-th operation on what it saves; reading old checkpoints is none."""
-    old = {str(path) for path in checkpoints.glob("step-*")}
-    done = 0
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal done
-        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            return
-        path = str(arguments[0])
-        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # relative to an open folder
-            path = f"{Path(f'/proc/self/fd/{arguments[1]}').readlink()}/{path}"
-        reads_old = event == "open" and (str(Path(path).parent) in old or path in old or path.endswith("latest"))
-        if not path.startswith(f"{checkpoints}/") or reads_old:
-            return
-        done += 1
-        if done == operation:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(audit)
 
 
 def _unfinished(checkpoints: Path) -> set[tuple[str, int]]:

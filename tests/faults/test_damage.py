@@ -71,7 +71,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
 def test_the_newest_valid_one_is_loaded_and_the_user_told_why(finished, file, damage, why):
     damage(finished.checkpoints / NEWEST / file)
     output = finished.train("train.duration.steps=13")
-    told = [line for line in output.splitlines() if f"{NEWEST}" in line and ("bad" in line or "passed over" in line)]
+    told = [line for line in output.splitlines() if f"{NEWEST}" in line and ("bad" in line or "skipped" in line)]
     assert finished.jobs[-1].start_step == 9
     assert f"resumed from {finished.checkpoints / BEFORE}" in output
     assert any(file in line and why in line for line in told), output
@@ -111,9 +111,9 @@ def test_nothing_is_deleted_when_none_is_whole(finished):
         flip_a_bit(path)
     files = {path: path.read_bytes() for path in finished.checkpoints.rglob("*") if path.is_file()}
     output = finished.train("train.duration.steps=13", code=2)
-    assert "none of 3 checkpoints is whole" in output
+    assert "all 3 checkpoints are damaged" in output
     assert "Traceback" not in output
-    assert all(f"step-{step:08d} is passed over" in output for step in (6, 9, 12))
+    assert all(f"step-{step:08d} is skipped" in output for step in (6, 9, 12))
     assert files == {path: path.read_bytes() for path in finished.checkpoints.rglob("*") if path.is_file()}
 
 

@@ -38,7 +38,7 @@ def fill(path: Path, leave: int) -> None:
 
 def fill_while_training(run: Run, job: Job, leave: int) -> Path:
     """Fill the disk between two steps, after some saves; returns the file to delete for space."""
-    job.until(lambda: len(run.valid_steps()) >= 3)
+    job.until(lambda: run.saves() >= 3)
     for rank in range(2):
         job.signal(rank, signal.SIGSTOP)
     filler = run.checkpoints / "filler"
@@ -60,7 +60,8 @@ def test_a_full_disk_under_the_checkpoints(new_run, leave):
         job.until(lambda: run.reached(failed["step"] + 4))  # training goes on
         assert before[-1] in run.valid_steps()
         filler.unlink()
-        job.until(lambda: run.valid_steps()[-1] > failed["step"])
+        job.until(lambda: (run.checkpoints / "latest").read_text().strip() > f"step-{failed['step']:08d}")
+        assert run.valid_steps()[-1] > failed["step"]
         assert job.wait() == [0, 0], job.output
         assert "No space left" in failed["message"]
         assert "WARNING" in job.output

@@ -126,7 +126,7 @@ def test_released_weights_and_parts_of_another_mixer_are_refused():
     model = DiCo(DiCoConfig(**SMALL, activation="relu", depthwise_kernel=5))
     with pytest.raises(ValueError, match="build the model without depthwise_kernel: 5, activation: relu"):
         load_official_state_dict(model, {})
-    with pytest.raises(ValueError, match="channel_attention: is a part of mixer: conv; leave it out with mixer: agent"):
+    with pytest.raises(ValueError, match="it belongs to mixer: conv; leave it out with mixer: agent"):
         DiCoConfig(**SMALL, mixer="agent", channel_attention="se")
 
 

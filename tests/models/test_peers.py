@@ -152,7 +152,7 @@ def test_what_is_no_released_dit_is_named():
         load_released_dit(model, {k: v for k, v in state.items() if k != "blocks.0.attn.proj.bias"})
     with pytest.raises(ValueError, match=r"pos_embed: .* does not hold the fixed positions"):
         load_released_dit(model, {**state, "pos_embed": state["pos_embed"].flip(1)})
-    with pytest.raises(ValueError, match="a DiT of width 16 and 3 blocks is none of DiT-S/2"):
+    with pytest.raises(ValueError, match="a DiT of width 16 with 3 blocks is none of DiT-S/2"):
         infer_dit_config(state)
     with pytest.raises(ValueError, match="patches, label table or head"):
         infer_dit_config({"pos_embed": state["pos_embed"]})

@@ -112,5 +112,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a run folder"):
         write_report([tmp_path], tmp_path / "report.html")
     (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="not readable"):
+    with pytest.raises(ValueError, match="cannot be read"):
         write_report([tmp_path], tmp_path / "report.html")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -82,7 +83,11 @@ def test_a_veto_that_stays_on_the_device_is_obeyed_as_one_that_is_read(skipped):
     assert results[0][2 + 4].item() in (2.0, 3.0)  # the steps that counted
 
 
-def test_compiled_blocks_compute_what_the_others_do():
+@pytest.mark.slow
+def test_compiled_blocks_compute_what_the_others_do(long, monkeypatch):
+    """The short form traces and lowers the blocks, and has torch run the result in place of compiled C++."""
+    if not long:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     model = DiCo(DiCoConfig(hidden_size=8, depths=(1, 0, 0, 0, 0), mlp_ratio=2.0, condition="text", text_dim=12))
     for parameter in model.parameters():

@@ -119,7 +119,7 @@ def _middle(config, network, inputs):
 
 @pytest.mark.parametrize(
     ("block", "message"),
-    [("stages.middle.5", "no stages.middle.5"), ("stages.middle.0.modulation", "gives no map of features")],
+    [("stages.middle.5", "no stages.middle.5"), ("stages.middle.0.modulation", "returns no map of features")],
 )
 def test_a_block_that_is_not_there(runs, block, message):
     config = load_config(runs.config, [ALIGNED, f"alignment.block={block}"])
@@ -155,6 +155,9 @@ def test_what_may_change_within_a_run(runs):
     config = load_config(runs.config, [ALIGNED])
     folder = RunFolder(runs.folder, config.name)
     folder.write_config(config)
+    saved = folder.checkpoints / "step-00000001" / "manifest.json"
+    saved.parent.mkdir(parents=True)
+    saved.touch()
     assert folder.changes(load_config(runs.config, [ALIGNED, "alignment.weight=0.1"]))
     for override, line in (
         ([ALIGNED, "alignment.hidden=32"], "alignment.hidden: 24 -> 32"),
@@ -187,5 +190,5 @@ def test_latents_and_buckets_are_refused(runs):
     check_data(config, index)
     with pytest.raises(ConfigError, match=r"alignment: its encoder sees the images, but .* holds latents"):
         check_data(config, replace(index, kind="latents"))
-    with pytest.raises(ConfigError, match=r"leave data.buckets out"):
+    with pytest.raises(ConfigError, match=r"leave out data.buckets"):
         load_config(runs.config, [ALIGNED, "data.buckets=true"])

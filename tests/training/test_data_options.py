@@ -50,8 +50,8 @@ def test_batches_of_two_shapes_train_and_go_on_in_mid_epoch(runs, tmp_path):
         assert parts[step] == pytest.approx(loss, rel=1e-5), step
     notes = [m["message"] for m in runs.metrics("whole") if m.get("event") == "data"]
     assert notes == [
-        "2 of 2 buckets, 6 batches of 8 an epoch; 0 samples do not fill a batch, others in each epoch but for 0 in"
-        " buckets too small for one"
+        "2 of 2 buckets, 6 batches of 8 per epoch; each epoch leaves out 0 samples that do not fill a batch: different"
+        " ones each time, except for 0 in buckets with less than one batch"
     ]
     output = runs.train("whole", *overrides[:1], "train.duration.steps=9", code=2)
     assert "data.buckets: True -> False" in output
@@ -73,8 +73,8 @@ def test_a_mixture_trains_and_reports_each_source(runs, tmp_path):
     assert last["bad_samples"] == 0
     notes = [m["message"] for m in runs.metrics("mixed") if m.get("event") == "data"]
     assert notes == [
-        "10 samples are in quarantine: others take their place",
-        "of 256 samples of a stream: 64 few, 192 many",
+        "10 samples are in quarantine: others replace them",
+        "of each 256 samples of a stream: 64 few, 192 many",
     ]
     moved = tmp_path / "few"
     moved.rename(tmp_path / "elsewhere")
@@ -107,6 +107,6 @@ def test_stored_text_trains_like_text_encoded_on_the_way(runs, tmp_path):
     runs.train("nothing", f"data.path={nothing}", "train.duration.steps=4", "data.cached_text=true")
     assert runs.losses("nothing") != online, "what is stored makes no difference"
     output = runs.train("other", f"data.path={data}", "data.cached_text=true", "text_encoder.seeded.layers=2", code=2)
-    assert "text features of another text_encoder" in output.replace("\n", " ")
+    assert "text features of a different text_encoder" in output.replace("\n", " ")
     output = runs.train("none", "data.cached_text=true", code=2)
     assert "holds no text features" in output.replace("\n", " ")

@@ -73,18 +73,18 @@ def test_another_autoencoder_is_refused_at_every_door(trained, tmp_path):
     export(run, None, tmp_path / "good")
     other_autoencoder(tmp_path / "vae")
     for door in (lambda: load(run), lambda: export(run, None, tmp_path / "bad")):
-        with pytest.raises(ConfigError, match="was trained with another autoencoder: weights was"):
+        with pytest.raises(ConfigError, match="was trained with a different autoencoder: weights was"):
             door()
     load(tmp_path / "good")  # which has the first one with it
     other_autoencoder(tmp_path / "good" / "vae")
-    with pytest.raises(ConfigError, match="another autoencoder"):
+    with pytest.raises(ConfigError, match="different autoencoder"):
         load(tmp_path / "good")
     command = [sys.executable, "-m", "dico_t2i", "train", "--config", str(run / "config.yaml")]
     done = subprocess.run(
         [*command, "--runs", str(tmp_path), "train.duration.steps=4"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "was trained with another autoencoder" in done.stderr
+    assert "was trained with a different autoencoder" in done.stderr
     assert "steps: 2" in (run / "config.yaml").read_text()  # nothing was written
 
 
@@ -94,7 +94,7 @@ def test_another_text_encoder_is_refused(trained, tmp_path):
     tree = yaml.safe_load(config.read_text())
     tree["text_encoder"]["seeded"]["seed"] = 1
     config.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match="another text_encoder: weights was"):
+    with pytest.raises(ConfigError, match="different text_encoder: weights was"):
         load(run)
 
 
@@ -145,7 +145,7 @@ def test_sampling_goes_on_where_it_was_stopped(trained, tmp_path, capsys):
         assert {name: (tmp_path / gone[0] / name).read_bytes() for name in names} == whole
     capsys.readouterr()
     assert sample(trained.folder / "run", tmp_path / "whole", *options, "--seed", "3") == 2
-    assert "holds images of another command (first seed differ" in capsys.readouterr().err
+    assert "holds images of a different command (first seed differ" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     assert sample(trained.folder / "run", tmp_path / "other", *options) == 2

@@ -51,7 +51,7 @@ def test_a_run_that_diverges_goes_back_once_skips_the_stretch_and_then_stops(run
     ruin += ("checkpoint.every={steps: 6}",)  # when the weights are lost already: nothing is saved then
     output = runs.train("wild", *ruin, "train.duration.steps=100", code=2)
     events = [m for m in runs.metrics("wild") if m.get("event") == "rollback"]
-    assert [(e["step"], "goes on from sample 64" in e["message"]) for e in events] == [(4, True)]
+    assert [(e["step"], "continues from sample 64" in e["message"]) for e in events] == [(4, True)]
     assert "quarantine.jsonl" in output
     lines = [json.loads(line) for line in (runs.folder / "wild" / "quarantine.jsonl").read_text().splitlines()]
     # One step ruins the weights, the next three are skipped; then the same from the checkpoint on other data.

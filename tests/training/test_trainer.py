@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over(runs):
     content[-5] ^= 1
     shard.write_bytes(content)
     output = runs.train("hurt", "train.duration.steps=9")
-    assert "step-00000008 is passed over" in output.replace("\n", "")
+    assert "step-00000008 is skipped" in output.replace("\n", "")
     assert "step-00000004" in output
     assert set(runs.losses("hurt")) == set(range(1, 10))
 

@@ -56,7 +56,7 @@ def test_known_answer(runs, held_out, alone):
     validation = Validation(config, alone, 2, inputs)
     seen = []
 
-    def network(x, t, cond):
+    def network(x, t, **conditioning):
         seen.extend(t.tolist())
         return torch.zeros_like(x)
 
@@ -73,7 +73,7 @@ def test_bands_are_seen_at_their_middles():
 
 
 def test_data_that_is_not_held_out_or_too_small_is_refused(runs, held_out, shapes_data):
-    with pytest.raises(ConfigError, match="hold out other samples"):
+    with pytest.raises(ConfigError, match="give a folder of held-out samples"):
         load_config(runs.config, [*VALIDATED, f"validation.path={shapes_data}"])
     output = runs.train("small", f"validation.path={held_out}", "validation.every.steps=4", code=2)
-    assert "2048 in whole batches of 8" in output
+    assert "2048, rounded up to batches of 8, is too many" in output

@@ -66,7 +66,7 @@ def test_a_stopped_process_is_named_by_the_others(tmp_path, victim):
     assert codes[victim] is None
     assert [codes[rank] for rank in witnesses] == [HANG_EXIT_CODE] * 2
     check_verdict(
-        ranks, witnesses, rf"rank {victim} on {HOST} .* has not been heard of for [12] s, .* 'data' at step 20.*"
+        ranks, witnesses, rf"rank {victim} on {HOST} .* has sent no message for [12] s: .* 'data' at step 20.*"
     )
 
 
@@ -134,7 +134,7 @@ def test_silence_counts_as_standing_still_and_explains_more():
 def test_a_collective_that_hangs_everywhere_names_all():
     verdict = find(*(seat(rank, 10, 61 + rank) for rank in range(6)))
     assert verdict.ranks == list(range(6))
-    assert verdict.text.endswith("; and 2 more; no rank goes on")
+    assert verdict.text.endswith("; and 2 more; no rank makes progress")
 
 
 def test_exceptions_wait_for_what_explains_them():

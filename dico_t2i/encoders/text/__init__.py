@@ -1,4 +1,4 @@
-"""Frozen text encoders: one module for each family, and what they share."""
+"""Frozen text encoders: one module for each family, and the parts that they share."""
 
 from dico_t2i.encoders.text.encoder import TextEncoder
 from dico_t2i.encoders.text.features import FeatureSize, TextFeatures, TowerSize

@@ -1,4 +1,4 @@
-"""CLIP's text towers as transformers has them."""
+"""CLIP's text towers from transformers."""
 
 import gzip
 import importlib.util
@@ -19,7 +19,7 @@ VOCABULARY = 49408
 START, END = VOCABULARY - 2, VOCABULARY - 1
 
 
-# What the config.json of this hub id says, for machines that do not have it.
+# The content of config.json for this hub id, for machines that do not have the file.
 KNOWN: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {
         "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
@@ -31,21 +31,21 @@ KNOWN: dict[str, dict[str, Any]] = {
 _FILES = (
     ("config.json",),
     ("model.safetensors", "pytorch_model.bin"),
-    # Either one file, or a vocabulary and its merges.
+    # The tokenizer is either one file, or a vocabulary and its merges.
     ("tokenizer.json", "vocab.json"),
     ("tokenizer.json", "merges.txt"),
 )
 
 
 def clip_features(output: Any) -> TextFeatures:
-    """What a text tower of transformers says: its projected pooled feature if it has the projection."""
+    """The features in a transformers output; the pooled feature is projected if the tower has a projection."""
     return TextFeatures(
         output.last_hidden_state, output.text_embeds if "text_embeds" in output else output.pooler_output
     )
 
 
 class TransformersTokenizer(FastTokenizer):
-    """CLIP's tokenizer as transformers has it; pads with the end token."""
+    """CLIP's tokenizer from transformers; it pads with the end token."""
 
     name = "transformers CLIPTokenizer"
 
@@ -53,14 +53,14 @@ class TransformersTokenizer(FastTokenizer):
         super().__init__(backend, TOKENS, END, "<|endoftext|>")
 
     def save(self, folder: Path) -> None:
-        """Write it as ``CLIPTokenizer.from_pretrained`` reads it."""
+        """Write the files that ``CLIPTokenizer.from_pretrained`` reads."""
         from transformers import CLIPTokenizer
 
         CLIPTokenizer(tokenizer_object=self._backend, model_max_length=TOKENS).save_pretrained(folder)
 
 
 def files(config: TextTowerConfig) -> list[Path]:
-    """Settings, weights and tokenizer. Raises MissingModelError when one is not here."""
+    """Settings, weights and tokenizer. Raises MissingModelError if one cannot be found."""
     return resolve(config.model, _FILES, "text_encoder.model")
 
 
@@ -70,16 +70,16 @@ def source(config: TextTowerConfig) -> str:
 
 
 def load(config: TextTowerConfig) -> Tower:
-    """The tower of a folder or hub id. Raises ValueError if it is not CLIP's with 77 positions."""
+    """Load the tower of a folder or hub id. Raises ValueError if it is not a CLIP with 77 positions."""
     settings_file, weights, vocabulary, _ = files(config)
     settings = read_json(settings_file)
     if settings.get("model_type") not in ("clip", "clip_text_model"):
-        raise ValueError(f"text_encoder.model: {settings_file} is of {settings.get('model_type')!r}, not of CLIP")
+        raise ValueError(f"text_encoder.model: {settings_file} describes {settings.get('model_type')!r}, not CLIP")
     import transformers
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary.parent, local_files_only=True)
     if len(tokenizer) != VOCABULARY:
-        raise ValueError(f"{vocabulary}: CLIP has {VOCABULARY} tokens, found {len(tokenizer)}; fetch it again")
+        raise ValueError(f"{vocabulary}: CLIP has {VOCABULARY} tokens, found {len(tokenizer)}; download it again")
     plain = "CLIPTextModel" in settings.get("architectures", ())
     model = transformers.CLIPTextModel if plain else transformers.CLIPTextModelWithProjection
     module = load_transformers(model, settings_file.parent, weights)
@@ -100,12 +100,12 @@ def features(tower: Tower, ids: Tensor) -> TextFeatures:
 
 
 def settings_of(config: TextTowerConfig) -> Any:
-    """The tower's config.json, or what is known of its hub id. Raises MissingModelError."""
+    """The tower's config.json, or its known content for the hub id. Raises MissingModelError if there is neither."""
     return known_settings(config.model, KNOWN)
 
 
 def known_settings(model: str, known: Mapping[str, Any]) -> Any:
-    """The config.json of a model of transformers, or what is known of it. Raises MissingModelError."""
+    """A model's config.json, or its known content. Raises MissingModelError if there is neither."""
     try:
         return read_json(resolve(model, [("config.json",)], "text_encoder.model")[0])
     except MissingModelError:
@@ -130,14 +130,14 @@ def seeded_size(config: TextTowerConfig) -> TowerSize:
 
 
 def clip_size(width: int, inner: int, layers: int, pooled: int) -> TowerSize:
-    """The sizes of any of CLIP's towers; inner: width of a feed-forward."""
+    """The sizes of a CLIP text tower; inner is the hidden width of a feed-forward."""
     return TowerSize(
         FeatureSize(TOKENS, width, pooled), layers * (4 * width**2 + 2 * width * inner), VOCABULARY * width
     )
 
 
 def seeded(config: TextTowerConfig) -> tuple[nn.Module, TransformersTokenizer]:
-    """A tower of the wished size and CLIP's tokenizer; its weights are filled afterwards."""
+    """A tower of the config's size and CLIP's tokenizer; its weights are set afterwards."""
     size = config.seeded
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -157,12 +157,12 @@ def seeded(config: TextTowerConfig) -> tuple[nn.Module, TransformersTokenizer]:
 
 
 def clip_tokenizer() -> TransformersTokenizer:
-    """CLIP's tokenizer, without any files of a model."""
+    """CLIP's tokenizer, made without the files of a model."""
     return TransformersTokenizer(clip_backend())
 
 
 def clip_backend() -> Any:
-    """CLIP's tokenizer, from the byte pair merges that open_clip comes with."""
+    """CLIP's tokenizer, made from the byte pair merges that open_clip contains."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -186,9 +186,8 @@ def open_clip_folder() -> Path:
 
 
 def check_size(positions: int, vocabulary: int, key: str, name: str) -> None:
-    """Raise ValueError for a tower that is not of CLIP's size."""
+    """Raise ValueError for a tower that does not have CLIP's number of positions and tokens."""
     if (positions, vocabulary) != (TOKENS, VOCABULARY):
         raise ValueError(
-            f"{key}: {name} has {positions} positions and {vocabulary} tokens;"
-            f" needed are CLIP's {TOKENS} and {VOCABULARY}"
+            f"{key}: {name} has {positions} positions and {vocabulary} tokens, but CLIP has {TOKENS} and {VOCABULARY}"
         )

@@ -1,9 +1,9 @@
-"""Frozen text towers: captions to token features, and one pooled feature of CLIP's; one tower, or several at once.
+"""Frozen text encoders of one or several towers: captions to token features and, with CLIP, one pooled feature.
 
-Two libraries give the same features of CLIP for the same weights and token ids, but they pad differently: after the
-end token open_clip writes 0, transformers repeats the end token. The network sees those positions, so
-tokenizer and pad id are part of an encoder's identity. T5's towers do not look at their padding, and their features are
-zeros there, by which a network can tell it from tokens.
+The two libraries give the same CLIP features for the same weights and token ids, but they pad differently: after the
+end token open_clip writes 0, while transformers repeats the end token. The network sees those positions, so the
+tokenizer and the pad id are part of an encoder's identity. T5 ignores its padding, and its features are set to zero
+there, so that a network can distinguish padding from tokens.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ from dico_t2i.encoders.text.tower import Tower
 class TextEncoder:
     """Frozen text towers, one or several, and their tokenizers.
 
-    tokenize: captions -> (N, T) int64; hand it to data workers by itself, it does not hold the towers.
-    sizes: of each tower's features; width, pooled_dim: of all together. seeded: a tower is random, not pretrained.
-    description: one line, to be printed with results.
+    tokenize: captions -> (N, T) int64; it does not hold the towers, so that data workers can use it. sizes: those of
+    each tower's features; width, pooled_dim: those of all together. seeded: whether a tower is random and not
+    pretrained. description: one line to print with results.
     """
 
     def __init__(self, towers: Sequence[Tower], device: torch.device, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ class TextEncoder:
         self.width, self.pooled_dim = self._null.tokens.shape[-1], self._null.pooled.shape[-1]
 
     def encode(self, ids: Tensor) -> TextFeatures:
-        """Features of token ids, in the towers' dtype. (N, T) int64 on any device."""
+        """Features of token ids (N, T) int64 on any device, in the dtype of the towers."""
         return joined(self._encode_each(ids))
 
     @torch.no_grad()
@@ -51,25 +51,27 @@ class TextEncoder:
         return [tower.encode(part) for tower, part in zip(self._towers, parts, strict=True)]
 
     def null(self) -> TextFeatures:
-        """Features of the empty caption, which guidance starts from; N = 1."""
+        """Features of the empty caption, which is the null condition of guidance; N = 1."""
         return self._null
 
     def save(self, tower: Path, tokenizer: Path) -> str:
-        """Write tower and tokenizer as transformers reads them. Returns the tower's class.
+        """Write tower and tokenizer in transformers' format, and return the name of the tower's class.
 
-        Raises ValueError for all but one CLIP of transformers.
+        Raises ValueError for anything but a single CLIP of transformers.
         """
         if not isinstance(self.tokenize, TransformersTokenizer):
-            raise ValueError("text_encoder: only one CLIP of transformers can be written in its format")
+            raise ValueError(
+                "text_encoder: only a single CLIP of kind: transformers can be written in transformers' format"
+            )
         module: Any = self._towers[0].module
         with quiet_transformers():
             module.save_pretrained(tower)
-        self.tokenize.save(tower)  # for us, who want a model in one place
+        self.tokenize.save(tower)  # here, too, so that this package finds the whole model in one folder
         self.tokenize.save(tokenizer)
         return type(module).__name__
 
     def identity(self) -> dict[str, str]:
-        """What features depend on, weights, tokenizer and padding among it. Reads the weights files."""
+        """Everything that the features depend on, such as weights, tokenizer and padding. Reads the weight files."""
         first, *others = self._towers
         also = {f"also.{n}.{key}": v for n, tower in enumerate(others) for key, v in tower.identity().items()}
         return {**first.identity(), **also}

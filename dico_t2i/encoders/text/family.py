@@ -11,32 +11,32 @@ from dico_t2i.encoders.text.features import TextFeatures, TowerSize
 from dico_t2i.encoders.text.tokenizers import TowerTokenizer
 from dico_t2i.encoders.text.tower import Tower
 
-_MODULES = {"transformers": "clip"}  # of kinds that do not bear the module's name
+_MODULES = {"transformers": "clip"}  # kinds whose module has a different name
 
 
 class Family(Protocol):
-    """What a module of a family has."""
+    """The functions that the module of a family has."""
 
     def files(self, config: TextTowerConfig) -> list[Path]:
-        """The files of a pretrained tower. Raises MissingModelError when one is not here."""
+        """The files of a pretrained tower. Raises MissingModelError if one cannot be found."""
 
     def source(self, config: TextTowerConfig) -> str:
         """The folder, hub id or file that a pretrained tower comes from."""
 
     def load(self, config: TextTowerConfig) -> Tower:
-        """A pretrained tower. Raises ValueError if the files are those of another family."""
+        """Load a pretrained tower. Raises ValueError if the files belong to a different family."""
 
     def features(self, tower: Tower, ids: Tensor) -> TextFeatures:
         """The features of token ids (N, T)."""
 
     def settings_of(self, config: TextTowerConfig) -> Any:
-        """The architecture of a pretrained tower, also where its weights are not here. Raises MissingModelError."""
+        """The architecture of a pretrained tower, which may be known without its weights. Raises MissingModelError."""
 
     def size(self, config: TextTowerConfig, settings: Any) -> TowerSize:
-        """The sizes of a pretrained tower. Raises KeyError for settings of another family."""
+        """The sizes of a pretrained tower. Raises KeyError for settings of a different family."""
 
     def seeded(self, config: TextTowerConfig) -> tuple[nn.Module, TowerTokenizer]:
-        """A tower of the wished size, whose weights are filled afterwards."""
+        """A tower of the config's size, whose weights are set afterwards."""
 
     def seeded_size(self, config: TextTowerConfig) -> TowerSize:
         """The sizes of a seeded tower."""

@@ -1,4 +1,4 @@
-"""What text encoders give, and its sizes."""
+"""The features that text encoders return, and their sizes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from torch import Tensor
 class TextFeatures(NamedTuple):
     """tokens: (N, T, width), after the final layer norm. pooled: (N, pooled_dim), at the end token; T5 has none (N, 0).
 
-    T is 77 of CLIP. Of several towers the tokens follow one another, padded with zeros to the widest's width, and the
-    pooled features lie side by side.
+    T is 77 with CLIP. The tokens of several towers follow one another, padded with zeros to the width of the widest,
+    and their pooled features are concatenated.
     """
 
     tokens: Tensor
@@ -20,7 +20,7 @@ class TextFeatures(NamedTuple):
 
 
 class FeatureSize(NamedTuple):
-    """Of a tower's features: (N, tokens, width), (N, pooled_dim)."""
+    """The sizes of a tower's features: (N, tokens, width) and (N, pooled_dim)."""
 
     tokens: int
     width: int
@@ -28,7 +28,7 @@ class FeatureSize(NamedTuple):
 
 
 class TowerSize(NamedTuple):
-    """A tower's sizes. layers: weights multiplied with every token. table: weights of the token embedding."""
+    """A tower's sizes. layers: the weights that each token is multiplied with. table: those of the token embedding."""
 
     features: FeatureSize
     layers: int
@@ -36,7 +36,7 @@ class TowerSize(NamedTuple):
 
 
 def joined(features: Sequence[TextFeatures]) -> TextFeatures:
-    """The features of several towers as those of one encoder."""
+    """Concatenate the features of several towers as those of one encoder."""
     if len(features) == 1:
         return features[0]
     width = max(tokens.shape[-1] for tokens, _ in features)

@@ -18,10 +18,10 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder of a config, in eval mode.
 
-    Raises MissingModelError, before any heavy import, when its files are not here, and ValueError when they
-    are not those of a CLIP text tower with 77 positions, or of a T5.
+    Raises MissingModelError, before any slow import, if its files cannot be found, and ValueError if they do not
+    belong to a CLIP text tower with 77 positions, or to a T5.
     """
-    find_text_encoder(config)  # of all towers, before the first is loaded
+    find_text_encoder(config)  # find the files of all towers before the first one is loaded
     towers = []
     for number, tower in enumerate(config.towers):
         with _naming(number):
@@ -31,7 +31,7 @@ def load_text_encoder(
 
 
 def find_text_encoder(config: TextEncoderConfig) -> list[Path]:
-    """The files of all towers; none of seeded ones. Raises MissingModelError when one is not here."""
+    """The files of all towers; seeded ones have none. Raises MissingModelError if one cannot be found."""
     files = []
     for number, tower in enumerate(config.towers):
         with _naming(number):
@@ -40,7 +40,7 @@ def find_text_encoder(config: TextEncoderConfig) -> list[Path]:
 
 
 def find_tower(config: TextTowerConfig) -> list[Path]:
-    """The files of one tower; none of a seeded one. Raises MissingModelError when one is not here."""
+    """The files of one tower; a seeded one has none. Raises MissingModelError if one cannot be found."""
     return [] if config.weights == "seeded" else family(config.kind).files(config)
 
 
@@ -50,7 +50,10 @@ def pretrained_source(config: TextTowerConfig) -> str:
 
 
 def text_sizes(config: TextEncoderConfig) -> list[TowerSize]:
-    """Of all towers. Raises MissingModelError where a config is neither here nor known, ValueError if it is foreign."""
+    """The sizes of all towers.
+
+    Raises MissingModelError if a tower's config is neither found nor known, and ValueError if it has a different form.
+    """
     sizes = []
     for number, tower in enumerate(config.towers):
         with _naming(number):
@@ -58,7 +61,7 @@ def text_sizes(config: TextEncoderConfig) -> list[TowerSize]:
                 sizes.append(_size(tower))
             except KeyError as error:
                 raise ValueError(
-                    f"text_encoder.model: the config of {tower.model} has no {error}; is it {tower.kind}'s?"
+                    f"text_encoder.model: the config of {tower.model} has no {error}; is it of kind: {tower.kind}?"
                 ) from None
     return sizes
 
@@ -70,7 +73,7 @@ def _size(config: TextTowerConfig) -> TowerSize:
 
 @contextmanager
 def _naming(number: int) -> Iterator[None]:
-    """Errors name keys of the first tower; those of others get their place in the list."""
+    """Correct the key in errors: they name text_encoder, which becomes text_encoder.also.N for further towers."""
     try:
         yield
     except ValueError as error:

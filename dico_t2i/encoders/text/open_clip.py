@@ -1,4 +1,4 @@
-"""CLIP's text towers as open_clip has them."""
+"""CLIP's text towers from open_clip."""
 
 import sys
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from dico_t2i.encoders.text.tower import Tower
 __all__ = ["features", "files", "load", "seeded", "seeded_size", "size", "source"]
 
 _CARD = "open_clip_config.json"
-KNOWN: dict[str, dict[str, Any]] = {}  # open_clip itself has the settings of all its models
+KNOWN: dict[str, dict[str, Any]] = {}  # open_clip itself contains the settings of all its models
 
 
 class OpenClipTokenizer:
-    """CLIP's tokenizer as open_clip has it; pads with 0."""
+    """CLIP's tokenizer from open_clip; it pads with 0."""
 
     name = "open_clip SimpleTokenizer"
     pad_id = 0
@@ -39,7 +39,7 @@ class OpenClipTokenizer:
 
 
 def files(config: TextTowerConfig) -> list[Path]:
-    """The weights, and what lies beside them. Raises MissingModelError when one is not here."""
+    """The weights and the config beside them. Raises MissingModelError if one cannot be found."""
     return _files(config, _tag(config.model, config.pretrained))
 
 
@@ -51,7 +51,7 @@ def source(config: TextTowerConfig) -> str:
 
 
 def load(config: TextTowerConfig) -> Tower:
-    """The tower of a tag, folder, hub id or file. Raises ValueError if it is not CLIP's."""
+    """Load the tower of a tag, folder, hub id or file. Raises ValueError if it is not a CLIP."""
     tag = _tag(config.model, config.pretrained)
     weights = _files(config, tag)[0]
     settings = model_settings(config.model, weights)
@@ -81,14 +81,14 @@ def features(tower: Tower, ids: Tensor) -> TextFeatures:
 
 
 def size(config: TextTowerConfig, settings: Any) -> TowerSize:
-    """The tower's sizes; ``settings`` is what ``model_settings`` gives."""
+    """The tower's sizes; ``settings`` is the result of ``model_settings``."""
     text = settings["text_cfg"]
     inner = int(text.get("mlp_ratio", 4) * text["width"])
     return clip_size(text["width"], inner, text["layers"], settings["embed_dim"])
 
 
 def settings_of(config: TextTowerConfig) -> dict[str, Any]:
-    """The architecture of a tower, also where its weights are not here."""
+    """The architecture of a tower, which is known even without its weights."""
     try:
         return model_settings(config.model, files(config)[0])
     except MissingModelError:
@@ -96,7 +96,7 @@ def settings_of(config: TextTowerConfig) -> dict[str, Any]:
 
 
 def model_settings(model: str, weights: Path | None = None) -> dict[str, Any]:
-    """The architecture: what stands beside the weights, else what open_clip has under that name."""
+    """The architecture: from the config beside the weights, else from open_clip by name."""
     beside = weights.with_name(_CARD) if weights else None
     packaged = open_clip_folder() / "model_configs" / f"{model}.json"
     if beside and beside.is_file():
@@ -104,7 +104,7 @@ def model_settings(model: str, weights: Path | None = None) -> dict[str, Any]:
     elif packaged.is_file():
         settings = read_json(packaged)
     else:
-        raise ValueError(f"text_encoder.model: open_clip has no architecture {model!r}; ViT-L-14 is one")
+        raise ValueError(f"text_encoder.model: open_clip has no architecture {model!r}; use one such as ViT-L-14")
     text = settings["text_cfg"]
     if "hf_model_name" in text or text.get("embed_cls"):
         raise ValueError(f"text_encoder.model: the text tower of {model} is not CLIP's")
@@ -113,44 +113,44 @@ def model_settings(model: str, weights: Path | None = None) -> dict[str, Any]:
 
 
 def seeded(config: TextTowerConfig) -> tuple[nn.Module, OpenClipTokenizer]:
-    """A tower of the wished size and CLIP's tokenizer; its weights are filled afterwards."""
+    """A tower of the config's size and CLIP's tokenizer; its weights are set afterwards."""
     size = config.seeded
     settings = {"width": size.width, "heads": size.heads, "layers": size.layers}
     return _build(None, settings, quick_gelu=False), OpenClipTokenizer()
 
 
 def _tag(model: str, pretrained: str) -> dict[str, Any]:
-    """What open_clip knows of a tag of weights; empty if it is not a tag."""
+    """open_clip's entry for a tag of weights; empty if it is not a tag."""
     tables = _tables()
     tag = tables.get_pretrained_cfg(model, pretrained)
     if not tag and "/" not in pretrained and not Path(pretrained).exists():
         raise ValueError(
-            f"text_encoder.pretrained: {pretrained!r} is no file, no folder, no hub id, and no tag of {model}"
-            f" (those are {', '.join(tables.list_pretrained_tags_by_model(model)) or 'none'})"
+            f"text_encoder.pretrained: {pretrained!r} is not a file, folder, hub id or tag of {model}"
+            f" (its tags are {', '.join(tables.list_pretrained_tags_by_model(model)) or 'none'})"
         )
     return tag
 
 
 def _files(config: TextTowerConfig, tag: dict[str, Any]) -> list[Path]:
-    """The weights, and what lies beside them."""
+    """The weights and the config beside them."""
     if Path(config.pretrained).is_file():
         return [Path(config.pretrained)]
     name, file = _place(config, tag)
     names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    # A folder has to say what its weights are made for (quick GELU or not). Of a tag that is known, so that a cache
-    # which open_clip filled, with the weights alone, will do.
+    # A folder needs a config that says whether its weights use quick GELU. For a tag that is known, so a cache that
+    # open_clip has filled with the weights alone is enough.
     card = (_CARD, *names) if tag else (_CARD,)
     return resolve(name, [names, card], "text_encoder.pretrained")
 
 
 def _place(config: TextTowerConfig, tag: dict[str, Any]) -> tuple[str, str]:
-    """Folder or hub id, and the file's name there, empty for open_clip's own names."""
+    """The folder or hub id, and the name of the file in it, which is empty for open_clip's usual names."""
     name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
     return name, file
 
 
 def _state(weights: Path) -> dict[str, Tensor]:
-    """The text tower's part of a file of weights, whichever way open_clip laid it out."""
+    """The weights of the text tower in a weight file, in any of open_clip's layouts."""
     if weights.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -170,10 +170,10 @@ def _build(embed_dim: int | None, settings: dict[str, Any], quick_gelu: bool) ->
 
 
 def _tables() -> ModuleType:
-    """open_clip's module of pretrained tags, without the seconds that importing all of open_clip takes.
+    """open_clip's table of pretrained tags, loaded without importing all of open_clip, which takes seconds.
 
-    So a missing model is reported at once. It is imported as part of a package of another name over the same
-    folder.
+    A missing model is thus reported at once. The table is imported as part of a package with a different name but the
+    same folder.
     """
     package = ModuleType("_open_clip_tables")
     package.__path__ = [str(open_clip_folder())]

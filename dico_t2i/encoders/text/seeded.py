@@ -1,4 +1,4 @@
-"""Text towers with random frozen weights, the same bits on every machine, for those without pretrained ones."""
+"""Text towers with random frozen weights, equal bit for bit on every machine, for use without pretrained weights."""
 
 import hashlib
 import math
@@ -12,13 +12,13 @@ from dico_t2i.encoders.text.family import family
 from dico_t2i.encoders.text.tower import Tower
 from dico_t2i.randomness import uniform
 
-# Spread of the random weights, by a part of the parameter's name: of an embedding's values, of other values
-# times sqrt(fan-in). Far from the usual start of training: what attention gathers from the words has to
-# outweigh the end token's own embedding, or all captions would look alike there.
+# The standard deviation of the random weights, by a part of the parameter's name; for matrices it is this value divided
+# by sqrt(fan-in). The values differ from a usual initialisation: the information that attention gathers from the words
+# has to outweigh the embedding of the end token, or all captions would have nearly the same feature there.
 _SPREADS = {
     "token_embedding": 1.0,
     "position": 0.1,
-    "in_proj": 0.8,  # open_clip's queries, keys and values
+    "in_proj": 0.8,  # queries, keys and values in open_clip
     "q_proj": 0.8,
     "k_proj": 0.8,
     "v_proj": 0.8,
@@ -27,9 +27,9 @@ _SPREADS = {
     "fc1": 1.0,
     "c_proj": 0.2,
     "fc2": 0.2,
-    "shared": 1.0,  # T5's embedding of tokens
+    "shared": 1.0,  # token embedding in T5
     "relative_attention_bias": 0.1,
-    "SelfAttention.q": 0.15,  # T5 does not divide products of queries and keys by the root of their length
+    "SelfAttention.q": 0.15,  # T5 does not divide the logits by the square root of the head's width
     "SelfAttention.k": 0.8,
     "SelfAttention.v": 0.8,
     "SelfAttention.o": 4.0,
@@ -38,7 +38,7 @@ _SPREADS = {
 }
 
 
-_TABLES = ("embedding", "shared", "relative_attention_bias")  # not products: no fan-in
+_TABLES = ("embedding", "shared", "relative_attention_bias")  # tables, which have no fan-in
 
 
 def load_seeded(config: TextTowerConfig) -> Tower:
@@ -47,7 +47,7 @@ def load_seeded(config: TextTowerConfig) -> Tower:
     if size.width % size.heads:
         raise ValueError(f"text_encoder.seeded: width {size.width} is not divisible by heads {size.heads}")
     made = family(config.kind)
-    with torch.random.fork_rng(devices=[]):  # the libraries' own start, overwritten below, draws from it
+    with torch.random.fork_rng(devices=[]):  # the libraries draw initial weights, which are overwritten below
         module, tokenize = made.seeded(config)
     _fill(module, size.seed)
     text = f"width {size.width}, {size.layers} layers, {size.heads} heads, seed {size.seed}"
@@ -59,7 +59,7 @@ def load_seeded(config: TextTowerConfig) -> Tower:
 
 @torch.no_grad()
 def _fill(tower: nn.Module, seed: int) -> None:
-    """Weights from the seed, uniform, by integer arithmetic: the same bits on every machine."""
+    """Set uniform weights from the seed by integer arithmetic, so that they are equal on every machine."""
     for name, weight in tower.named_parameters():
         if weight.ndim == 1:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -1,4 +1,4 @@
-"""T5's encoders as text towers."""
+"""T5's encoders as text towers, from transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from dico_t2i.encoders.text.tower import Tower
 
 _INDEX = "model.safetensors.index.json"
 _T5_SIZES = {"base": (768, 12, 2048, 12), "large": (1024, 16, 2816, 24), "xl": (2048, 32, 5120, 24)}
-# What the config.json of these hub ids says, for machines that do not have them.
+# The content of config.json for these hub ids, for machines that do not have the files.
 KNOWN: dict[str, dict[str, Any]] = {
     f"google/flan-t5-{name}": {
         "d_model": width,
@@ -30,13 +30,13 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 class T5Tokenizer(FastTokenizer):
-    """T5's tokenizer: no start token, and padding of its own."""
+    """T5's tokenizer, which has no start token and its own padding token."""
 
     name = "tokenizers T5"
 
 
 def files(config: TextTowerConfig) -> list[Path]:
-    """Settings, tokenizer, and weights in one file, or an index and its parts."""
+    """Settings, tokenizer, and the weights in one file, or as an index and its parts."""
     key = "text_encoder.model"
     settings, tokenizer, weights = resolve(
         config.model, (("config.json",), ("tokenizer.json",), ("model.safetensors", _INDEX)), key
@@ -53,18 +53,18 @@ def source(config: TextTowerConfig) -> str:
 
 
 def load(config: TextTowerConfig) -> Tower:
-    """The tower of a folder or hub id. Raises ValueError if it is not T5's."""
+    """Load the tower of a folder or hub id. Raises ValueError if it is not a T5."""
     settings_file, vocabulary, *weights = files(config)
     settings = read_json(settings_file)
     if settings.get("model_type") != "t5":
-        raise ValueError(f"text_encoder.model: {settings_file} is of {settings.get('model_type')!r}, not of T5")
+        raise ValueError(f"text_encoder.model: {settings_file} describes {settings.get('model_type')!r}, not T5")
     from tokenizers import Tokenizer as Backend
     from transformers import T5EncoderModel
 
     backend, pad = Backend.from_file(str(vocabulary)), settings.get("pad_token_id", 0)
     padding = backend.id_to_token(pad)
     if backend.get_vocab_size() > settings["vocab_size"] or padding is None:
-        raise ValueError(f"{vocabulary}: {backend.get_vocab_size()} tokens are not those of {settings_file}")
+        raise ValueError(f"{vocabulary}: its {backend.get_vocab_size()} tokens do not fit {settings_file}")
     module = load_transformers(T5EncoderModel, settings_file.parent, weights[0])
     parts = [path for path in weights if path.name != _INDEX]
     return Tower(
@@ -83,14 +83,14 @@ def load(config: TextTowerConfig) -> Tower:
 
 
 def features(tower: Tower, ids: Tensor) -> TextFeatures:
-    """Features of token ids (N, T), zeros at the padding; T5 has no pooled one."""
+    """Features of token ids (N, T), zero at the padding; T5 has no pooled feature."""
     known = ids != tower.tokenize.pad_id
     tokens = tower.module(input_ids=ids, attention_mask=known).last_hidden_state * known[..., None]
     return TextFeatures(tokens, tokens.new_empty(len(tokens), 0))
 
 
 def settings_of(config: TextTowerConfig) -> Any:
-    """The tower's config.json, or what is known of its hub id. Raises MissingModelError."""
+    """The tower's config.json, or its known content for the hub id. Raises MissingModelError if there is neither."""
     return known_settings(config.model, KNOWN)
 
 
@@ -111,13 +111,13 @@ def seeded_size(config: TextTowerConfig) -> TowerSize:
 
 
 def _t5_size(tokens: int, width: int, attention: int, inner: int, layers: int, vocabulary: int) -> TowerSize:
-    """inner: of all matrices of a feed-forward together."""
+    """The sizes of a T5 tower; inner is the hidden width, summed over the matrices of a feed-forward."""
     weights = layers * (4 * width * attention + width * inner)
     return TowerSize(FeatureSize(tokens, width, 0), weights, vocabulary * width)
 
 
 def seeded(config: TextTowerConfig) -> tuple[nn.Module, T5Tokenizer]:
-    """A tower with CLIP's vocabulary, and one more token for padding; its weights are filled afterwards."""
+    """A tower with CLIP's vocabulary and one more token for padding; its weights are set afterwards."""
     size, tokens = config.seeded, config.tokens
     from tokenizers.processors import TemplateProcessing
     from transformers import T5Config, T5EncoderModel

@@ -1,4 +1,4 @@
-"""Captions to token ids."""
+"""Tokenizers: captions to token ids."""
 
 import os
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Data workers are forked, after which the threads of the tokenizers library would hang.
+# The threads of the tokenizers library would hang in data workers, which are forked.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class Tokenizer(Protocol):
-    """Captions to token ids; picklable, for data workers."""
+    """Maps captions to token ids; it can be pickled, for data workers."""
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(N,) strings -> (N, T) int64."""
+        """Token ids of N captions, (N, T) int64."""
 
 
 class TowerTokenizer(Tokenizer, Protocol):
-    """Of one tower: T is ``tokens``, captions are cut with the end token last, or padded with ``pad_id``."""
+    """The tokenizer of one tower: captions are cut to ``tokens``, keeping the end token, or padded with ``pad_id``."""
 
     name: str
     pad_id: int
@@ -27,7 +27,7 @@ class TowerTokenizer(Tokenizer, Protocol):
 
 
 class FastTokenizer:
-    """A tokenizer of the tokenizers library; its post-processor adds the end token."""
+    """A tokenizer of the tokenizers library, whose post-processor adds the end token."""
 
     def __init__(self, backend: Any, tokens: int, pad_id: int, pad_token: str) -> None:
         self._backend, self.tokens, self.pad_id = backend, tokens, pad_id
@@ -40,7 +40,7 @@ class FastTokenizer:
 
 
 class JointTokenizer:
-    """Several tokenizers' ids, one after the other."""
+    """Concatenates the token ids of several tokenizers."""
 
     def __init__(self, parts: Sequence[TowerTokenizer]) -> None:
         self.parts = parts

@@ -1,4 +1,4 @@
-"""One text tower as loaded, whatever its family."""
+"""A loaded text tower of any family."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from dico_t2i.encoders.text.tokenizers import TowerTokenizer
 class Tower:
     """A text tower and its tokenizer.
 
-    features: the module's features of token ids (N, T). sources: parts of its identity; a path stands for the hash of
-    its file.
+    features: the function from token ids (N, T) to features. sources: parts of its identity; a path stands for the hash
+    of its file.
     """
 
     module: nn.Module
@@ -31,7 +31,7 @@ class Tower:
         return self.features(self, ids)
 
     def identity(self) -> dict[str, str]:
-        """What the features depend on. Reads the files of weights."""
+        """Everything that the features depend on. Reads the weight files."""
         sources = {key: file_hash(v) if isinstance(v, Path) else v for key, v in self.sources.items()}
         return {
             "kind": self.kind,

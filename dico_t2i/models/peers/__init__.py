@@ -1,1 +1,1 @@
-"""Networks to compare with, under the same interface: docs/networks.md says which is whose code."""
+"""The networks that DiCo is compared with; docs/networks.md says where their code comes from."""

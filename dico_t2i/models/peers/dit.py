@@ -1,7 +1,7 @@
-"""DiT (Peebles and Xie 2023): the transformer with adaLN-Zero that DiCo is measured against.
+"""DiT (Peebles and Xie 2023): the transformer with adaLN-Zero that the paper compares DiCo with.
 
-Written here, since diffusers' DiT is another function: its timestep frequencies end at 1/10000 instead of before it,
-and in training its blocks embed timestep and class anew, each with label drops of its own.
+It is implemented here because diffusers' DiT computes a different function: its timestep frequencies end at 1/10000
+instead of before it, and in training each of its blocks embeds timestep and class again and drops labels independently.
 """
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from dico_t2i.ops import gated_residual, norm_modulate, residual_norm_modulate
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, both under adaLN-Zero; on (N, H, W, C), with the operators of DiCo's blocks."""
+    """Attention and feed-forward, both with adaLN-Zero, on (N, H, W, C); uses the operators of DiCo's blocks."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class DiT(Transformer):
-    """DiT with class labels, of any height and width that its patches divide. A fresh model returns 0."""
+    """DiT with class labels, for any height and width that the patch size divides. A fresh model returns 0."""
 
     config: DiTConfig
 

@@ -1,4 +1,4 @@
-"""Weights of the released DiT (facebookresearch/DiT): their names, and loading them."""
+"""Loads weights of the released DiT (facebookresearch/DiT)."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dico_t2i.models.official import copy_released
 from dico_t2i.models.peers.dit import DiT
 from dico_t2i.models.peers.layers import grid_positions
 
-POSITIONS = "pos_embed"  # stored with the weights, though it is a function of the size
+POSITIONS = "pos_embed"  # stored with the weights, although it follows from the size
 _BLOCK_NAMES = {
     "modulation": "adaLN_modulation.1",
     "attention.qkv": "attn.qkv",
@@ -39,11 +39,15 @@ def released_key(name: str) -> str:
 
 
 def is_released_dit(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the key names of the released DiT."""
     return {POSITIONS, "blocks.0.attn.qkv.weight"} <= state.keys()
 
 
 def infer_dit_config(state: Mapping[str, Tensor]) -> DiTConfig:
-    """The dimensions of a released state dict. ValueError for another than S, B, L, XL, whose heads no shape tells."""
+    """The dimensions of a released state dict, derived from its shapes.
+
+    Raises ValueError for sizes other than S, B, L and XL, since no shape shows their number of heads.
+    """
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         rows, classes = state["final_layer.linear.weight"].shape[0], state["y_embedder.embedding_table.weight"].shape[0]
@@ -58,13 +62,14 @@ def infer_dit_config(state: Mapping[str, Tensor]) -> DiTConfig:
                 learn_sigma=rows == 2 * channels * patch**2,
                 num_classes=classes - 1,
             )
-    raise ValueError(f"a DiT of width {width} and {depth} blocks is none of {', '.join(DIT_VARIANTS)}")
+    raise ValueError(f"a DiT of width {width} with {depth} blocks is none of {', '.join(DIT_VARIANTS)}")
 
 
 def load_released_dit(model: DiT, state: Mapping[str, Tensor]) -> int:
     """Copy a released state dict into a model; returns the height and width of the latents it was trained on.
 
-    Raises ValueError naming the keys that are missing, left over or of another shape, and for positions not of DiT.
+    Raises ValueError that names the keys that are missing, unexpected or of a different shape, or whose position
+    embedding is not DiT's.
     """
     copy_released(model, {k: v for k, v in state.items() if k != POSITIONS}, released_key, lambda _, shape: shape)
     positions = state[POSITIONS]

@@ -1,4 +1,4 @@
-"""What transformers over patches share. Tokens are (N, T, C), or (N, H, W, C) where they lie in a grid."""
+"""Layers that the transformers over patches share. Tokens are (N, T, C), or (N, H, W, C) where they form a grid."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -23,14 +23,14 @@ class Transformer(Network):
         return iter(self.layers)
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
-        """A block's output, recomputed in the backward pass where the config says so."""
+        """The output of a block, which is recomputed in the backward pass if the config says so."""
         if self.training and self.config.checkpoint_stages:
             block = partial(checkpoint, block, use_reentrant=False)  # type: ignore[assignment]
         return block(*inputs)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of (N, T, C), or of all positions of (N, H, W, C)."""
+    """Multi-head self-attention on (N, T, C), or on all positions of (N, H, W, C)."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers; gelu: "tanh" is the approximation that DiT uses."""
+    """Two linear layers with GELU between them; gelu="tanh" is the approximation that DiT uses."""
 
     def __init__(self, width: int, ratio: float, gelu: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class FeedForward(nn.Module):
 
 
 def grid_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """DiT's fixed positions, float32 (height, width, channels): half of the channels for x, then half for y.
+    """DiT's fixed position embedding, float32 (height, width, channels): half of the channels for x, then half for y.
 
-    Each half holds sines, then cosines, of the index times 10000^(-k / (channels / 4)); computed in float64.
+    Each half holds sines, then cosines, of the index times 10000^(-k / (channels / 4)), computed in float64.
     """
     quarter = channels // 4
     rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
@@ -82,10 +82,10 @@ def unpatch(x: Tensor, patch: int) -> Tensor:
 
 
 def initialize(network: nn.Module, small: Iterable[str], zero: Iterable[str]) -> None:
-    """Xavier-uniform matrices, those of patches seen as (out, in * patch * patch), and biases of 0, as DiT starts.
+    """Initialise as DiT does: Xavier-uniform matrices, where a patch convolution counts as (out, in * patch * patch).
 
-    small, zero: beginnings or parts of parameters' names; those are N(0, 0.02), or 0. Norms' weights, and whatever else
-    has one dimension, stay as they are.
+    Biases become 0. small, zero: parts of names; the parameters with such a name are drawn from N(0, 0.02), or set to
+    0. The weights of norms, and everything else with one dimension, are left unchanged.
     """
     for name, parameter in network.named_parameters():
         if any(part in name for part in zero) or name.endswith("bias"):

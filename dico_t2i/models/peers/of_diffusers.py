@@ -1,4 +1,4 @@
-"""What the networks that diffusers implements share."""
+"""The base class of the networks that diffusers implements."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from dico_t2i.models.peers.layers import initialize
 
 
 class OfDiffusers(Network):
-    """A transformer of diffusers, with DiT's initial weights in the place of its own."""
+    """A transformer of diffusers, initialised as DiT is."""
 
     def __init__(self, config: SizedConfig, transformer: Any, small: Sequence[str], zero: Sequence[str]) -> None:
-        """small, zero: see ``initialize``."""
+        """small, zero: the parts of names that ``initialize`` takes."""
         super().__init__(config)
         self.transformer = transformer
         if config.checkpoint_stages:
@@ -26,7 +26,7 @@ class OfDiffusers(Network):
 
 
 def sizes(config: SizedConfig) -> dict[str, int]:
-    """The arguments that diffusers' transformers have in common."""
+    """The arguments that all diffusers transformers used here take."""
     return {
         "sample_size": config.latent_size,
         "patch_size": config.patch_size,

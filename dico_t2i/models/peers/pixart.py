@@ -1,4 +1,4 @@
-"""PixArt-alpha (Chen et al. 2023), diffusers' own: DiT with cross-attention to text and one adaLN for all blocks."""
+"""PixArt-alpha (Chen et al. 2023), as in diffusers: DiT with cross-attention to text and one adaLN for all blocks."""
 
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
@@ -9,7 +9,7 @@ from dico_t2i.models.peers.of_diffusers import OfDiffusers, sizes
 
 
 class PixArt(OfDiffusers):
-    """PixArt-alpha without its conditions on resolution. A fresh model returns 0, and its text has no effect."""
+    """PixArt-alpha without its conditioning on resolution. A fresh model returns 0, and text has no effect on it."""
 
     def __init__(self, config: PixArtConfig) -> None:
         transformer = PixArtTransformer2DModel(

@@ -1,6 +1,6 @@
 """U-ViT (Bao et al. 2023) for text: time and text are tokens of the sequence, and long skips join its two halves.
 
-Written here: diffusers' UVit2DModel is another network, that of aMUSEd.
+It is implemented here because diffusers' UVit2DModel is a different network, that of aMUSEd.
 """
 
 import torch
@@ -12,7 +12,7 @@ from dico_t2i.models.peers.layers import Attention, FeedForward, Transformer, un
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward on (N, T, C); skip: takes the output of a block of the first half as well."""
+    """Pre-norm attention and feed-forward on (N, T, C); with ``skip`` it also takes an output of the first half."""
 
     def __init__(self, config: UViTConfig, skip: bool) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class UViT(Transformer):
-    """U-ViT with text, for one size of latents: its positions are learned."""
+    """U-ViT with text, for latents of one size, since its position embedding is learned."""
 
     config: UViTConfig
 
@@ -49,7 +49,7 @@ class UViT(Transformer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal of 0.02, as released; convolutions stay as torch makes them."""
+        """Initialise as the release does: truncated normal with std 0.02; convolutions keep torch's initial values."""
         nn.init.trunc_normal_(self.positions, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

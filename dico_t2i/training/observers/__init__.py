@@ -1,1 +1,1 @@
-"""What looks at a run while it trains: reports, trackers, previews, validation, profiles."""
+"""Observers of a run in training: reports, trackers, previews, validation, profiles."""

@@ -1,4 +1,4 @@
-"""The network with averaged weights, for what looks at a run from inside: previews and validation."""
+"""The network with averaged weights, for previews and validation during training."""
 
 import torch
 
@@ -11,10 +11,10 @@ from dico_t2i.training.ranks.distributed import World
 
 @torch.no_grad()
 def averaged_model(config: Config, engine: Engine, world: World, dtype: torch.dtype) -> Network:
-    """A network of its own on every rank, in eval mode, with the first average of the weights; collective."""
+    """A separate network on every rank, in eval mode, with the first average of the weights; collective."""
     model = build_network(config.model).to(world.device)
     parameters = dict(model.named_parameters())
     for name, value in engine.gather(default_weights(config)):
-        if name in parameters:  # not the projector of an alignment
+        if name in parameters:  # leaves out the projector of an alignment
             parameters[name].copy_(value)
     return model.to(dtype).eval()

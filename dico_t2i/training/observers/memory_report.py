@@ -1,4 +1,4 @@
-"""Reports how much memory a rank holds, part by part."""
+"""Reports how much memory a rank uses, by part."""
 
 import resource
 from collections.abc import Mapping
@@ -7,21 +7,21 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the GPU if there is one, else resident."""
+    """The peak memory of this process: that of the GPU if there is one, else the resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_report(held: Mapping[str, float], peak: float, predicted: Mapping[str, float] | None) -> str:
-    """A rank's memory by part, in words; bytes. held: kept from step to step; peak: the most of all.
+    """A rank's memory by part, as text. held: bytes kept between steps; peak: the peak in bytes.
 
-    The rest of the peak is there within a step only: activations, gradients, buffers, and on a CPU the program itself.
+    The rest of the peak is used only within a step: activations, gradients, buffers, and on a CPU the program itself.
     """
     parts = {**held, "the rest": peak - sum(held.values())}
     told = [_part(name, size, predicted.get(name) if predicted else None) for name, size in parts.items()]
     whole = _part("all", peak, sum(predicted.values()) if predicted else None)
-    return f"{', '.join(told)}; {whole}" + (" (in brackets what dico plan expects on a GPU)" if predicted else "")
+    return f"{', '.join(told)}; {whole}" + (" (in brackets: expected by dico plan on a GPU)" if predicted else "")
 
 
 def _part(name: str, size: float, predicted: float | None) -> str:

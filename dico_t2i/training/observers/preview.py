@@ -1,4 +1,4 @@
-"""Sample grids during training."""
+"""Samples grids of images during training."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def sample_preview(
     report: Reporter,
     step: int,
 ) -> None:
-    """Sample the fixed prompts or labels, spread over the ranks; collective."""
+    """Sample the config's prompts or labels, divided among the ranks; collective."""
     conditions: Sequence[str | int] = config.preview.prompts or config.preview.labels
     pipeline = Pipeline(config, model, *encoders, world.device)
     share = -(-len(conditions) // world.size)

@@ -1,4 +1,4 @@
-"""A trace of a few steps, for chrome://tracing or Perfetto, and a table of what took longest."""
+"""Writes a trace of a few steps, for chrome://tracing or Perfetto, and a table of the slowest operations."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _ROWS = 40
 
 
 class Profiler:
-    """Traces the steps that a config names; does nothing without one."""
+    """Traces the steps that a config selects; does nothing without one."""
 
     def __init__(self, config: ProfileConfig | None, folder: Path) -> None:
         self._config, self._folder = config, folder
@@ -19,7 +19,7 @@ class Profiler:
         self._begun = self._now = 0
 
     def at(self, step: int) -> None:
-        """Called before each step: begin, or end and write."""
+        """Start the trace, or end and write it, if this step says so; called before each step."""
         if self._config is None:
             return
         self._now = step
@@ -32,12 +32,12 @@ class Profiler:
             self._write(step - 1)
 
     def close(self) -> None:
-        """Write a trace that training has ended in."""
+        """Write the trace if training ends during it."""
         if self._running:
             self._write(self._now)
 
     def _write(self, last: int) -> None:
-        """steps-<first>-<last>.json.gz and .txt; a full disk costs the trace and not the run."""
+        """Write steps-<first>-<last>.json.gz and .txt; a full disk loses the trace, but does not end the run."""
         assert self._running is not None
         running, self._running = self._running, None
         running.stop()
@@ -49,4 +49,4 @@ class Profiler:
             table = running.key_averages().table(sort_by=key, row_limit=_ROWS)
             (self._folder / f"{name}.txt").write_text(table)
         except OSError as error:
-            print(f"{self._folder}: the trace was not written: {error}")
+            print(f"{self._folder}: the trace could not be written: {error}")

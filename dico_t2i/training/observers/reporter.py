@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, the terminal, and the trackers of ``tracking``."""
+"""Reports the numbers and events of a run to metrics.jsonl, the terminal, and the trackers of ``tracking``."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ from dico_t2i.training.observers.tracking import Tracking
 
 
 class Reporter:
-    """Writes on rank 0; silent on the others."""
+    """Reports on rank 0, and does nothing on the others."""
 
     def __init__(self, config: Config, folder: Path, total_steps: int, enabled: bool) -> None:
         self.enabled, self.folder = enabled, folder
@@ -48,7 +48,7 @@ class Reporter:
             self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One report of numbers."""
+        """Report numbers."""
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), **values})
@@ -62,7 +62,7 @@ class Reporter:
             self._console.print(f"step {step}  {numbers}{left}", highlight=False, soft_wrap=True)
 
     def event(self, step: int, kind: str, message: str, **details: Any) -> None:
-        """Something that happened; printed, and a line in metrics.jsonl."""
+        """Report an event: print it, and write it to metrics.jsonl and the trackers."""
         if not self.enabled:
             return
         self._write({"step": step, "time": time.time(), "event": kind, "message": message, **details})
@@ -70,7 +70,7 @@ class Reporter:
         self._console.print(f"[{kind}] {message}", highlight=False, markup=False, soft_wrap=True)
 
     def image(self, step: int, path: Path) -> None:
-        """A picture that was saved in the run folder."""
+        """Report an image that was saved in the run folder."""
         self.event(step, "samples", f"samples at step {step}: {path}", file=str(path.relative_to(self.folder)))
         if self.enabled:
             self._tracking.image(step, path)

@@ -1,4 +1,4 @@
-"""What a run was started with: command, code, packages, machine. One file a start, in runs/<name>/starts/."""
+"""Records each start of a run in runs/<name>/starts/: command, code, packages and machine."""
 
 import importlib.metadata
 import json
@@ -17,11 +17,11 @@ from dico_t2i.files import write_atomically
 from dico_t2i.training.ranks.distributed import World
 
 _VARIABLES = ("NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE", "TORCH_", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART")
-_LAUNCHER = "DICO_LAUNCHED_BY"  # set by cluster/: what the user typed there
+_LAUNCHER = "DICO_LAUNCHED_BY"  # set by cluster/ to the command that the user typed
 
 
 def write_snapshot(folder: Path, world: World) -> None:
-    """Write <number>.json and, if the code differs from its commit, <number>.patch. Rank 0 only."""
+    """Write <number>.json and, if the code differs from its commit, <number>.patch; only rank 0 calls this."""
     folder.mkdir(exist_ok=True)
     number = f"{len(list(folder.glob('*.json'))):04d}"
     source = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def write_snapshot(folder: Path, world: World) -> None:
 
 
 def _git(source: Path, *arguments: str) -> str | None:
-    """What git says of the source; None where there is no git or no repository."""
+    """The output of git for the source; None without git or outside a repository."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""What of the training comes from which data set of a mixture."""
+"""Measures how much each data set of a mixture contributes to training."""
 
 from collections.abc import Sequence
 
@@ -10,23 +10,23 @@ from dico_t2i.training.ranks.distributed import mean_over_ranks
 
 
 class SourceLosses:
-    """Means of the loss over each source, between two reports."""
+    """The mean loss of each data set between two reports."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = tuple(names)
         self._sums = torch.zeros(2, len(self.names), device=device)  # losses, samples
 
     def add(self, sources: Tensor | None, losses: Tensor) -> None:
-        """The losses (n,) of a micro-batch from these sources (n,); None: no mixture."""
+        """Add the losses (n,) of a micro-batch from these sources (n,); None without a mixture."""
         if sources is None:
             return
         values = torch.stack((losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)))
         self._sums.index_add_(1, sources.to(losses.device, non_blocking=True), values)
 
     def report(self, counts: np.ndarray) -> dict[str, float]:
-        """Loss since the last report, and samples so far and their fraction, of each source; collective.
+        """The loss since the last report, the samples so far and their fraction, for each source; collective.
 
-        counts: int64 (sources,), samples so far.
+        counts: the samples so far of each source, int64 (sources,).
         """
         losses, samples = mean_over_ranks(self._sums).tolist()
         self._sums.zero_()

@@ -1,6 +1,6 @@
-"""Where the numbers of a run go besides metrics.jsonl: Weights & Biases, TensorBoard. See docs/tracking.md.
+"""Sends the numbers of a run to trackers: Weights & Biases and TensorBoard. See docs/tracking.md.
 
-A tracker that fails is turned off, with a message, and never stops training.
+A tracker that fails is turned off with a message, and never stops training.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ _EXIT_CODES = {"done": 0, "stop": REQUEUE_EXIT_CODE, "failed": 1}
 
 
 class Tracker(Protocol):
-    """One place where numbers go. Its methods may raise anything."""
+    """A destination of numbers, images and events. Its methods may raise any exception."""
 
     name: str
 
@@ -42,7 +42,7 @@ class Tracker(Protocol):
 
 
 def check_tracking(config: Config) -> None:
-    """Raises ConfigError if a package is missing that the config asks for."""
+    """Raise ConfigError if a package that the config needs is missing."""
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "log.tensorboard: the package tensorboard is not installed; pip install 'dico_t2i[tensorboard]',"
@@ -51,7 +51,7 @@ def check_tracking(config: Config) -> None:
 
 
 class Tracking:
-    """All trackers that a config wants, each on its own."""
+    """All trackers that a config selects; a failure of one does not affect the others."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._trackers: list[Tracker] = []
@@ -61,15 +61,15 @@ class Tracking:
             self._guard("tensorboard", lambda: self._trackers.append(TensorBoardRun(config, folder)))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One report of numbers."""
+        """Log numbers."""
         self._each(lambda tracker: tracker.log(step, values))
 
     def image(self, step: int, path: Path) -> None:
-        """A picture that was saved in the run folder."""
+        """Log an image that was saved in the run folder."""
         self._each(lambda tracker: tracker.image(step, path))
 
     def event(self, step: int, kind: str, message: str, details: dict[str, Any]) -> None:
-        """Something that happened, as in metrics.jsonl."""
+        """Log an event of metrics.jsonl."""
         self._each(lambda tracker: tracker.event(step, kind, message, details))
 
     def finish(self) -> None:
@@ -85,13 +85,13 @@ class Tracking:
         try:
             work()
         except Exception as error:
-            print(f"{name} is off from here on: {error}", file=sys.stderr)
+            print(f"{name} failed and is turned off: {error}", file=sys.stderr)
             return False
         return True
 
 
 class WandbRun:
-    """A run of Weights & Biases that is resumed under the same id, in one group with its evaluations."""
+    """A run of Weights & Biases, which is resumed under the same id and grouped with its evaluations."""
 
     name = "wandb"
 
@@ -118,7 +118,7 @@ class WandbRun:
         if kind == "start":
             self._run.config.update(details, allow_val_change=True)
         if kind == "stop":
-            self._run.mark_preempting()  # with the exit code it shows as preempted, not as crashed
+            self._run.mark_preempting()  # with the exit code, wandb shows the run as preempted and not as crashed
         if kind in _ALERTS:
             self._run.alert(f"{kind} at step {step}", f"{self._config.name}: {message}", "ERROR")
 
@@ -128,7 +128,7 @@ class WandbRun:
         self._run.finish(exit_code=self._exit_code)
 
     def _log_manifest(self) -> None:
-        """What the newest checkpoint consists of, with all hashes, and where it is; not the weights."""
+        """Upload the manifest of the newest checkpoint and its path, but not the weights."""
         import wandb
 
         try:
@@ -171,17 +171,17 @@ class TensorBoardRun:
         self._writer.close()
 
     def _open(self, void_from: int | None) -> Any:
-        """void_from: what was logged of this step and later is not shown, because the run has gone back."""
+        """void_from: values logged from this step on are hidden, because the run has returned to an earlier step."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self._folder), purge_step=void_from)
 
 
 def log_evaluation(config: Config, folder: Path, result: dict[str, Any], picture: Path | None) -> None:
-    """Send a result of ``evals/`` to a wandb run beside the training run's, if that is logged.
+    """Send a result of ``evals/`` to wandb, if the training run is logged there.
 
-    It has a run of its own, "<id>-evals": two writers of one run lose each other's steps. Numbers and examples
-    are curves over checkpoint_step; one table holds all results of the run folder so far.
+    It goes to a separate run, "<id>-evals", since two writers of one run lose each other's steps. Numbers and examples
+    are curves over checkpoint_step, and one table holds all results of the run folder so far.
     """
     if config.log.wandb == "disabled" or not (folder / "wandb_id").exists():
         return
@@ -198,8 +198,8 @@ def log_evaluation(config: Config, folder: Path, result: dict[str, Any], picture
         run.log({"checkpoint_step": result["step"], **values, "evaluations": _evaluation_table(folder)})
         run.summary[f"{prefix}/hash"] = result["protocol_hash"]
         run.finish()
-    except Exception as error:  # a lost line in wandb must not lose the evaluation
-        print(f"wandb: not logged: {error}", file=sys.stderr)
+    except Exception as error:  # a failure of wandb must not lose the evaluation
+        print(f"wandb: the evaluation was not logged: {error}", file=sys.stderr)
 
 
 def _evaluation_table(folder: Path) -> Any:
@@ -215,8 +215,8 @@ def _evaluation_table(folder: Path) -> Any:
 
 
 def _open_wandb(config: Config, folder: Path, suffix: str = "") -> Any:
-    """The run of a folder, or the one with this suffix beside it, new or resumed."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # what it says of its own files would only worry
+    """The wandb run of a run folder, new or resumed; a suffix selects a separate run beside it."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # its messages about its own files would only confuse
     import wandb
 
     identity = folder / "wandb_id"
@@ -237,7 +237,7 @@ def _open_wandb(config: Config, folder: Path, suffix: str = "") -> Any:
 
 
 def _newest_start(folder: Path) -> dict[str, Any]:
-    """What the run was started with, without the list of packages, which wandb has by itself."""
+    """The record of the newest start, without the list of packages, which wandb collects itself."""
     found = sorted((folder / "starts").glob("*.json"))
     content: dict[str, Any] = json.loads(found[-1].read_text()) if found else {}
     return {key: value for key, value in content.items() if key != "packages"}

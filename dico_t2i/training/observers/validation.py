@@ -1,7 +1,7 @@
-"""The loss on held-out data at fixed timesteps, with the averaged weights.
+"""Computes the loss of the averaged weights on held-out data at fixed timesteps.
 
-Every validation of a run sees the same samples, captions, timesteps and noise, so that what moves between two of them
-is the network. Timesteps are the middles of equal bands: sample i is seen in band i mod bands.
+All validations of a run use the same samples, captions, timesteps and noise, so that only the network differs between
+them. Timesteps are the middles of equal bands; sample i is evaluated in band i mod bands.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError
 from dico_t2i.data.batches import Batch
 from dico_t2i.data.checks import check_data
-from dico_t2i.data.loader import make_loader
+from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.ranks.distributed import World
 
 
 class Validation:
-    """Held-out data, ready to be looked at again and again.
+    """Validates on the held-out data of a config.
 
-    inputs: encodes its batches as those of training.
-    Raises ConfigError or DataError if the data does not fit the config.
+    inputs: encodes the batches in the same way as in training. Raises ConfigError or DataError if the data do not fit
+    the config.
     """
 
     def __init__(self, config: Config, world: World, micro_batch: int, inputs: InputMaker) -> None:
@@ -40,16 +40,16 @@ class Validation:
         self.batches = -(-self.settings.samples // batch)
         if self.batches * batch > self.order.epoch_length:
             raise ConfigError(
-                f"validation.samples: {self.settings.samples} in whole batches of {batch}, but"
+                f"validation.samples: {self.settings.samples}, rounded up to batches of {batch}, is too many:"
                 f" {self.index.location} has only {len(self.index)} samples; ask for fewer, or hold out more"
             )
         self.timesteps = band_middles(config.diffusion.steps, self.settings.bands)
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> dict[str, float]:
-        """Mean losses over all samples and, by timestep, over those of a band; collective.
+        """The mean losses over all samples and over those of each band; collective.
 
-        "val_loss" with its parts "val_mse" and "val_vb", and "val_loss_t<timestep>" for each band.
+        Returns "val_loss", its parts "val_mse" and "val_vb", and "val_loss_t<timestep>" for each band.
         """
         sums = torch.zeros(len(self.timesteps), 4, dtype=torch.float64, device=self.world.device)
         for batch in islice(self._loader(), self.batches * self._passes):
@@ -72,25 +72,18 @@ class Validation:
 
     @property
     def _passes(self) -> int:
-        """Micro-batches of a rank in a batch."""
+        """The number of micro-batches of a rank in a batch."""
         return self.config.train.global_batch // (self.world.size * self.micro_batch)
 
     def _loader(self) -> Iterator[Batch]:
-        encoder = self.inputs.conditioner.text_encoder
         return iter(
             make_loader(
                 self.data,
                 self.index,
                 self.order,
+                Share(self.config.train.global_batch, self.micro_batch, self.world.rank, self.world.size),
+                self.inputs.conditioner.wanted,
                 seed=self.config.seed,
-                condition=self.config.model.condition,
-                classes=self.config.model.num_classes,
-                global_batch=self.config.train.global_batch,
-                micro_batch=self.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
-                start_step=0,
-                tokenize=encoder.tokenize if encoder else None,
             )
         )
 

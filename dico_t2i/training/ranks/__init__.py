@@ -1,1 +1,1 @@
-"""The ranks of a run: how they join, agree, watch each other and stop."""
+"""How the ranks of a run join, agree, watch each other and stop."""

@@ -1,4 +1,4 @@
-"""Who am I among the ranks: from torchrun's or SLURM's environment, or alone."""
+"""Joins the ranks of a run, as described by torchrun's or SLURM's environment, or as a single process."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from torch import Tensor
 from dico_t2i.memory import keep_freed_memory
 
 _RESOLVE_S = 5.0
-_flags_group: dist.ProcessGroup | None = None  # of host memory, so that to agree needs no wait for a GPU
+_flags_group: dist.ProcessGroup | None = None  # uses host memory, so that agreeing does not wait for a GPU
 
 
 class MeetingError(OSError):
@@ -24,7 +24,7 @@ class MeetingError(OSError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: global rank, number of ranks, rank on this node, device."""
+    """The place of this process: global rank, number of ranks, rank on this node, device."""
 
     rank: int
     size: int
@@ -37,10 +37,10 @@ class World:
 
 
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Join the process group that the environment describes; a lone process makes a group of one.
+    """Join the process group that the environment describes; a single process forms its own group.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (torchrun), else SLURM_PROCID, SLURM_NTASKS,
-    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError when part of it is missing,
+    SLURM_LOCALID with MASTER_ADDR and MASTER_PORT set by the job. Raises ValueError if some of them are missing, and
     MeetingError when the ranks cannot meet there.
     """
     env = os.environ
@@ -52,15 +52,15 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     missing = [key for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
     if missing:
         raise ValueError(
-            f"RANK is set but {', '.join(missing)} is not; start with torchrun, or set them in the job script"
+            f"RANK is set, but {', '.join(missing)} is not; start with torchrun, or set all of them in the job script"
         )
     local_rank = int(env["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()};"
-                " start one process per GPU"
+                f"local rank {local_rank} has no GPU: {socket.gethostname()} shows {torch.cuda.device_count()};"
+                " start one process for each GPU"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -116,9 +116,9 @@ def _refusal(error: Exception) -> str:
 
 
 def leave_world() -> None:
-    """Wait for the other ranks and leave the process group; collective, the last thing a process does.
+    """Wait for the other ranks and leave the process group; collective. A process calls this last.
 
-    A rank that merely exits takes connections away which others still use: they abort, though their work is done.
+    A rank that exits without it closes connections that others still use, which then abort although their work is done.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -139,7 +139,7 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
 
 
 def first_message(text: str, device: torch.device) -> str:
-    """The text of the first rank that has any, cut to 1,000 bytes; collective."""
+    """The text of the first rank whose text is not empty, cut to 1,000 bytes; collective."""
     length = 1000
     mine = torch.zeros(length, dtype=torch.uint8, device=device)
     content = text.encode()[:length]

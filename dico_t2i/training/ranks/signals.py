@@ -1,4 +1,4 @@
-"""Signals set a flag; the ranks agree on it at a step's end, save, and leave with a code that means "requeue me"."""
+"""Turns signals into a flag. At the end of a step the ranks agree on it, save, and exit with the code for a requeue."""
 
 import signal
 from types import FrameType
@@ -7,7 +7,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopFlag:
-    """Remembers the first stop signal this process got; a second SIGINT interrupts at once."""
+    """Remembers the first stop signal that this process received; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -1,9 +1,9 @@
-"""A rank that dies or stalls ends the job, and is named.
+"""Ends the job if a rank dies or stalls, and names that rank.
 
-A job hangs in its collectives, so they cannot tell why. Each rank therefore has a thread that looks at the rank's main
-thread about once a second and tells rank 0's thread over a TCP connection of its own. Rank 0's thread judges. All ranks
-run the same program, so the rank whose main thread has come least far, counted in calls of ``beat``, is the one the
-others wait for: only its standing still is a fault, however long the others wait.
+If a rank stalls, all others wait in a collective, which cannot say why. Each rank therefore has a thread that checks
+the rank's main thread about once a second and reports to rank 0's thread over a separate TCP connection. Rank 0's
+thread decides. All ranks run the same program, so the others wait for the rank whose main thread has made the fewest
+calls of ``beat``. Only the standstill of that rank is a fault, however long the others wait.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dico_t2i.training.ranks.distributed import World
 
 LONGEST_INTERVAL_S = 1.0
 
-_LEAVE_S = 2.0  # for the last words of a rank
-_SETTLE = 4  # intervals from the first bad news to the verdict; one rank's death makes others fail
-_UNHEARD = 3  # intervals without news after which a rank counts as stopped
+_LEAVE_S = 2.0  # for a rank to print its last message
+_SETTLE = 4  # intervals from the first failure to the verdict, since the death of one rank makes others fail
+_UNHEARD = 3  # intervals without a message after which a rank counts as stopped
 _DONE = ""
 _MAX_LINE = 1 << 16
 _MAX_NAMED = 4
@@ -41,7 +41,7 @@ _MAX_NAMED = 4
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the main thread of a rank is."""
+    """The progress of a rank's main thread."""
 
     rank: int
     host: str = "an unknown host"
@@ -49,15 +49,15 @@ class Progress:
     beats: int = 0
     step: int = 0
     phase: str = "start"
-    idle_s: float = 0.0  # since the last beat
-    limit_s: float = 0.0  # of idle_s
-    children: str = ""  # those that do not run, such as a stopped data worker; looked for when idle
-    end: str | None = None  # why the rank left: "" at the end of its work, else an error
+    idle_s: float = 0.0  # time since the last beat
+    limit_s: float = 0.0  # the limit of idle_s
+    children: str = ""  # child processes that do not run, such as a stopped data worker; searched for when idle
+    end: str | None = None  # why the rank has ended: "" if its work is done, else an error
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which ranks are at fault, at which step, in words."""
+    """Which ranks are at fault, at which step, and a description."""
 
     ranks: Sequence[int]
     step: int
@@ -65,12 +65,12 @@ class Verdict:
 
 
 class Watchdog:
-    """Watches over the training loop it is the context of. Every rank makes one, at the same place; collective.
+    """Watches the code inside its context. Every rank creates one at the same place; collective.
 
-    Where a rank has made no progress for ``timeout_s`` seconds (until the second step: ``first_timeout_s``), has died,
-    or has left the context by an exception, every other rank prints who and where, prints the stack of its own main
-    thread, calls ``on_verdict(step, message)`` and leaves with exit code 74. A rank that raised goes on with its own
-    exception once the others know.
+    If a rank makes no progress for ``timeout_s`` seconds (until the second step: ``first_timeout_s``), dies, or leaves
+    the context by an exception, every other rank prints which rank it was and where, prints the stack of its own main
+    thread, calls ``on_verdict(step, message)`` and exits with code 74. A rank that raised continues with its own
+    exception once the others have been told.
     """
 
     def __init__(
@@ -84,18 +84,19 @@ class Watchdog:
         self.on_verdict = on_verdict
         self.interval_s = min(LONGEST_INTERVAL_S, timeout_s / 10)
         self._first_step: int | None = None
-        self._state = (0, 0, "start", self.first_timeout_s)  # beats, step, phase, limit; replaced as one
+        self._state = (0, 0, "start", self.first_timeout_s)  # beats, step, phase, limit; replaced together
         self._end: str | None = None
         self._changed, self._settled = threading.Event(), threading.Event()
         self._watch: _Judge | _Witness = self._join() if world.size > 1 else _Judge(world.size, None, 0)
-        os.register_at_fork(after_in_child=self._watch.close)  # data workers would keep a dead rank's connection open
+        # Otherwise data workers would keep a dead rank's connection open.
+        os.register_at_fork(after_in_child=self._watch.close)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self, step: int, phase: str, extra_s: float = 0.0) -> None:
-        """The main thread is at the beginning of a phase of a step, which may take ``extra_s`` longer than others.
+        """Report that the main thread begins a phase of a step, which may take ``extra_s`` longer than usual.
 
-        Every rank makes the same calls in the same order.
+        All ranks make the same calls in the same order.
         """
         if self._first_step is None:
             self._first_step = step
@@ -114,14 +115,14 @@ class Watchdog:
             self._thread.join()
         else:
             self._settled.wait(3 * _SETTLE * self.interval_s)
-            # What is done on the way out (joining workers, aborting collectives) can hang as well.
+            # The work after the exception (joining workers, aborting collectives) can hang as well.
             faulthandler.dump_traceback_later(max(self.timeout_s, 10 * LONGEST_INTERVAL_S), exit=True)
             self._settled.set()
             self._thread.join()
         self._watch.close()
 
     def _join(self) -> _Judge | _Witness:
-        """Tell all ranks where rank 0 listens, and connect. Raises ConnectionError."""
+        """Send rank 0's address to all ranks and connect. Raises ConnectionError if rank 0 cannot be reached."""
         listener = _listen(self.world.size) if self.world.is_main else None
         address = [listener.getsockname()[1], secrets.randbits(62)] if listener else [0, 0]
         shared = torch.tensor(address, device=self.world.device)
@@ -143,7 +144,7 @@ class Watchdog:
         seen, idle, last = -1, 0.0, time.monotonic()
         while not self._settled.is_set():
             now = time.monotonic()
-            # More than this means that the whole process was stopped: its main thread too, so that says nothing.
+            # A longer time means that the whole process was stopped, main thread included, so it proves nothing.
             elapsed, last = min(now - last, 2 * self.interval_s), now
             beats, step, phase, limit = self._state
             idle = idle + elapsed if beats == seen else 0.0
@@ -163,12 +164,16 @@ class Watchdog:
     def _act(self, verdict: Verdict, own: Progress) -> None:
         self._watch.spread(verdict, own, self.interval_s)
         if self._end is not None and self.world.rank in verdict.ranks:
-            self._settled.set()  # the main thread has an error of its own to show
+            self._settled.set()  # the main thread shows its own error
             return
-        leave = threading.Timer(_LEAVE_S, os._exit, (HANG_EXIT_CODE,))  # if words get stuck in a pipe or file
+        leave = threading.Timer(_LEAVE_S, os._exit, (HANG_EXIT_CODE,))  # in case printing blocks on a pipe or file
         leave.daemon = True
         leave.start()
-        print(f"[hang] rank {self.world.rank}: {verdict.text}; its own main thread is at:", file=sys.stderr, flush=True)
+        print(
+            f"[hang] rank {self.world.rank}: {verdict.text}; its own main thread is at:",
+            file=sys.stderr,
+            flush=True,
+        )
         traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0), file=sys.stderr)
         if self.on_verdict:
             self.on_verdict(verdict.step, verdict.text)
@@ -177,7 +182,7 @@ class Watchdog:
 
 
 class _Link:
-    """JSON objects, one a line, over a connection; never blocks."""
+    """Sends and receives JSON objects, one per line, over a connection; never blocks."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -185,7 +190,7 @@ class _Link:
         self._received, self._unsent = b"", b""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send; a peer that has not taken the message before misses this one."""
+        """Send a message; it is dropped if the peer has not received the one before."""
         self._unsent = self._unsent or json.dumps(message).encode() + b"\n"
         try:
             self._unsent = self._unsent[self.connection.send(self._unsent) :]
@@ -195,7 +200,7 @@ class _Link:
             self.closed = True
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest message since the last call."""
+        """The newest message since the last call, or None."""
         try:
             while len(self._received) < _MAX_LINE and (data := self.connection.recv(_MAX_LINE)):
                 self._received += data
@@ -214,11 +219,11 @@ class _Link:
 
 @dataclass
 class Seat:
-    """What rank 0 knows of a rank."""
+    """The state of a rank as rank 0 knows it."""
 
     progress: Progress
     link: _Link | None = None
-    silent_s: float = 0.0  # since it was last heard
+    silent_s: float = 0.0  # time since its last message
 
     @property
     def idle_s(self) -> float:
@@ -230,7 +235,7 @@ class Seat:
 
 
 class _Judge:
-    """Rank 0: hears all ranks, and finds who is at fault."""
+    """The watchdog of rank 0: receives messages from all ranks and finds which are at fault."""
 
     def __init__(self, size: int, listener: socket.socket | None, token: int) -> None:
         self.seats = [Seat(Progress(rank)) for rank in range(size)]
@@ -240,7 +245,7 @@ class _Judge:
 
     @property
     def may_leave(self) -> bool:
-        """Whether nobody needs rank 0 any more."""
+        """Whether no rank needs rank 0 any more."""
         return all(seat.progress.end == _DONE for seat in self.seats[1:])
 
     def exchange(self, own: Progress, elapsed: float, interval_s: float) -> Verdict | None:
@@ -260,7 +265,7 @@ class _Judge:
         return judge(self.seats, interval_s, settled=self._bad_news_s > _SETTLE * interval_s or len(self.seats) == 1)
 
     def spread(self, verdict: Verdict, own: Progress, interval_s: float) -> None:
-        """Tell all, twice, as a message may wait behind another, and give them the time to hear it."""
+        """Send the verdict to all ranks, twice, since a message may be dropped, and wait until they receive it."""
         for _ in range(2 if len(self.seats) > 1 else 0):
             for seat in self.seats[1:]:
                 if seat.link:
@@ -273,7 +278,7 @@ class _Judge:
             connection.close()
 
     def _welcome(self) -> None:
-        """Seat those who know the token."""
+        """Accept connections of ranks that send the right token."""
         while self.listener:
             try:
                 self._strangers.append(_Link(self.listener.accept()[0]))
@@ -289,7 +294,7 @@ class _Judge:
 
 
 class _Witness:
-    """Any other rank: tells rank 0 of itself, and hears the verdict."""
+    """The watchdog of the other ranks: reports to rank 0 and receives the verdict."""
 
     may_leave = True
 
@@ -312,16 +317,16 @@ class _Witness:
         return _verdict([self.main], _silence) if self.main.silent_s > self.main.progress.limit_s else None
 
     def spread(self, verdict: Verdict, own: Progress, interval_s: float) -> None:
-        """Only rank 0 does."""
+        """Do nothing, since only rank 0 sends the verdict."""
 
     def close(self) -> None:
         self.link.connection.close()
 
 
 def judge(seats: Sequence[Seat], interval_s: float, settled: bool) -> Verdict | None:
-    """Who is at fault, if anybody is.
+    """The ranks that are at fault, or None.
 
-    settled: whether bad news (a death, an exception) are old enough for those of other ranks to have come in.
+    settled: whether the first failure (a death or an exception) is so old that those of other ranks have arrived, too.
     """
     running = [seat for seat in seats if seat.progress.end != _DONE]
     dead = [seat for seat in running if seat.died]
@@ -330,7 +335,7 @@ def judge(seats: Sequence[Seat], interval_s: float, settled: bool) -> Verdict | 
     if dead or failed:
         if not settled:
             return None
-        # A rank whose neighbour is gone fails in its next collective: a death explains exceptions, not the reverse.
+        # A rank fails in its next collective after the death of another: deaths explain exceptions, not the reverse.
         if dead:
             return _verdict(dead, _death)
         return _verdict(unheard, _silence) if unheard else _verdict(failed, _failure)
@@ -343,7 +348,7 @@ def judge(seats: Sequence[Seat], interval_s: float, settled: bool) -> Verdict | 
     waiting = [seat.progress.rank for seat in running if seat not in (silent or stuck)]
     found = _verdict(silent, _silence) if silent else _verdict(stuck, _standstill)
     them = "it" if len(found.ranks) == 1 else "them"
-    others = f"; {_ranks(waiting)} for {them}" if waiting else "; no rank goes on" if len(seats) > 1 else ""
+    others = f"; {_ranks(waiting)} for {them}" if waiting else "; no rank makes progress" if len(seats) > 1 else ""
     return Verdict(found.ranks, found.step, found.text + others)
 
 
@@ -363,8 +368,8 @@ def _failure(seat: Seat) -> str:
 
 def _silence(seat: Seat) -> str:
     return (
-        f"{_who(seat)} has not been heard of for {seat.silent_s:.0f} s, its process is stopped or its node out of"
-        f" reach; it was last seen {_place(seat)}"
+        f"{_who(seat)} has sent no message for {seat.silent_s:.0f} s: its process is stopped, or its node cannot be"
+        f" reached; its last message came {_place(seat)}"
     )
 
 
@@ -384,13 +389,13 @@ _STATES = {"T": "stopped", "D": "waiting for a disk or file system", "Z": "dead"
 
 
 def _stuck_children() -> str:
-    """ ", its child process 123 is stopped": children of this process that do not run; empty where all do."""
+    """ ", its child process 123 is stopped": the child processes that do not run, as text; empty if all run."""
     stuck = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
         except OSError:
-            continue  # it ended
+            continue  # the process has ended
         if int(parent) == os.getpid() and state in _STATES:
             stuck.append(f", its child process {path.parent.name} is {_STATES[state]}")
     return "".join(stuck[:_MAX_NAMED])
@@ -413,7 +418,7 @@ def _progress(message: dict[str, Any]) -> Progress:
 
 
 def _listen(backlog: int) -> socket.socket:
-    """A socket on a free port, for IPv6 too where there is any."""
+    """A socket on a free port, for IPv6 as well if it is available."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     listener = socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)

@@ -1,0 +1,142 @@
+"""Pack a data set of Hugging Face into shards: parquet files with an image column and text columns.
+
+python data_prep/huggingface.py --data downloads/birds --out data/birds                  # a folder
+python data_prep/huggingface.py --data someone/birds --split train --out data/birds      # read from the hub
+python data_prep/huggingface.py --data datasets/mine --caption-columns short long --crop none --out data/mine
+
+--data is a folder of parquet files or one that datasets' save_to_disk wrote, or the name of a data set on the hub,
+of which each process reads the row groups that its shards need; nothing else is downloaded. Splits are told apart by
+the names of files and folders. The image column is the one that the files declare as such.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from data_prep.folder import CAPTIONS, PATHS, Listed, columns_of
+from data_prep.importing.conversion import Unit, add_options, options_of, run_pipeline
+from data_prep.importing.files import File, walk
+from data_prep.importing.tables import columns, declared_images, stretches
+from dico_t2i.command import run, script_parser
+from dico_t2i.data.remote import file_system, is_url
+
+IMAGES = ("image", "img", "picture", "jpg", "png", "webp", *PATHS)
+KINDS = (".parquet", ".arrow")
+_SPLIT = re.compile(r"(?P<split>[A-Za-z_]+?)(?:-\d+-of-\d+|-\d+|_\d+)?$")
+_NO_SPLITS = {"data", "part", "default"}  # what files are named where there are no splits
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Files of one split, in order. name: of the data set; columns: of the image, and of the captions."""
+
+    root: Path
+    name: str
+    split: str
+    files: tuple[Path | str, ...]
+    image_column: str
+    caption_columns: tuple[str, ...]
+    samples_per_shard: int
+
+    contents: ClassVar[tuple[str, ...]] = ("name", "files")
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {
+            "source": "huggingface",
+            "name": self.name,
+            "split": self.split,
+            "files": len(self.files),
+            "captions": list(self.caption_columns),
+        }
+
+    def units(self) -> Iterator[Unit]:
+        first = 0
+        for file in self.files:
+            for stretch in stretches(file, self.samples_per_shard, "utf-8"):
+                yield Listed(self.root, stretch, self.image_column, self.caption_columns, first)
+                first += stretch.count
+
+
+def source_of(args: argparse.Namespace) -> HuggingFace:
+    """The source of a command line. Raises ValueError."""
+    place = Path(args.data)
+    if place.is_dir():
+        root, name, at = place, place.resolve().name, _in_folder(place)
+    else:
+        root, name, at = Path(), args.data, _on_hub(args.data)
+    split, chosen = _of_split(args, {name: split_of(name) for name in at})
+    files = tuple(at[name] for name in chosen)
+    there = columns(files[0], "utf-8")
+    images = [args.image_column] if args.image_column else declared_images(files[0])
+    image = columns_of("--image-column", images or None, IMAGES, there)[0]
+    captions = columns_of("--caption-columns", args.caption_columns, CAPTIONS, there)
+    for file in files[1:]:
+        columns_of("--image-column", [image], IMAGES, columns(file, "utf-8"))
+        columns_of("--caption-columns", captions, CAPTIONS, columns(file, "utf-8"))
+    return HuggingFace(root, name, split, files, image, tuple(captions), args.samples_per_shard)
+
+
+def split_of(name: str) -> str:
+    """The split of a file, from its folders and its own name: "plain/train-00000-of-00002.parquet" is of "train"."""
+    folders, _, base = name.rpartition("/")
+    found = _SPLIT.match(base.rpartition(".")[0])
+    own = found["split"].rstrip("_") if found else ""
+    if own and own not in _NO_SPLITS:
+        return own
+    return next((folder for folder in reversed(folders.split("/")) if folder and folder not in _NO_SPLITS), "train")
+
+
+def _of_split(args: argparse.Namespace, splits: dict[str, str]) -> tuple[str, list[str]]:
+    """The split that is wanted, or the only one, with the names of its files. Raises ValueError."""
+    if not splits:
+        raise ValueError(f"--data {args.data}: no {' or '.join(KINDS)} files there")
+    there = sorted(set(splits.values()))
+    split = args.split or there[0]
+    if split not in there:
+        raise ValueError(f"--split {split}: not one of {', '.join(there)}")
+    if not args.split and len(there) > 1:
+        raise ValueError(f"--data {args.data}: has the splits {', '.join(there)}; choose one with --split")
+    return split, sorted(name for name, of in splits.items() if of == split)
+
+
+def _in_folder(place: Path) -> dict[str, Path | str]:
+    """The files of a folder and the folders in it, by their names in it."""
+    files = (file.name for file in walk(place) if isinstance(file, File))
+    return {name: place / name for name in files if name.endswith(KINDS)}
+
+
+def _on_hub(name: str) -> dict[str, Path | str]:
+    """URLs of the parquet files of a data set on the hub, by their names in it. Raises ValueError."""
+    url = name if is_url(name) else f"hf://datasets/{name}"
+    try:
+        system, path = file_system(url)
+        found = sorted(str(file) for file in system.glob(f"{path}/**/*.parquet"))
+    except Exception as error:  # the hub's client has errors of its own
+        raise ValueError(
+            f"--data {name}: no such folder, and as a name on the hub it cannot be read: {type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else 'no answer'}"
+        ) from None
+    return {file.removeprefix(path).lstrip("/"): system.unstrip_protocol(file) for file in found}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--data", required=True, metavar="PLACE", help="folder, or name of a data set on the hub")
+    add("--split", metavar="NAME", help="such as train (default: the only one)")
+    add("--image-column", metavar="NAME", help="(default: the one declared, or the first of the usual names)")
+    add("--caption-columns", nargs="+", metavar="NAME", help=f"(default: the first of {', '.join(CAPTIONS)})")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    options_of(args)
+    return run_pipeline(source_of(args), args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
