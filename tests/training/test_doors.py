@@ -149,7 +149,7 @@ def test_sampling_goes_on_where_it_was_stopped(trained, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     assert sample(trained.folder / "run", tmp_path / "other", *options) == 2
-    assert "not empty; nothing is overwritten" in capsys.readouterr().err
+    assert "not empty, and nothing is overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
