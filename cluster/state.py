@@ -4,6 +4,7 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_state(run_folder: Path) -> RunState:
     return RunState(
         name=run_folder.name,
         word=_word(run_folder, events),
-        step=lines[-1]["step"] if lines else 0,
+        step=_newest_step(lines),
         steps=totals[-1] if totals else None,
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
@@ -84,8 +85,12 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 def last_step(run_folder: Path) -> int:
     """The last step that a run told of."""
-    lines = list(json_lines(run_folder / "metrics.jsonl"))
-    return lines[-1]["step"] if lines else 0
+    return _newest_step(list(json_lines(run_folder / "metrics.jsonl")))
+
+
+def _newest_step(lines: Sequence[dict[str, Any]]) -> int:
+    """Of the last line that was written in a step; changes of the config are told before any."""
+    return next((line["step"] for line in reversed(lines) if line.get("event") != "config"), 0)
 
 
 def tail(path: Path, size: int = 1 << 16) -> list[str]:

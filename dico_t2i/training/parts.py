@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from dico_t2i.config import Config, Span
+from dico_t2i.config import Config, ConfigError, Span
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.order import SampleOrder
 from dico_t2i.data.sources import make_order
 from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
-from dico_t2i.encoders.identity import identities
+from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
 from dico_t2i.models import build_network
+from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
 from dico_t2i.runs.folder import RunFolder
 from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.engine import Engine
@@ -25,7 +26,7 @@ from dico_t2i.training.observers.reporter import Reporter
 from dico_t2i.training.observers.snapshot import write_snapshot
 from dico_t2i.training.observers.source_losses import SourceLosses
 from dico_t2i.training.observers.validation import Validation
-from dico_t2i.training.ranks.distributed import World
+from dico_t2i.training.ranks.distributed import World, first_message
 from dico_t2i.training.saving import Saver
 
 WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,12 +73,15 @@ def build_parts(
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
     order = make_order(config.data, index, config.seed, config.train.global_batch)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
+    note = _check_encoders(run, encoders, world)
     if world.is_main:  # all checks have passed
         run.write_config(config)
         write_snapshot(run.starts, world)
     report = Reporter(config, run.path, span_in_steps(config, index, config.train.duration), world.is_main)
     for line in changes:
         report.event(0, "config", f"changed since the last start: {line}")
+    if note:
+        report.event(0, "config", note)
     keep_every = config.checkpoint.keep_every
     keep_every_steps = span_in_steps(config, index, keep_every) if keep_every else None
     data = {"samples": len(index), "shards": len(index.names)}
@@ -95,6 +99,28 @@ def build_parts(
         micro_batch=micro_batch,
         accumulation=accumulation,
     )
+
+
+def _check_encoders(run: RunFolder, encoders: Identities, world: World) -> str:
+    """Raise ConfigError on all ranks if the run has been trained with other encoders; collective.
+
+    Returns a note where the newest checkpoint does not tell.
+    """
+    try:
+        checkpoint = newest_checkpoint(run.checkpoints)
+    except CheckpointError:  # none, or a damaged one, of which the restoring tells
+        return ""
+    trained, problem = checkpoint.state.get(KEY), ""
+    if trained is None:
+        return f"note: {checkpoint.path} does not say which encoders it was trained with; they are not checked"
+    try:
+        check_identities(trained, encoders, str(checkpoint.path))
+    except ConfigError as error:
+        problem = str(error)
+    problem = first_message(problem, world.device)
+    if problem:
+        raise ConfigError(problem)
+    return ""
 
 
 def span_in_steps(config: Config, index: DatasetIndex, span: Span) -> int:

@@ -4,8 +4,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from dico_t2i.config import Config, ConfigError
-from dico_t2i.encoders.identity import KEY, Identities, check_identities
+from dico_t2i.config import Config
+from dico_t2i.encoders.identity import KEY, Identities
 from dico_t2i.runs import checkpoint as ckpt
 from dico_t2i.runs.folder import RunFolder
 from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
@@ -105,7 +105,6 @@ class Saver:
             if checkpoint is None:
                 continue
             ckpt.check_shapes(checkpoint, self.engine.shapes)
-            self._check_encoders(checkpoint)
             self.engine.materialize(checkpoint.optimizer_steps)
             ckpt.fill(checkpoint, self.engine.pieces())
             self.engine.publish_weights()
@@ -125,21 +124,6 @@ class Saver:
                 " restore one, or start a new run with a different name (name=...)"
             )
         return None
-
-    def _check_encoders(self, checkpoint: ckpt.Checkpoint) -> None:
-        """Raise ConfigError on all ranks if the encoders differ from those that the run has used; collective."""
-        trained, problem = checkpoint.state.get(KEY), ""
-        if trained is None:
-            note = "the checkpoint does not say which encoders it was trained with; they are not checked"
-            self.report.event(checkpoint.step, "encoders", f"note: {note}")
-            return
-        try:
-            check_identities(trained, self.encoders, str(checkpoint.path))
-        except ConfigError as error:
-            problem = str(error)
-        problem = first_message(problem, self.world.device)
-        if problem:
-            raise ConfigError(problem)
 
     def _verified(self, path: Path) -> ckpt.Checkpoint | None:
         """The checkpoint, after each rank has verified its share of the files; None if any of them is damaged."""

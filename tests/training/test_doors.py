@@ -85,6 +85,7 @@ def test_another_autoencoder_is_refused_at_every_door(trained, tmp_path):
     )
     assert done.returncode == 2
     assert "was trained with a different autoencoder" in done.stderr
+    assert "steps: 2" in (run / "config.yaml").read_text()  # nothing was written
 
 
 def test_another_text_encoder_is_refused(trained, tmp_path):
