@@ -1,9 +1,11 @@
-"""Operators of the network on (N, H, W, C): a public function for each, and plain versions in ``reference``."""
+"""Operators of the networks on (N, H, W, C) or on tokens: a public function for each, and plain versions."""
 
 from dico_t2i.ops.convolution import conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
 from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
+from dico_t2i.ops.linear_attention import gated_linear_attention
 from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
 from dico_t2i.ops.scale import channel_scale, gated_residual
+from dico_t2i.ops.selective_scan import selective_scan
 from dico_t2i.ops.text_dwconv import text_dwconv
 
 __all__ = [
@@ -11,10 +13,12 @@ __all__ = [
     "conv3x3",
     "depthwise3x3_gelu_pool",
     "depthwise_conv",
+    "gated_linear_attention",
     "gated_residual",
     "norm_modulate",
     "pixel_shuffle",
     "pixel_unshuffle",
     "residual_norm_modulate",
+    "selective_scan",
     "text_dwconv",
 ]

@@ -1,20 +1,23 @@
 """Chooses the implementation of the operators for a tensor.
 
 Three modules have the same functions: ``plain`` (torch), ``native`` (C, on the CPU) and ``kernels`` (Triton, on GPUs).
-They take contiguous (N, H, W, C) tensors and (N, C) vectors, each in any floating dtype, and sum in float32. Each
+The recurrences along tokens are in ``plain_scans``, ``native_scans`` and ``kernels_scans``. The functions take
+contiguous tensors in any floating dtype, (N, H, W, C) and (N, C) or tokens (N, L, ...), and sum in float32. Each
 gradient has the dtype of its input. An argument that is None leaves out that part of the operator, and its gradient is
 None as well.
 """
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dico_t2i.ops import native, plain
+from dico_t2i.ops import native, native_scans, plain, plain_scans
 
 OPERATORS = "DICO_OPERATORS"
 
@@ -24,13 +27,28 @@ def backend(x: Tensor) -> ModuleType:
 
     DICO_OPERATORS=torch in the environment selects torch for everything.
     """
-    if x.dtype == torch.float64 or os.environ.get(OPERATORS) == "torch":
-        return plain
-    if x.is_cuda and find_triton():
-        from dico_t2i.ops import kernels
+    way = _way(x)
+    return _kernels("kernels") if way == "triton" else native if way == "c" else plain
 
-        return kernels
-    return native if x.device.type == "cpu" and native.library() is not None else plain
+
+def scan_backend(x: Tensor) -> ModuleType:
+    """The same choice for recurrences along tokens."""
+    way = _way(x)
+    return _kernels("kernels_scans") if way == "triton" else native_scans if way == "c" else plain_scans
+
+
+def _way(x: Tensor) -> Literal["torch", "triton", "c"]:
+    if x.dtype == torch.float64 or os.environ.get(OPERATORS) == "torch":
+        return "torch"
+    if x.is_cuda and find_triton():
+        return "triton"
+    return "c" if x.device.type == "cpu" and native.library() is not None else "torch"
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    """Triton is imported where it is used."""
+    return import_module(f"dico_t2i.ops.{name}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Runs the operators of operators.c on CPU tensors; the C code is compiled once for each machine.
+"""Runs the operators in C on CPU tensors; the C code is compiled once for each machine.
 
 The library is in the user's cache, under a hash of everything it depends on. It is linked to the OpenMP library that
 torch has loaded and so uses torch's threads. ``library`` is None without a compiler, or with DICO_NO_COMPILER=1.
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dico_t2i.ops import plain
 
-SOURCE = Path(__file__).with_name("operators.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("operators.c", "scans.c")]
+HEADER = Path(__file__).with_name("lanes.h")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 NORM_EPS = 1e-6
 TEXT_KERNELS = (5, 7, 9, 11)  # the sizes that operators.c implements
@@ -42,14 +43,16 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
-        logger.warning("%s could not be compiled: the operators run through torch, which is slower. %s", SOURCE, reason)
+        folder = HEADER.parent
+        logger.warning("%s could not be compiled: the operators run through torch, which is slower. %s", folder, reason)
         return None
 
 
 def _built(compiler: str) -> Path:
     """The path of the library, which is compiled first if necessary, by one process at a time."""
     runtime = _openmp()
-    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, FLAGS, runtime, _cpu())).encode()).hexdigest()[:24]
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    key = hashlib.sha256(repr((texts, compiler, FLAGS, runtime, _cpu())).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_t2i" / "operators"
     path = folder / f"{key}.so"
     if path.exists():
@@ -65,13 +68,12 @@ def _built(compiler: str) -> Path:
 
 
 def _compile(compiler: str, runtime: str | None, folder: Path) -> None:
-    """Compile SOURCE to folder/operators.so."""
-    made, linked = folder / "operators.o", folder / "operators.so"
+    """Compile SOURCES to folder/operators.so."""
+    made = {source: str(folder / f"{source.stem}.o") for source in SOURCES}
+    commands = [[compiler, *FLAGS, "-c", str(source), "-o", target] for source, target in made.items()]
     openmp = [runtime] if runtime else ["-fopenmp"]
-    for command in (
-        [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
-        [compiler, "-shared", str(made), *openmp, "-lm", "-o", str(linked)],
-    ):
+    commands.append([compiler, "-shared", *made.values(), *openmp, "-lm", "-o", str(folder / "operators.so")])
+    for command in commands:
         subprocess.run(command, check=True, capture_output=True, text=True)
 
 

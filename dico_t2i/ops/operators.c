@@ -5,45 +5,12 @@
    Vectors (a number for each sample and channel) are (N, C); pixels are the H * W of a sample. A NULL argument is
    a part that is not there. Functions return 0, or 1 when out of memory. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 #define PIXELS 8       /* outputs of a row that are computed together, in registers */
 #define CHUNK 64       /* pixels that one task sums over */
 #define MAX_KERNEL 11  /* height and width of the largest text kernel */
 #define MAX_TAPS (MAX_KERNEL * MAX_KERNEL)
-#define inlined static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int64_t size;
-
-inlined size smaller(size a, size b) { return a < b ? a : b; }
-inlined size round_up(size n, size unit) { return (n + unit - 1) / unit * unit; }
-
-static void *take(size count, size bytes) { return aligned_alloc(64, round_up(count * bytes, 64)); }
-
-/* exp(v) for v <= 0, to a relative error of 2e-7; 0 below -87. */
-inlined float exp_negative(float v) {
-    v = v < -87.0f ? -87.5f : v;
-    float n = v * 1.44269504f + 12582912.0f; /* the integer part, in the lowest bits */
-    int32_t bits;
-    memcpy(&bits, &n, 4);
-    n -= 12582912.0f;
-    float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-    float e = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f
-              + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-    int32_t power = (bits + 127) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
-    return e * scale;
-}
 
 /* Normal distribution and density at x. 1 - cdf(t) = exp(-t^2 / 2) times a polynomial in 1 / (1 + 0.21 t) for t >= 0,
    fitted to a relative error of 2e-8. */

@@ -58,3 +58,35 @@ def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x and branch (N, H, W, C), gate (N, C) -> (N, H, W, C)."""
     return x + gate[:, None, None] * branch
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k and gates (N, L, H, K), v (N, L, H, V) -> (N, L, H, V) and the last state (N, H, K, V)."""
+    (N, L, H, V), K = v.shape, q.shape[-1]
+    state, out = v.new_zeros(N, H, K, V), []
+    for t in range(L):
+        state = gates[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        out.append((state * q[:, t, :, :, None]).sum(2) / math.sqrt(K))
+    return torch.stack(out, 1), state
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    backwards: bool = False,
+) -> Tensor:
+    """u, delta and z (N, L, E), A (E, n), B and C (N, L, n), D and delta_bias (E,) -> (N, L, E)."""
+    N, L, E = u.shape
+    state, out = u.new_zeros(N, E, A.shape[1]), [u] * L
+    for t in reversed(range(L)) if backwards else range(L):
+        dt = torch.log1p(torch.exp(delta[:, t] + delta_bias))
+        state = torch.exp(dt[..., None] * A) * state + (dt * u[:, t])[..., None] * B[:, t, None]
+        y = (state * C[:, t, None]).sum(2) + D * u[:, t]
+        out[t] = y * z[:, t] * torch.sigmoid(z[:, t])
+    return torch.stack(out, 1)
