@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -39,16 +42,24 @@ inlined float exp_negative(float v) {
 
 inlined vec chosen(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
 
-/* The same of each lane; exactly 0 below -80, so that no product with it is a slow denormal number. */
+inlined vec larger(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return chosen(a > b, a, b);
+#endif
+}
+
+/* The same of each lane; of what is below -60 that of -60, so that products with it do not become denormal and slow. */
 inlined vec exp_lanes(vec v) {
-    const vec zero = {0};
-    const ivec tiny = v < zero - 80.0f;
-    v = chosen(tiny, zero, v);
+    v = larger(v, (vec){0} - 60.0f);
     vec n = v * 1.44269504f + 12582912.0f;
     const ivec power = ((ivec)n + 127) << 23;
     n -= 12582912.0f;
     const vec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
     const vec e = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f
                   + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-    return chosen(tiny, zero, e * (vec)power);
+    return e * (vec)power;
 }

@@ -43,9 +43,7 @@ def _gla_backward(
 @_gla.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     N, _, H, V = v.shape
-    return v.new_empty(v.shape), v.new_empty(
-        (N, H, q.shape[-1], V), dtype=torch.promote_types(v.dtype, torch.float32)
-    )
+    return v.new_empty(v.shape), v.new_empty((N, H, q.shape[-1], V), dtype=torch.promote_types(v.dtype, torch.float32))
 
 
 @_gla_backward.register_fake

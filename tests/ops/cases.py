@@ -34,9 +34,9 @@ def difference(got: Tensors, expected: Tensors) -> float:
     return worst
 
 
-def compared(module: ModuleType, name: str, *arguments, found: dict[str, float]):
-    """What the module's function gives; its error against float64 through torch goes into ``found``."""
-    got, expected = getattr(module, name)(*arguments), getattr(plain, name)(*double(arguments))
+def compared(module: ModuleType, name: str, *arguments, found: dict[str, float], exact: ModuleType = plain):
+    """What the module's function gives; its error against that of ``exact`` in float64 goes into ``found``."""
+    got, expected = getattr(module, name)(*arguments), getattr(exact, name)(*double(arguments))
     got, expected = ((r,) if isinstance(r, Tensor) else r for r in (got, expected))
     found[f"{name}:{len(found)}"] = difference(got, expected)
     return got
