@@ -21,12 +21,14 @@ from dico_t2i.config.load import (
 )
 from dico_t2i.config.networks import (
     DIT_VARIANTS,
+    NETWORKS,
     UVIT_VARIANTS,
     VARIANTS,
     DiCoConfig,
     DiTConfig,
     MMDiTConfig,
     NetworkConfig,
+    PatchConfig,
     PixArtConfig,
     SizedConfig,
     TransformerConfig,
@@ -40,6 +42,7 @@ from dico_t2i.config.yaml12 import AnyText, Text, read_yaml
 
 __all__ = [
     "DIT_VARIANTS",
+    "NETWORKS",
     "SAMPLERS",
     "SAMPLER_NAMES",
     "UVIT_VARIANTS",
@@ -60,6 +63,7 @@ __all__ = [
     "NetworkConfig",
     "NonNegative",
     "OptimizerConfig",
+    "PatchConfig",
     "PixArtConfig",
     "Positive",
     "ProfileConfig",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Tag, model_validator
 
-from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Probability, Section
+from dico_t2i.config.base import BelowOne, NonNegative, Positive, PositiveFloat, Probability, Section
 from dico_t2i.config.yaml12 import Flag, Text
 
 Stage = Literal["encoder1", "encoder2", "middle", "decoder2", "decoder1"]
@@ -36,6 +36,29 @@ DIT_VARIANTS: dict[str, dict[str, Any]] = {
 UVIT_VARIANTS: dict[str, dict[str, Any]] = {
     "U-ViT-S/2": {"hidden_size": 512, "depth": 13, "num_heads": 8, "patch_size": 2},
     "U-ViT-S/2 deep": {"hidden_size": 512, "depth": 17, "num_heads": 8, "patch_size": 2},
+}
+
+
+# DiG (2405.18428), DiS (2402.05608) and DiM (2405.14224) have the sizes of their code.
+DIG_VARIANTS: dict[str, dict[str, Any]] = {
+    "DiG-S/2": {"hidden_size": 384, "depth": 12, "num_heads": 6, "patch_size": 2},
+    "DiG-B/2": {"hidden_size": 768, "depth": 12, "num_heads": 12, "patch_size": 2},
+    "DiG-L/2": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "patch_size": 2},
+    "DiG-XL/2": {"hidden_size": 1152, "depth": 28, "num_heads": 18, "patch_size": 2},
+}
+
+
+DIS_VARIANTS: dict[str, dict[str, Any]] = {
+    f"DiS-{size}/{patch}": {"hidden_size": width, "depth": depth, "patch_size": patch}
+    for size, width, depth in (("S", 368, 24), ("B", 768, 24), ("M", 768, 48), ("L", 1024, 48), ("H", 1536, 48))
+    for patch in (2, 4)
+}
+
+
+DIM_VARIANTS: dict[str, dict[str, Any]] = {
+    "DiM-S/2": {"hidden_size": 512, "depth": 25, "patch_size": 2},
+    "DiM-L/2": {"hidden_size": 1024, "depth": 49, "patch_size": 2},
+    "DiM-H/2": {"hidden_size": 1536, "depth": 49, "patch_size": 2},
 }
 
 
@@ -194,17 +217,26 @@ def ablated(network: DiCoConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != DiCoConfig.model_fields[key].default}
 
 
-class TransformerConfig(NetworkConfig):
-    """Keys that the peers share: they are transformers over patches."""
+class PatchConfig(NetworkConfig):
+    """Keys that the peers share: all of them work on patches of the latents."""
 
     stages = ("blocks",)
 
     hidden_size: Positive  # The width of the tokens.
     depth: Positive  # The number of blocks.
-    num_heads: Positive  # The number of attention heads.
     patch_size: Positive = 2  # Height and width of a patch of the latents.
     # [blocks] recomputes all activations in the backward pass to save memory.
     checkpoint_stages: tuple[Literal["blocks"], ...] = ()
+
+    @property
+    def latent_divisor(self) -> int:
+        return self.patch_size
+
+
+class TransformerConfig(PatchConfig):
+    """Keys that the transformers share."""
+
+    num_heads: Positive  # The number of attention heads.
 
     @model_validator(mode="after")
     def _heads(self) -> TransformerConfig:
@@ -213,10 +245,6 @@ class TransformerConfig(NetworkConfig):
                 f"hidden_size: {self.hidden_size} must be divisible by num_heads: {self.num_heads} and by 4"
             )
         return self
-
-    @property
-    def latent_divisor(self) -> int:
-        return self.patch_size
 
 
 class DiTConfig(TransformerConfig):
@@ -230,16 +258,23 @@ class DiTConfig(TransformerConfig):
     mlp_ratio: PositiveFloat = 4.0  # The hidden width of the feed-forward, as a multiple of hidden_size.
 
 
-class SizedConfig(TransformerConfig):
-    """A transformer whose position embedding is made for one input size."""
+class SizedConfig(PatchConfig):
+    """A network whose position embedding is made for one input size."""
+
+    learned_positions: ClassVar[bool] = False  # whether its tokens must be those of one size
 
     latent_size: Positive = 32  # Height and width of the network's input.
 
 
-class UViTConfig(SizedConfig):
+class SizedTransformerConfig(TransformerConfig, SizedConfig):
+    """A transformer whose position embedding is made for one input size."""
+
+
+class UViTConfig(SizedTransformerConfig):
     """U-ViT with text tokens in the sequence (Bao et al. 2023)."""
 
     variants = UVIT_VARIANTS
+    learned_positions = True
 
     kind: Literal["uvit"] = "uvit"  # Selects this network.
     condition: Literal["text"] = "text"  # This U-ViT takes text only.
@@ -255,7 +290,7 @@ class UViTConfig(SizedConfig):
         return self
 
 
-class PixArtConfig(SizedConfig):
+class PixArtConfig(SizedTransformerConfig):
     """PixArt-alpha: DiT with cross-attention to the text (Chen et al. 2023), as implemented in diffusers."""
 
     variants = PIXART_VARIANTS
@@ -266,12 +301,68 @@ class PixArtConfig(SizedConfig):
     text_mask: Flag = False  # Treats tokens of zeros as padding, as T5 needs: attention leaves them out.
 
 
-class MMDiTConfig(SizedConfig):
+class MMDiTConfig(SizedTransformerConfig):
     """MMDiT: text and image attend to each other (Esser et al. 2024); diffusers' network of Stable Diffusion 3."""
 
     kind: Literal["mmdit"] = "mmdit"  # Selects this network.
     condition: Literal["text"] = "text"  # MMDiT takes text only.
     pooled_text: Literal[True] = True  # MMDiT always takes the pooled text.
+
+
+class ClassConfig(SizedConfig):
+    """Keys that DiG, DiS and DiM share: they take class labels, or no condition at all."""
+
+    condition: Literal["class"] = "class"  # The network takes class labels only.
+    pooled_text: Literal[False] = False  # The network takes no text.
+    num_classes: NonNegative = 1000  # The number of classes; 0 is a network without a condition.
+
+
+class DiGConfig(TransformerConfig, ClassConfig):
+    """DiG: gated linear attention that scans the tokens in four directions in turn (Zhu et al. 2024)."""
+
+    variants = DIG_VARIANTS
+
+    kind: Literal["dig"] = "dig"  # The network.
+    # Long skips join the output of each block of the first half to its counterpart in the second half; this is how
+    # their linear layers start: xavier is random, identity lets the skips do nothing.
+    skips: Literal["none", "xavier", "identity"] = "none"
+
+    @model_validator(mode="after")
+    def _keys_are_half_as_wide(self) -> DiGConfig:
+        if self.hidden_size // 2 % self.num_heads:
+            raise ValueError(f"hidden_size: half of {self.hidden_size} must be divisible by num_heads: {self.num_heads}")
+        if self.skips != "none" and self.depth % 2:
+            raise ValueError(f"depth: {self.depth} must be even with skips: {self.skips}")
+        return self
+
+
+class DiSConfig(ClassConfig):
+    """DiS: Mamba blocks that scan the tokens both ways, with long skips (Fei et al. 2024)."""
+
+    variants = DIS_VARIANTS
+    learned_positions = True
+
+    kind: Literal["dis"] = "dis"  # The network.
+    # Stochastic depth: how often training leaves out the last block; the blocks before it are left out less often.
+    drop_path: BelowOne = 0.1
+
+
+class DiMConfig(ClassConfig):
+    """DiM: Mamba blocks that scan the tokens in four directions in turn, with long skips (Teng et al. 2024)."""
+
+    variants = DIM_VARIANTS
+
+    kind: Literal["dim"] = "dim"  # The network.
+    learn_sigma: Literal[False] = False  # DiM predicts the noise only.
+    # How the tokens that end each row and the whole grid are filled: lateral is for 256 pixels, rho for 512.
+    pad: Literal["lateral", "rho"] = "lateral"
+    first_timestep: NonNegative = 1  # What DiM calls the process's first timestep, which is 0 elsewhere.
+
+    @model_validator(mode="after")
+    def _a_middle(self) -> DiMConfig:
+        if self.depth % 2 == 0:
+            raise ValueError(f"depth: {self.depth} must be odd: a first block, then as many that push skips as pop them")
+        return self
 
 
 def _kind(model: Any) -> str:
@@ -284,6 +375,11 @@ ModelConfig = Annotated[
     | Annotated[DiTConfig, Tag("dit")]
     | Annotated[UViTConfig, Tag("uvit")]
     | Annotated[PixArtConfig, Tag("pixart")]
-    | Annotated[MMDiTConfig, Tag("mmdit")],
+    | Annotated[MMDiTConfig, Tag("mmdit")]
+    | Annotated[DiGConfig, Tag("dig")]
+    | Annotated[DiSConfig, Tag("dis")]
+    | Annotated[DiMConfig, Tag("dim")],
     Discriminator(_kind),
 ]
+# The sections of all networks.
+NETWORKS: tuple[type[NetworkConfig], ...] = tuple(part.__origin__ for part in get_args(get_args(ModelConfig)[0]))

@@ -11,7 +11,7 @@ from dico_t2i.config.base import ConfigError, Section, Seed
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.data import DataConfig
 from dico_t2i.config.encoders import AlignmentConfig, AutoencoderConfig, TextEncoderConfig
-from dico_t2i.config.networks import ModelConfig, SizedConfig, UViTConfig
+from dico_t2i.config.networks import ModelConfig, SizedConfig
 from dico_t2i.config.process import DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import (
     CheckpointConfig,
@@ -127,8 +127,10 @@ class Config(Section):
                 f"model.latent_size: {model.latent_size}, but latents of data.image_size: {self.data.image_size} are"
                 f" {self.latent_size}x{self.latent_size}; set model.latent_size={self.latent_size}"
             )
-        if isinstance(model, UViTConfig) and self.data.buckets:
-            raise ValueError("data.buckets: kind: uvit learns positions for squares of one size; leave buckets out")
+        if isinstance(model, SizedConfig) and model.learned_positions and self.data.buckets:
+            raise ValueError(
+                f"data.buckets: kind: {model.kind} learns positions for squares of one size; leave buckets out"
+            )
         return self
 
     @property

@@ -12,7 +12,7 @@ from dico_t2i.config import (
     Span,
     TextEncoderConfig,
     TextTowerConfig,
-    TransformerConfig,
+    PatchConfig,
     ablated,
 )
 from dico_t2i.models import count_parameters
@@ -115,9 +115,10 @@ def _dimensions(model: NetworkConfig) -> dict[str, str]:
         switches = {key.replace("_", " "): str(value) for key, value in ablated(model).items()}
         sizes = f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}"
         return {"width, depths, FFN ratio": sizes, **switches}
-    assert isinstance(model, TransformerConfig)
-    sizes = f"{model.hidden_size}, {model.depth}, {model.num_heads}, {model.patch_size}"
-    return {"kind": model.kind, "width, blocks, heads, patch": sizes}
+    assert isinstance(model, PatchConfig)
+    sizes = {"width": model.hidden_size, "blocks": model.depth, "heads": getattr(model, "num_heads", None)}
+    sizes = {name: size for name, size in (sizes | {"patch": model.patch_size}).items() if size is not None}
+    return {"kind": model.kind, ", ".join(sizes): ", ".join(map(str, sizes.values()))}
 
 
 def _text_tower(encoder: TextTowerConfig) -> str:

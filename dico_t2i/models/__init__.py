@@ -2,7 +2,7 @@
 
 from dico_t2i.config import DIT_VARIANTS, UVIT_VARIANTS, VARIANTS, DiCoConfig, NetworkConfig
 from dico_t2i.models.build import build_network
-from dico_t2i.models.cost import count_macs, count_parameters
+from dico_t2i.models.cost import count_macs, count_parameters, count_scan_macs
 from dico_t2i.models.dico import STAGES, DiCo
 from dico_t2i.models.network import Network
 
@@ -18,4 +18,5 @@ __all__ = [
     "build_network",
     "count_macs",
     "count_parameters",
+    "count_scan_macs",
 ]

@@ -1,6 +1,7 @@
 """Parameters and multiply-accumulates of a network, counted without allocating it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dico_t2i.config import NetworkConfig
 from dico_t2i.models.build import build_network
+from dico_t2i.ops import SCANS
 
 
 def count_parameters(config: NetworkConfig) -> int:
@@ -17,15 +19,25 @@ def count_parameters(config: NetworkConfig) -> int:
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
-    """The multiply-accumulates of the convolutions, matrix products and attention in one forward pass.
+    """The multiply-accumulates of the convolutions, matrix products, attention and scans in one forward pass.
 
     input_shape is (N, C, H, W). Papers often call this number FLOPs. Elementwise operations are not counted.
     """
+    return sum(_macs_by_operator(config, input_shape).values())
+
+
+def count_scan_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
+    """The part of ``count_macs`` that belongs to recurrences along tokens, which papers leave out."""
+    macs = _macs_by_operator(config, input_shape)
+    return sum(macs.get(operator, 0) for operator in SCANS)
+
+
+def _macs_by_operator(config: NetworkConfig, input_shape: Sequence[int]) -> dict[Any, int]:
     with torch.device("meta"):
         model, inputs = build_network(config), example_inputs(config, input_shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(*inputs)
-    return counter.get_total_flops() // 2
+            model.eval()(*inputs)
+    return {operator: flops // 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
 
 
 def example_inputs(

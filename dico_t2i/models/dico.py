@@ -109,7 +109,7 @@ class DiCo(Network):
             )
         return kernels
 
-    def blocks(self) -> Iterator[nn.Module]:
+    def residual_blocks(self) -> Iterator[nn.Module]:
         return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:

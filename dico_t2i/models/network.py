@@ -32,7 +32,7 @@ class Network(nn.Module):
             raise ValueError("text_kernels: this model is conditioned on classes")
         return tokens
 
-    def blocks(self) -> Iterable[nn.Module]:
+    def residual_blocks(self) -> Iterable[nn.Module]:
         """The residual blocks in their order; they do most of the work."""
         return ()
 
@@ -42,5 +42,5 @@ class Network(nn.Module):
         Compiling the blocks takes seconds, while compiling the whole network takes minutes. It does not work with
         ZeRO-3, which gathers weights inside a block.
         """
-        for block in self.blocks():
+        for block in self.residual_blocks():
             block.compile(dynamic=False)

@@ -1,6 +1,8 @@
 """Operators of the networks on (N, H, W, C) or on tokens: a public function for each, and plain versions."""
 
-from dico_t2i.ops.convolution import conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
+import torch
+
+from dico_t2i.ops.convolution import causal_conv, conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
 from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
 from dico_t2i.ops.linear_attention import gated_linear_attention
 from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
@@ -8,7 +10,12 @@ from dico_t2i.ops.scale import channel_scale, gated_residual
 from dico_t2i.ops.selective_scan import selective_scan
 from dico_t2i.ops.text_dwconv import text_dwconv
 
+# The operators that are recurrences along tokens, as torch.library knows them.
+SCANS = (torch.ops.dico_t2i.gated_linear_attention, torch.ops.dico_t2i.selective_scan)
+
 __all__ = [
+    "SCANS",
+    "causal_conv",
     "channel_scale",
     "conv3x3",
     "depthwise3x3_gelu_pool",

@@ -18,6 +18,17 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(_channels_last(x), weight, bias, padding=k // 2, groups=C).permute(0, 2, 3, 1)
 
 
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, backwards: bool = False) -> Tensor:
+    """x (N, L, C), weight (C, 1, k), bias (C,) -> (N, L, C): tap k - 1 is the token itself, the others those before it.
+
+    backwards: the tokens before it are those that follow.
+    """
+    C, _, k = weight.shape
+    taps = (weight.flip(2) if backwards else weight)[:, :, None]
+    padded = F.conv2d(_channels_last(x[:, None]), taps, bias, padding=(0, k - 1), groups=C)[:, :, 0].transpose(1, 2)
+    return padded[:, k - 1 :] if backwards else padded[:, : x.shape[1]]
+
+
 def _channels_last(x: Tensor) -> Tensor:
     """A channels-last view: (N, H, W, C) -> (N, C, H, W), without a copy."""
     # With N = 1 the stride of N is arbitrary, and torch would take some strides for a contiguous (N, C, H, W) tensor.

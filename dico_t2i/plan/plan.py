@@ -21,7 +21,7 @@ from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.text import TowerSize, text_sizes
-from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.models import count_macs, count_parameters, count_scan_macs
 from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.plan.cost import optimizer_traffic, traced_pass
 from dico_t2i.plan.trace import Pass
@@ -100,6 +100,7 @@ class Plan:
     zero_stage: int
     parameters: int
     macs_per_image: float  # forward
+    scan_macs_per_image: float  # the part of them that belongs to recurrences along tokens
     flops_per_image: float  # forward and backward
     estimate: Estimate
     recomputing: Mapping[str, Estimate]  # the estimate with no stages or all stages recomputed
@@ -129,6 +130,7 @@ def make_plan(config: Config) -> Plan:
         notes.append("the size of the frozen encoders is not known, so they are left out")
     if config.alignment:
         notes.append("alignment: its image encoder and its projector are left out")
+    latents = (1, config.model.in_channels, config.latent_size, config.latent_size)
     checkpoint_bytes = 4.0 * parameters * (3 + len(config.optimizer.ema))
     every = (("no stage", ()), ("all stages", config.model.stages))
     stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
@@ -141,7 +143,8 @@ def make_plan(config: Config) -> Plan:
         accumulation=accumulation,
         zero_stage=config.train.zero_stage,
         parameters=parameters,
-        macs_per_image=float(count_macs(config.model, (1, config.model.in_channels, *[config.latent_size] * 2))),
+        macs_per_image=float(count_macs(config.model, latents)),
+        scan_macs_per_image=float(count_scan_macs(config.model, latents)),
         flops_per_image=float((traced.products + traced.others).sum() / micro),
         estimate=estimate,
         recomputing=stages,

@@ -26,7 +26,9 @@ def refusal(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    yield f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.macs_per_image / 1e9:,.1f} GMACs per image"
+    scan = f", {plan.scan_macs_per_image / 1e9:,.1f} of them in scans" if plan.scan_macs_per_image else ""
+    macs = f"{plan.macs_per_image / 1e9:,.1f} GMACs per image{scan}"
+    yield f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {macs}"
     batch = plan.ranks * plan.micro_batch * plan.accumulation
     passes = "pass" if plan.accumulation == 1 else "passes"
     yield (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dico_t2i.config import Config, ConfigError, TransformerConfig
+from dico_t2i.config import Config, ConfigError, PatchConfig
 from dico_t2i.diffusion.process import full_precision
 from dico_t2i.encoders import load_vision_encoder
 from dico_t2i.models import Network, build_network
@@ -90,7 +90,7 @@ def _weights(source: int, target: int) -> Tensor:
 
 def token_side(config: Config) -> int:
     """The number of rows, and of columns, of a transformer's image tokens, or of the input of other networks."""
-    patch = config.model.patch_size if isinstance(config.model, TransformerConfig) else 1
+    patch = config.model.patch_size if isinstance(config.model, PatchConfig) else 1
     return config.latent_size // patch
 
 
@@ -128,7 +128,7 @@ def feature_width(config: Config, block: str) -> int:
 
 def _middle(network: Network) -> str:
     """The path of the network's middle block."""
-    blocks = list(network.blocks())
+    blocks = list(network.residual_blocks())
     return next(name for name, module in network.named_modules() if module is blocks[len(blocks) // 2])
 
 

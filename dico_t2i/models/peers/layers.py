@@ -9,24 +9,87 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dico_t2i.config import TransformerConfig
+from dico_t2i.config import PatchConfig
 from dico_t2i.models.network import Network
+from dico_t2i.ops import norm_modulate
 
 
-class Transformer(Network):
+class PatchNetwork(Network):
     """A network of blocks over patches."""
 
-    config: TransformerConfig
-    layers: nn.ModuleList
-
-    def blocks(self) -> Iterator[nn.Module]:
-        return iter(self.layers)
+    config: PatchConfig
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """The output of a block, which is recomputed in the backward pass if the config says so."""
         if self.training and self.config.checkpoint_stages:
             block = partial(checkpoint, block, use_reentrant=False)  # type: ignore[assignment]
         return block(*inputs)
+
+
+class Transformer(PatchNetwork):
+    """A network whose blocks are ``layers``."""
+
+    layers: nn.ModuleList
+
+    def residual_blocks(self) -> Iterator[nn.Module]:
+        return iter(self.layers)
+
+
+class Patches(nn.Module):
+    """The patch embedding: (N, C, H, W) -> (N, H / patch, W / patch, width)."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype)).permute(0, 2, 3, 1)
+
+
+class LabelTable(nn.Module):
+    """The embeddings of the classes, and of the null class where labels are dropped: (N,) -> (N, width)."""
+
+    def __init__(self, classes: int, dropout_prob: float, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + (dropout_prob > 0), width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear layer to the pixels of a patch, on (N, H, W, C).
+
+    Without ``modulated`` there is no condition, and the norm has neither shift nor scale.
+    """
+
+    def __init__(self, width: int, out: int, modulated: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if modulated else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if self.adaLN_modulation is None:
+            return self.linear(norm_modulate(x))
+        return self.linear(norm_modulate(x, *self.adaLN_modulation(condition).chunk(2, dim=-1)))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) times a weight, over channels; computed in x's dtype, given in the weight's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-5).to(self.weight.dtype)
+
+
+def turned(x: Tensor, transposed: bool, reversed_: bool) -> Tensor:
+    """The grid (N, H, W, C) with its tokens in another order: columns for rows, and the last token first."""
+    if transposed:
+        x = x.transpose(1, 2)
+    return (x.flip(1, 2) if reversed_ else x).contiguous()
 
 
 class Attention(nn.Module):
@@ -59,9 +122,9 @@ class FeedForward(nn.Module):
 
 
 def grid_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """DiT's fixed position embedding, float32 (height, width, channels): half of the channels for x, then half for y.
+    """DiT's fixed position embedding, float64 (height, width, channels): half of the channels for x, then half for y.
 
-    Each half holds sines, then cosines, of the index times 10000^(-k / (channels / 4)), computed in float64.
+    Each half holds sines, then cosines, of the index times 10000^(-k / (channels / 4)).
     """
     quarter = channels // 4
     rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
@@ -70,8 +133,7 @@ def grid_positions(height: int, width: int, channels: int, device: torch.device)
         angles = torch.arange(size, dtype=torch.float64, device=device)[:, None] * rates
         halves.append(torch.cat((angles.sin(), angles.cos()), dim=1))
     x, y = halves
-    both = torch.cat((x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)), dim=2)
-    return both.float()
+    return torch.cat((x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)), dim=2)
 
 
 def unpatch(x: Tensor, patch: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from dico_t2i.config import SizedConfig
+from dico_t2i.config.networks import SizedTransformerConfig
 from dico_t2i.models.network import Network
 from dico_t2i.models.peers.layers import initialize
 
@@ -13,7 +13,7 @@ from dico_t2i.models.peers.layers import initialize
 class OfDiffusers(Network):
     """A transformer of diffusers, initialised as DiT is."""
 
-    def __init__(self, config: SizedConfig, transformer: Any, small: Sequence[str], zero: Sequence[str]) -> None:
+    def __init__(self, config: SizedTransformerConfig, transformer: Any, small: Sequence[str], zero: Sequence[str]) -> None:
         """small, zero: the parts of names that ``initialize`` takes."""
         super().__init__(config)
         self.transformer = transformer
@@ -21,11 +21,11 @@ class OfDiffusers(Network):
             transformer.enable_gradient_checkpointing()
         initialize(transformer, small=small, zero=zero)
 
-    def blocks(self) -> nn.ModuleList:
+    def residual_blocks(self) -> nn.ModuleList:
         return self.transformer.transformer_blocks
 
 
-def sizes(config: SizedConfig) -> dict[str, int]:
+def sizes(config: SizedTransformerConfig) -> dict[str, int]:
     """The arguments that all diffusers transformers used here take."""
     return {
         "sample_size": config.latent_size,
