@@ -32,13 +32,13 @@ from dico_t2i.runs.log import reports
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIZE, SAMPLES, BATCH, WIDTH = 32, 64, 8, 32
 TOWER = {"width": WIDTH, "layers": 1, "heads": 4}
-_SMALL_BLOCKS = {"hidden_size": WIDTH, "depth": 3, "num_heads": 4}
-SMALL: dict[str, dict[str, Any]] = {
-    "dico": {"hidden_size": WIDTH, "depths": [1, 1, 1, 1, 1]},
-    "dit": _SMALL_BLOCKS,
-    "uvit": {**_SMALL_BLOCKS, "latent_size": SIZE},
-    "pixart": {**_SMALL_BLOCKS, "latent_size": SIZE},
-    "mmdit": {**_SMALL_BLOCKS, "latent_size": SIZE},
+# Of a small network, those of them that its kind has.
+SMALL: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "depths": [1, 1, 1, 1, 1],
+    "depth": 3,
+    "num_heads": 4,
+    "latent_size": SIZE,
 }
 
 
@@ -54,7 +54,8 @@ def small(config: Config, data: Path, steps: int) -> Config:
     towers = tree["text_encoder"]["also"]
     for tower in (tree["text_encoder"], *towers):
         tower.update(weights="seeded", seeded=TOWER)
-    model = {**tree["model"], **SMALL[config.model.kind], "in_channels": 3, "text_dim": WIDTH}
+    sizes = {key: size for key, size in SMALL.items() if key in tree["model"]}
+    model = {**tree["model"], **sizes, "in_channels": 3, "text_dim": WIDTH}
     if model.get("text_inputs"):
         model["text_inputs"] = [[tokens, WIDTH] for tokens, _ in model["text_inputs"]]
         model["text_inputs_width"] = WIDTH

@@ -163,7 +163,7 @@ def _check_conditions(arguments: argparse.Namespace, numbers: Sequence[str | int
         classes = model.num_classes
         raise ValueError(f"--labels {names[0]!r}: this model has {classes} classes, not ImageNet's; give numbers")
     highest = max(map(int, numbers))
-    if highest >= model.num_classes:
+    if highest >= max(1, model.num_classes):
         raise ValueError(f"--labels {highest}: this model's classes are 0 to {model.num_classes - 1}")
 
 

@@ -330,7 +330,9 @@ class DiGConfig(TransformerConfig, ClassConfig):
     @model_validator(mode="after")
     def _keys_are_half_as_wide(self) -> DiGConfig:
         if self.hidden_size // 2 % self.num_heads:
-            raise ValueError(f"hidden_size: half of {self.hidden_size} must be divisible by num_heads: {self.num_heads}")
+            raise ValueError(
+                f"hidden_size: half of {self.hidden_size} must be divisible by num_heads: {self.num_heads}"
+            )
         if self.skips != "none" and self.depth % 2:
             raise ValueError(f"depth: {self.depth} must be even with skips: {self.skips}")
         return self
@@ -361,7 +363,9 @@ class DiMConfig(ClassConfig):
     @model_validator(mode="after")
     def _a_middle(self) -> DiMConfig:
         if self.depth % 2 == 0:
-            raise ValueError(f"depth: {self.depth} must be odd: a first block, then as many that push skips as pop them")
+            raise ValueError(
+                f"depth: {self.depth} must be odd: a first block, then as many that push skips as pop them"
+            )
         return self
 
 

@@ -17,7 +17,8 @@ class DiffusionConfig(Section):
     kind: Literal["iddpm", "flow"] = "iddpm"  # The diffusion process.
     # The number of timesteps: the network sees timesteps from 0 to this number; those of a flow are fractional.
     steps: Positive = 1000
-    schedule: Literal["linear", "cosine"] = "linear"  # For iddpm: the noise schedule.
+    # For iddpm: the noise schedule; scaled_linear is Stable Diffusion's.
+    schedule: Literal["linear", "cosine", "scaled_linear"] = "linear"
     # For iddpm: what the network predicts; a flow always predicts the velocity.
     prediction: Literal["epsilon", "x0"] = "epsilon"
     # The weight of the squared error: iddpm takes min_snr; a flow takes logit_normal, the density of logit-normal

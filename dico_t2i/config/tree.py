@@ -66,8 +66,8 @@ class Config(Section):
             raise ValueError("preview.prompts: a class-conditional model takes preview.labels")
         if self.model.condition == "text" and self.preview.labels:
             raise ValueError("preview.labels: a text-conditional model takes preview.prompts")
-        if max(self.preview.labels, default=0) >= self.model.num_classes:
-            highest = self.model.num_classes - 1
+        highest = max(0, self.model.num_classes - 1)
+        if max(self.preview.labels, default=0) > highest:
             raise ValueError(
                 f"preview.labels: {max(self.preview.labels)}, but the highest class is {highest} (model.num_classes)"
             )
@@ -110,11 +110,12 @@ class Config(Section):
             )
         check_sampler(self.diffusion, self.sampler)
         check_sampler(self.diffusion, self.preview.sampler, "preview.sampler")
-        if self.model.condition == "class" and not self.model.dropout_prob:
+        if self.model.condition == "class" and not (self.model.dropout_prob and self.model.num_classes):
             previews = self.preview.every is not None and self.preview.sampler.guidance != 1
             if previews or self.sampler.guidance != 1:
                 raise ValueError(
-                    f"{'preview.' if previews else ''}sampler.guidance: it must be 1 with model.dropout_prob: 0,"
+                    f"{'preview.' if previews else ''}sampler.guidance: it must be 1 with"
+                    f" model.{'dropout_prob' if self.model.num_classes else 'num_classes'}: 0,"
                     " which trains no null class for guidance"
                 )
         return self

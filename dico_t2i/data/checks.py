@@ -28,7 +28,7 @@ def check_data(config: Config, index: DatasetIndex) -> None:
     needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
     for shard in index.starts:
         extensions = set(index.shard(shard).extensions)
-        if not extensions & needed:
+        if config.model.num_classes and not extensions & needed:
             raise ConfigError(
                 f"model.condition: {config.model.condition} needs a .{' or .'.join(sorted(needed))} member in each"
                 f" sample; {index.path(shard)} has {', '.join(sorted(extensions))}"

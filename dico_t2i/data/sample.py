@@ -119,7 +119,9 @@ def stored_features(sample: dict[str, Any], captions: int) -> tuple[np.ndarray, 
 
 
 def label_of(sample: dict[str, Any], classes: int | None) -> int:
-    """The class in the sample's cls member. Raises SampleError."""
+    """The class in the sample's cls member; 0 of every sample where there are no classes. Raises SampleError."""
+    if classes == 0:
+        return 0
     digits = member_of(sample, "cls").strip()
     if not digits.isdigit() or len(digits) > _MAX_LABEL_DIGITS:
         raise SampleError("", "", f"cls is no class number: {digits[:20]!r}")

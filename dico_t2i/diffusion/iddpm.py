@@ -221,7 +221,7 @@ def build(config: DiffusionConfig, learn_sigma: bool, respacing: str = "") -> ID
     """The process that a config describes; respacing as in ``schedule.space_timesteps``."""
     diffusion = IDDPM(
         diffusion_steps=config.steps,
-        noise_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
+        noise_schedule={"cosine": "squaredcos_cap_v2"}.get(config.schedule, config.schedule),
         respacing=respacing,
         predict_xstart=config.prediction == "x0",
         learn_sigma=learn_sigma,

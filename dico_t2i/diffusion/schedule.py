@@ -46,7 +46,7 @@ class Schedule:
 def make_schedule(steps: int, name: str, respacing: str = "") -> Schedule:
     """The schedule of the timesteps that ``respacing`` keeps out of ``steps`` (see ``space_timesteps``).
 
-    name: "linear" or "squaredcos_cap_v2". Raises ValueError for impossible combinations.
+    name: "linear", "squaredcos_cap_v2" or "scaled_linear". Raises ValueError for impossible combinations.
     """
     kept = np.array(space_timesteps(steps, respacing), dtype=np.int64)
     if len(kept) < 2:
@@ -59,7 +59,7 @@ def noise_betas(steps: int, name: str) -> Floats:
     """beta_t of the forward process, (steps,), float64.
 
     "linear" runs from 1e-4 to 0.02 in 1000 steps, and is scaled for other numbers of steps to the same final noise.
-    "squaredcos_cap_v2" is iDDPM's equation 17.
+    "squaredcos_cap_v2" is iDDPM's equation 17. "scaled_linear" is Stable Diffusion's: sqrt(beta) is linear.
     """
     if name == "linear":
         betas: Floats = np.linspace(1e-4, 0.02, steps) * (1000 / steps)
@@ -70,7 +70,10 @@ def noise_betas(steps: int, name: str) -> Floats:
         time = np.arange(steps + 1) / steps
         abar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-    raise ValueError(f"noise schedule {name!r} is not one of linear, squaredcos_cap_v2")
+    if name == "scaled_linear":
+        squared: Floats = np.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2
+        return np.minimum(squared * (1000 / steps), 0.999)
+    raise ValueError(f"noise schedule {name!r} is not one of linear, squaredcos_cap_v2, scaled_linear")
 
 
 def space_timesteps(steps: int, spec: str) -> list[int]:

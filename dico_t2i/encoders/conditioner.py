@@ -45,7 +45,7 @@ class Conditioner:
 
         Raises ValueError for labels out of range.
         """
-        highest = self.model.num_classes - (self.model.dropout_prob == 0)
+        highest = max(0, self.model.num_classes - (self.model.dropout_prob == 0))
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
             raise ValueError(f"labels must be in 0..{highest}, found {int(labels.min())}..{int(labels.max())}")
         return {"cond": labels.to(self.device)}

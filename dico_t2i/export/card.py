@@ -9,10 +9,10 @@ from dico_t2i.config import (
     DiCoConfig,
     DiffusionConfig,
     NetworkConfig,
+    PatchConfig,
     Span,
     TextEncoderConfig,
     TextTowerConfig,
-    PatchConfig,
     ablated,
 )
 from dico_t2i.models import count_parameters

@@ -9,17 +9,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dico_t2i.config import (
+    NETWORKS,
     DiCoConfig,
     DiffusionConfig,
-    DiTConfig,
     NetworkConfig,
     OptimizerConfig,
-    PixArtConfig,
     SamplerConfig,
     SizedConfig,
-    UViTConfig,
 )
-from dico_t2i.diffusion import build, guided, sample
+from dico_t2i.diffusion import Process, build, guided, sample
 from dico_t2i.models import DiCo, Network, build_network
 from dico_t2i.ops import text_dwconv
 from dico_t2i.plan.cost import optimizer_traffic
@@ -30,16 +28,15 @@ from evals.speed.measure import Contender, Cost, pass_cost
 from evals.speed.plain_dico import PlainDiCo, grouped_text_dwconv
 
 Condition = Literal["class", "text"]
-_SECTIONS: tuple[type[NetworkConfig], ...] = (DiCoConfig, DiTConfig, UViTConfig, PixArtConfig)
 _OPTIMIZER = OptimizerConfig()
-_OBJECTIVE = build(DiffusionConfig(), learn_sigma=True)
+_OBJECTIVES = {learn_sigma: build(DiffusionConfig(), learn_sigma) for learn_sigma in (True, False)}
 
 
 def named_config(name: str, condition: Condition, size: int) -> NetworkConfig:
     """A size with a name, such as DiCo-S or DiT-XL/2, for latents of ``size``. Raises ValueError for others."""
-    section = next((section for section in _SECTIONS if name in section.variants), None)
+    section = next((section for section in NETWORKS if name in section.variants), None)
     if section is None:
-        raise ValueError(f"{name}: not one of {', '.join(name for s in _SECTIONS for name in s.variants)}")
+        raise ValueError(f"{name}: not one of {', '.join(name for s in NETWORKS for name in s.variants)}")
     fields: dict[str, Any] = {"variant": name, "condition": condition}
     if issubclass(section, SizedConfig):
         fields["latent_size"] = size
@@ -51,7 +48,8 @@ def named_config(name: str, condition: Condition, size: int) -> NetworkConfig:
 
 def takes_text(name: str) -> bool:
     """Whether a size with a name is of a network for text alone."""
-    return any(name in section.variants for section in (UViTConfig, PixArtConfig))
+    text = (section for section in NETWORKS if section.model_fields["condition"].default == "text")
+    return any(name in section.variants for section in text)
 
 
 class Setting:
@@ -159,7 +157,7 @@ class TrainingStep:
             return self.network(x, t, cond)
 
         with self.context():
-            loss = _OBJECTIVE.training_losses(network, setting.x, setting.t, setting.noise)["loss"].mean()
+            loss = _objective(self.network).training_losses(network, setting.x, setting.t, setting.noise)["loss"].mean()
         loss.backward()
         self._update()
         return loss
@@ -229,6 +227,11 @@ def text_convolutions(shape: tuple[int, int, int], device: torch.device) -> Iter
     yield Contender("plain", run(grouped_text_dwconv, x, grad), N, 0.0, cost)
 
 
+def _objective(network: nn.Module) -> Process:
+    """The training loss of a network, by whether it learns the variance; the plain network does."""
+    return _OBJECTIVES[network.config.learn_sigma if isinstance(network, Network) else True]
+
+
 def _compiled(network: nn.Module) -> nn.Module:
     if isinstance(network, Network):
         network.compile_blocks()
@@ -255,7 +258,7 @@ def _trace(kind: str, setting: Setting, dtype: torch.dtype, lower: bool) -> Pass
     def loss() -> Tensor:
         x, noise, t, cond = (v.to("meta") for v in (setting.x, setting.noise, setting.t, setting.cond))
         cond = cond.to(dtype) if cond.is_floating_point() else cond
-        losses = _OBJECTIVE.training_losses(lambda a, b: network(a, b, cond), x, t, noise)
+        losses = _objective(network).training_losses(lambda a, b: network(a, b, cond), x, t, noise)
         return losses["loss"].mean()
 
     return trace_training(network, loss, autocast=lower)

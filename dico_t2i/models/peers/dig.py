@@ -141,7 +141,7 @@ class DiG(PatchNetwork):
         x = self.x_embedder(x)
         N, H, W, C = x.shape
         positions = cast(Tensor, self.pos_embed)
-        fits = H == W and H * W == positions.shape[1]
+        fits = H == W and positions.shape[1] == H * W
         x = x + (positions.reshape(1, H, W, C) if fits else self._positions(H, W)).to(x.dtype)
         condition = self.t_embedder(t) if self.y_embedder is None else self.t_embedder(t) + self.y_embedder(cond)
         kept: list[Tensor] = []

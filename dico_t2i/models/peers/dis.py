@@ -100,7 +100,8 @@ class DiS(PatchNetwork):
         depth, last = self.config.depth, self.config.drop_path
         if not self.training or not last:
             return [None] * (2 * (depth // 2) + 2)
-        rates = [0.0, *torch.linspace(0, last, depth, device="cpu").tolist()][: 2 * (depth // 2) + 1] + [last]
+        ramp = torch.linspace(0, last, depth, device="cpu").tolist()
+        rates = [0.0, *ramp[: 2 * (depth // 2)], last]
         bits = x.detach().flatten(1)[:, :4].float().contiguous().view(torch.int32).long()
         index = (bits * torch.tensor([1, 3, 5, 7], device=x.device) << 8).sum(1) & (1 << 48) - 1
         drop = torch.tensor(rates, device=x.device, dtype=torch.float64)

@@ -13,7 +13,9 @@ from dico_t2i.models.peers.layers import initialize
 class OfDiffusers(Network):
     """A transformer of diffusers, initialised as DiT is."""
 
-    def __init__(self, config: SizedTransformerConfig, transformer: Any, small: Sequence[str], zero: Sequence[str]) -> None:
+    def __init__(
+        self, config: SizedTransformerConfig, transformer: Any, small: Sequence[str], zero: Sequence[str]
+    ) -> None:
         """small, zero: the parts of names that ``initialize`` takes."""
         super().__init__(config)
         self.transformer = transformer
