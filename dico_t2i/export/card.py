@@ -13,6 +13,7 @@ from dico_t2i.config import (
     Span,
     TextEncoderConfig,
     TextTowerConfig,
+    TransformerConfig,
     ablated,
 )
 from dico_t2i.models import count_parameters
@@ -116,9 +117,9 @@ def _dimensions(model: NetworkConfig) -> dict[str, str]:
         sizes = f"{model.hidden_size}, {list(model.depths)}, {model.mlp_ratio:g}"
         return {"width, depths, FFN ratio": sizes, **switches}
     assert isinstance(model, PatchConfig)
-    sizes = {"width": model.hidden_size, "blocks": model.depth, "heads": getattr(model, "num_heads", None)}
-    sizes = {name: size for name, size in (sizes | {"patch": model.patch_size}).items() if size is not None}
-    return {"kind": model.kind, ", ".join(sizes): ", ".join(map(str, sizes.values()))}
+    heads = {"heads": model.num_heads} if isinstance(model, TransformerConfig) else {}
+    dimensions = {"width": model.hidden_size, "blocks": model.depth, **heads, "patch": model.patch_size}
+    return {"kind": model.kind, ", ".join(dimensions): ", ".join(map(str, dimensions.values()))}
 
 
 def _text_tower(encoder: TextTowerConfig) -> str:

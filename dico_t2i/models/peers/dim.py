@@ -205,7 +205,7 @@ class DiM(PatchNetwork):
         marks = self.a4m_adapter.pad_token_dec_split.expand(N, -1, -1)
         x = self._through_blocks(torch.cat((extra, marks, grid.flatten(1, 2)), dim=1), modulation, H, W)
         grid = x[:, len(front) + PADDING :].reshape(N, H + PADDING, W + PADDING, C)[:, :H, :W]
-        shift, scale = self.proj_out_1(F.silu(sum(front)))[:, None, None].chunk(2, dim=-1)
+        shift, scale = self.proj_out_1(F.silu(torch.stack(front).sum(0)))[:, None, None].chunk(2, dim=-1)
         grid = torch.addcmul(shift, self.norm_out(self.a4m_adapter.last_smoother(grid)), 1 + scale)
         return unpatch(self.proj_out_2(grid), self.config.patch_size)
 
@@ -213,7 +213,9 @@ class DiM(PatchNetwork):
         """The tokens after all blocks, in the order in which they came; (height, width) is the grid without padding."""
         depth, half = self.config.depth, self.config.depth // 2
         front = x.shape[1] - (height + PADDING) * (width + PADDING)
-        residual, skips, last = None, [], ORDERS[0]
+        residual: Tensor | None = None
+        skips: list[Tensor] = []
+        last = ORDERS[0]
         for number, block in enumerate(self.transformer_blocks):
             order = order_of(number, depth)
             sides = (height + PADDING, width + PADDING)
@@ -248,7 +250,7 @@ def _sinusoid(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 def _smoother(width: int) -> Conv3x3:
     """A depthwise convolution with torch's initial weights."""
     smoother, plain = Conv3x3(width, width, groups=width), nn.Conv2d(width, width, 3, groups=width)
-    smoother.weight, smoother.bias = plain.weight, plain.bias
+    smoother.load_state_dict(plain.state_dict())
     return smoother
 
 

@@ -82,14 +82,15 @@ class DiS(PatchNetwork):
         time = self.time_embed(sinusoid(t.to(torch.promote_types(torch.float32, dtype)), C).to(dtype))
         extra = [time] if self.label_emb is None else [self.label_emb(cond), time]
         x = torch.cat((*(token[:, None] for token in extra), grid.flatten(1, 2)), dim=1) + self.pos_embed
-        residual, skips = None, []
+        residual: Tensor | None = None
+        skips: list[Tensor] = []
         for number, block in enumerate(self.residual_blocks()):
             skip = skips.pop() if number > len(self.in_blocks) else None
             x, residual = self.run(block, x, residual, skip, kept[number])
             if number < len(self.in_blocks):
                 skips.append(x)
         x = self.norm_f(_added(residual, x, kept[-1])[:, len(extra) :])
-        return unpatch(self.final_layer(x.reshape(N, H, W, C), sum(extra)), self.config.patch_size)
+        return unpatch(self.final_layer(x.reshape(N, H, W, C), torch.stack(extra).sum(0)), self.config.patch_size)
 
     def _stochastic_depth(self, x: Tensor) -> list[Tensor | None]:
         """What each block's input, and the last one's output, are multiplied by in training: (N, 1, 1) each.

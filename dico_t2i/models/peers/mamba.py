@@ -22,6 +22,7 @@ class CausalConv(nn.Module):
         self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, x: Tensor, backwards: bool) -> Tensor:
+        assert self.bias is not None
         return causal_conv(x, self.weight, self.bias, backwards)
 
 
