@@ -317,7 +317,7 @@ class ClassConfig(SizedConfig):
     num_classes: NonNegative = 1000  # The number of classes; 0 is a network without a condition.
 
 
-class DiGConfig(TransformerConfig, ClassConfig):
+class DiGConfig(ClassConfig, TransformerConfig):
     """DiG: gated linear attention that scans the tokens in four directions in turn (Zhu et al. 2024)."""
 
     variants = DIG_VARIANTS

@@ -75,6 +75,6 @@ def load_released_dit(model: DiT, state: Mapping[str, Tensor]) -> int:
     positions = state[POSITIONS]
     side = math.isqrt(positions.numel() // model.config.hidden_size)
     ours = grid_positions(side, side, model.config.hidden_size, torch.device("cpu"))
-    if positions.numel() != ours.numel() or not torch.allclose(positions.reshape(ours.shape), ours, atol=1e-5):
+    if positions.numel() != ours.numel() or not torch.allclose(positions.reshape(ours.shape).to(ours), ours, atol=1e-5):
         raise ValueError(f"{POSITIONS}: {tuple(positions.shape)} does not hold the fixed positions of a square grid")
     return side * model.config.patch_size
