@@ -4,6 +4,7 @@
     python evals/operators.py --only text_dwconv --threads 2 --json operators.json
     python evals/operators.py --threads 1 --cpu-time  on a machine that others use too
 
+The recurrences along tokens are held against a loop over 256 tokens, for the width of DiG-S and DiT-S.
 float32 on a CPU, bfloat16 on a GPU (--device cuda). Baseline and operator take turns; medians and, of the ratio, the
 spread from the first to the third quartile. On a CPU each operator runs through the C library and through torch alone.
 """
@@ -29,19 +30,25 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i import ops
 from dico_t2i.command import run, script_parser
-from dico_t2i.ops import native
+from dico_t2i.ops import native, reference
 from evals.speed.measure import SHAPES
 from evals.speed.plain_dico import grouped_text_dwconv
 
 TOKENS = 77
+SEQUENCES = ((384, 16),)  # channels, height and width of a grid of tokens
 
 
 class Operator(NamedTuple):
-    """inputs: one letter each: x (N, H, W, C), v (N, C), c (N, 77, C), w (C, 1, 3, 3), b (C,)."""
+    """inputs: one letter each: x (N, H, W, C), v (N, C), c (N, 77, C), w (C, 1, 3, 3), b (C,).
+
+    Of the recurrences, with L tokens: k and h (N, L, C / 64, 32 or 64), u (N, L, 2C), s (N, L, 16), A (2C, 16) and
+    e (2C,).
+    """
 
     inputs: str
     ours: Callable[..., Any]
     baseline: Callable[..., Any]
+    shapes: tuple[tuple[int, int], ...] = SHAPES
 
 
 def text_groups(x: Tensor, context: Tensor) -> Tensor:
@@ -65,12 +72,28 @@ def depthwise_steps(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
     return out, out.mean((1, 2))
 
 
+def with_gates(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """DiG's gates."""
+    return lambda q, k, v, gates: attention(q, k, v, F.logsigmoid(gates) / 16)
+
+
+def with_rates(scan: Callable[..., Any]) -> Callable[..., Any]:
+    """Mamba's rates, which are negative."""
+    return lambda u, delta, A, *others: scan(u, delta, -A.exp(), *others)
+
+
 OPERATORS = {
     "text_dwconv": Operator("xc", text_ours, text_groups),
     "residual_norm_modulate": Operator("xxvvv", ops.residual_norm_modulate, norm_steps),
     "depthwise3x3_gelu_pool": Operator("xwb", ops.depthwise3x3_gelu_pool, depthwise_steps),
     "channel_scale": Operator("xv", ops.channel_scale, lambda x, v: x * v[:, None, None]),
     "gated_residual": Operator("xvx", ops.gated_residual, lambda x, v, y: x + v[:, None, None] * y),
+    "gated_linear_attention": Operator(
+        "kkhk", with_gates(ops.gated_linear_attention), with_gates(reference.gated_linear_attention), SEQUENCES
+    ),
+    "selective_scan": Operator(
+        "uuAsseue", with_rates(ops.selective_scan), with_rates(reference.selective_scan), SEQUENCES
+    ),
 }
 
 
@@ -81,6 +104,12 @@ def make_inputs(letters: str, batch: int, channels: int, size: int, device: str)
         "c": (batch, TOKENS, channels),
         "w": (channels, 1, 3, 3),
         "b": (channels,),
+        "k": (batch, size * size, channels // 64, 32),
+        "h": (batch, size * size, channels // 64, 64),
+        "u": (batch, size * size, 2 * channels),
+        "s": (batch, size * size, 16),
+        "A": (2 * channels, 16),
+        "e": (2 * channels,),
     }
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return [torch.randn(shapes[k], device=device, dtype=dtype, requires_grad=True) for k in letters]
@@ -147,7 +176,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     cases = [
         (name, shape, run, way)
         for name in options.only or OPERATORS
-        for shape in SHAPES
+        for shape in OPERATORS[name].shapes
         for run in (forward, forward_backward)
         for way in ways
     ]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dico_t2i import cli
 from dico_t2i.config import DiTConfig, load_config
+from dico_t2i.config.networks import DiMConfig, DiSConfig
 from dico_t2i.export.released import variant_name
 from dico_t2i.models import VARIANTS, DiCo, DiCoConfig
 from dico_t2i.models.official import infer_config, load_official_state_dict, official_key, official_shape
@@ -99,6 +100,31 @@ def test_a_released_dit_is_told_by_its_keys_and_samples(tmp_path, capsys):
     sample = ("--steps", "2", "--out", tmp_path / "images", "--labels", "golden retriever", "--fast")
     assert dico("sample", "--checkpoint", out, *sample) == 0
     assert np.asarray(Image.open(tmp_path / "images" / "00000.png")).std() > 1
+
+
+@pytest.mark.parametrize("kind", ["dis", "dim"])
+def test_released_peers_are_told_by_their_keys(tmp_path, capsys, kind):
+    """Of a size without a name; their schedule and sampler are in the folder's config."""
+    sizes = {"hidden_size": 16, "depth": 3 if kind == "dim" else 2, "num_classes": 1000, "latent_size": 32}
+    model = test_peers.randomized({"dis": DiSConfig, "dim": DiMConfig}[kind](**sizes))
+    file, out = tmp_path / "weights.pt", tmp_path / "folder"
+    torch.save({"ema": model.state_dict()}, file)
+    vae = save_autoencoder(tmp_path / "vae")
+    assert dico("import-official", file, "--out", out, "--autoencoder", vae, "--image-size", "512") == 2
+    assert "give --image-size 256" in capsys.readouterr().err
+    assert dico("import-official", file, "--out", out, "--autoencoder", vae) == 0
+    ours, config = load_file(out / "model.safetensors"), load_config(out / "config.yaml")
+    assert all(torch.equal(ours[name], weight) for name, weight in model.state_dict().items())
+    assert config.model == model.config
+    assert config.diffusion.schedule == ("scaled_linear" if kind == "dim" else "linear")
+    assert config.sampler.guidance_channels == ("three" if kind == "dis" else "all")
+    assert "| width, blocks, patch | 16, " in (out / "README.md").read_text()
+    sample = ("--steps", "2", "--out", tmp_path / "images", "--labels", "golden retriever", "--fast")
+    assert dico("sample", "--checkpoint", out, *sample) == 0
+    broken = {name: weight for name, weight in model.state_dict().items() if "conv1d.bias" not in name}
+    torch.save(broken, file)
+    assert dico("import-official", file, "--out", tmp_path / "other") == 2
+    assert "missing" in capsys.readouterr().err
 
 
 def test_what_is_no_released_file_is_refused(tmp_path, capsys):

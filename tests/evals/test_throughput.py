@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from dico_t2i.config.networks import DIM_VARIANTS, DIS_VARIANTS
 from dico_t2i.models import DiCo, DiCoConfig, Network, count_macs, count_parameters
 from dico_t2i.plan.cost import product_rate
-from evals import throughput
+from evals import growth, throughput
 from evals.speed.measure import Contender, compare
 from evals.speed.networks import Setting, contender, network_of, samplers, text_convolutions
 from evals.speed.tables import Goal
@@ -121,3 +122,21 @@ def test_all_goals_of_the_issue_have_a_case():
     assert count_parameters(DiCoConfig(variant="DiCo-S")) > 0
     wanted = ("xl-64", "xl-256", "h-32", "h-128", "xl-text", "xl-pass", "s-sampling", "text-dwconv-416")
     assert set(wanted) <= set(throughput.GPU)
+
+
+def test_growth_compares_networks_at_several_sizes(monkeypatch, tmp_path, capsys):
+    sizes = {"hidden_size": 16, "depth": 2, "patch_size": 2}
+    monkeypatch.setitem(DIS_VARIANTS, "DiS-tiny", sizes)
+    monkeypatch.setitem(DIM_VARIANTS, "DiM-tiny", {**sizes, "depth": 3})
+    arguments = ["--networks", "DiS-tiny", "DiM-tiny", "--sizes", "4", "8", "--batch", "1", "--rounds", "1"]
+    assert growth.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert [(row["network"], row["work"], row["size"]) for row in rows[:3]] == [
+        ("DiS-tiny", "pass", 4),
+        ("DiM-tiny", "pass", 4),
+        ("DiS-tiny", "step", 4),
+    ]
+    assert all(row["faster"] == 1 for row in rows if row["network"] == "DiS-tiny")
+    assert 2.9 < rows[2]["gmacs"] / rows[0]["gmacs"] < 3.1
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+    assert "| 8x8 | training step | DiM-tiny |" in capsys.readouterr().out
