@@ -41,9 +41,15 @@ def write_snapshot(folder: Path, world: World) -> None:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
-        "packages": dict(sorted({d.name: d.version for d in importlib.metadata.distributions()}.items())),
+        "packages": _packages(),
     }
     write_atomically(folder / f"{number}.json", json.dumps(started, indent=1).encode())
+
+
+def _packages() -> dict[str, str]:
+    """Name and version of each installed package; each one's metadata is parsed once, which is most of the time."""
+    parsed = (distribution.metadata for distribution in importlib.metadata.distributions())
+    return dict(sorted({metadata["Name"]: metadata["Version"] for metadata in parsed}.items()))
 
 
 def _git(source: Path, *arguments: str) -> str | None:
