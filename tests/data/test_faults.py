@@ -224,9 +224,7 @@ def test_a_worker_that_was_killed_is_named(index, number):
     victim = worker_pids(batches)[1]
     os.kill(victim, number)
     time.sleep(0.2)  # torch would raise RuntimeError here, wherever the main thread is
-    pattern = (
-        rf"data worker 1 \(pid {victim}\) of rank 0 was killed by {number.name}.*; step (\d+) waits for (.*) in "
-    )
+    pattern = rf"data worker 1 \(pid {victim}\) of rank 0 was killed by {number.name}.*; step (\d+) waits for (.*) in "
     with pytest.raises(DataError, match=pattern) as caught:
         list(islice(batches, 20))
     step, shards = re.search(pattern, str(caught.value)).groups()
