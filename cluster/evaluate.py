@@ -1,14 +1,14 @@
-"""Evaluate a run's checkpoints in a job of its own, never holding up training.
+"""Evaluate a run's checkpoints in a separate job, without delaying the training.
 
     python cluster/evaluate.py --run runs/NAME -- evals/coco_fid.py --checkpoint {checkpoint} --protocol ...
     python cluster/evaluate.py --run runs/NAME --follow -- ...        each new checkpoint, until the run is done
-    python cluster/evaluate.py --run runs/NAME --after JOB -- ...     the newest one, once the training job has ended
+    python cluster/evaluate.py --run runs/NAME --after JOB -- ...     the newest one, after the job JOB
     ... -- -m torch.distributed.run --nproc-per-node 8 evals/coco_fid.py ...     on all GPUs of the node
 
-{checkpoint} and {out} stand for the checkpoint's folder and a folder for results, runs/NAME/evaluations/NAME-OF-STEP,
-where the script's output goes as well. The scripts of evals/ need no {out}: they write to runs/NAME/evals.
-Each checkpoint is evaluated once: what is there already is not done again. With several jobs after one another separate
-them by --name, which is also the name of the folder instead of "evaluations".
+{checkpoint} is replaced by the checkpoint's folder, and {out} by a folder for results, runs/NAME/evaluations/step-STEP,
+which also gets the script's output. The scripts of evals/ need no {out}, since they write to runs/NAME/evals. Each
+checkpoint is evaluated only once. Several different evaluations of a run need different names: --name replaces
+"evaluations" in the folder.
 """
 
 import sys
@@ -27,14 +27,14 @@ _LEAD_S = 60
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="a run folder")
-    parser.add_argument("--follow", action="store_true", help="each new checkpoint until the run is done")
-    parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
-    parser.add_argument("--name", default="evaluations")
+    parser.add_argument("--follow", action="store_true", help="evaluate each new checkpoint until the run is done")
+    parser.add_argument("--after", metavar="JOB", help="start after this job has ended successfully")
+    parser.add_argument("--name", default="evaluations", help="folder in the run (default: evaluations)")
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments")
     add_cluster_options(parser)
     arguments = parser.parse_args(argv)
     if not any("{checkpoint}" in part for part in arguments.script):
-        raise ValueError("the script's arguments have no {checkpoint}: it would not know what to evaluate")
+        raise ValueError("the script's arguments have no {checkpoint}, which stands for the folder to evaluate")
     script = next((part for part in arguments.script if part.endswith(".py")), arguments.script[0])
     if not Path(script).is_file():
         raise ValueError(f"{script}: no such script")

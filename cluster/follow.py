@@ -1,4 +1,4 @@
-"""Show a job's log and rank 0's while they grow; the job does not notice."""
+"""Shows a job's log and that of rank 0 while they grow, without affecting the job."""
 
 import sys
 import time
@@ -7,11 +7,11 @@ from pathlib import Path
 from cluster import slurm
 from cluster.jobs import Submitted
 
-_FORGOTTEN_S = 60.0  # a job that the controller has not known for so long is over
+_FORGOTTEN_S = 60.0  # a job that the controller has not known for this long is over
 
 
 def follow(job: Submitted, *logs: Path) -> int:
-    """Print the job's own log and others until it is over; 0 if it ended well, else 1.
+    """Print the job's own log and others until the job is over; returns 0 if it succeeded, else 1.
 
     Ctrl-C stops the printing, not the job.
     """
@@ -19,7 +19,7 @@ def follow(job: Submitted, *logs: Path) -> int:
     try:
         return _until_over(job, tails)
     except KeyboardInterrupt:
-        print(f"\nnot following any more; job {job.id} goes on", file=sys.stderr)
+        print(f"\nstopped following; job {job.id} continues", file=sys.stderr)
         return 0
 
 
@@ -37,13 +37,13 @@ def _until_over(job: Submitted, tails: list["_Tail"]) -> int:
         if state and state.split()[0] not in slurm.ACTIVE:
             return 0 if state == "COMPLETED" else 1
         if time.monotonic() - unknown_since > _FORGOTTEN_S:
-            print(f"-- job {job.id}: SLURM does not know it any more", file=sys.stderr)
+            print(f"-- job {job.id}: SLURM no longer knows this job", file=sys.stderr)
             return 1
         time.sleep(1)
 
 
 def _state(job: Submitted) -> str:
-    """The job's state, with why it waits; empty if nobody knows it."""
+    """The job's state, with the reason if it waits; empty if it is unknown."""
     if job.local:
         return _local_state(job)
     found = slurm.jobs([job.id])
@@ -54,14 +54,14 @@ def _state(job: Submitted) -> str:
 
 
 def _local_state(job: Submitted) -> str:
-    """From the process, and from the result it leaves."""
+    """The state of a local job, from its process and the result that it leaves."""
     if Path(f"/proc/{job.id}").exists() and "\nState:\tZ" not in Path(f"/proc/{job.id}/status").read_text():
         return "RUNNING"
     return "COMPLETED" if (job.folder / f"{job.id}_0_result.pkl").exists() else "FAILED"
 
 
 class _Tail:
-    """A file that grows."""
+    """Prints the new content of a growing file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.shown = path, 0

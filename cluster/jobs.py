@@ -1,10 +1,10 @@
-"""Submitting through submitit. A job is one callable, run once on its first node.
+"""Submits jobs through submitit. A job is a callable that runs once, on the first of its nodes.
 
 <folder>/
-  <job>_submission.sh     what sbatch got
-  <job>_0_log.out         what the job says: its starts, failures, decisions
-  <job>/                  what is written by the job itself (a run's ranks: rank-0.log, ...)
-  submitted.jsonl         one line a submission
+  <job>_submission.sh     the script that sbatch received
+  <job>_0_log.out         the job's log: its starts, failures and decisions
+  <job>/                  files written by the job itself (rank-0.log, ... for the ranks of a run)
+  submitted.jsonl         one line for each submission
 """
 
 import os
@@ -26,13 +26,13 @@ from dico_t2i.config import ClusterConfig, ConfigError
 from dico_t2i.runs.log import append, json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-UNMEASURED_LEAD_S = 300  # before a run's first save has shown how long one takes
+UNMEASURED_LEAD_S = 300  # used until a run's first save has been timed
 Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that was handed over."""
+    """A job that was submitted."""
 
     id: str
     folder: Path
@@ -40,7 +40,7 @@ class Submitted:
 
     @property
     def log(self) -> Path:
-        """What the job itself says."""
+        """The path of the job's own log."""
         return self.folder / f"{self.id}_0_log.out"
 
 
@@ -48,7 +48,7 @@ def minutes(time_limit: str) -> int:
     """A time limit in sbatch's notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in whole minutes, at least 1."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
     if not match:
-        raise ConfigError(f"cluster.time: {time_limit!r} is not minutes, H:M:S or days-H:M:S")
+        raise ConfigError(f"cluster.time: {time_limit!r} is not of the form minutes, H:M:S or days-H:M:S")
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
     if days is not None:  # D-H, D-H:M, D-H:M:S
@@ -57,12 +57,12 @@ def minutes(time_limit: str) -> int:
         units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)]
         seconds = sum(part * unit for part, unit in zip(parts, units, strict=True))
     if seconds == 0:
-        raise ConfigError(f"cluster.time: {time_limit!r} is no time at all")
+        raise ConfigError(f"cluster.time: {time_limit!r} must be longer than 0")
     return -(-seconds // 60)
 
 
 class _SlurmExecutor(SlurmExecutor):
-    """Writes scripts on machines without SLURM, too."""
+    """Can also write scripts on machines without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -72,18 +72,17 @@ class _SlurmExecutor(SlurmExecutor):
 def executor(
     cluster: ClusterConfig, name: str, folder: Path, *, local: bool, lead_s: int, ranks: bool, after: str | None = None
 ) -> Executor:
-    """What submits to SLURM, or runs here, with the options of ``cluster``.
+    """An executor that submits to SLURM, or runs jobs on this machine, with the options of ``cluster``.
 
-    ranks: whether the job is for cluster.ranks processes, else for one, with a GPU where there are any.
-    after: a job that has to end well before.
-    Raises ConfigError for options that cannot be.
+    ranks: whether the job has cluster.ranks processes; otherwise it has one, with a GPU if the nodes have any. after:
+    the job that must succeed before this one starts. Raises ConfigError for an impossible time limit.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     limit = minutes(cluster.time)
     gpus = cluster.gpus_per_node if ranks else min(1, cluster.gpus_per_node)
     setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH", *cluster.setup]
-    outside = shlex.quote(sys.executable)  # of a container, where only the ranks are
+    outside = shlex.quote(sys.executable)  # outside the container, which only the ranks use
     python = outside if cluster.container else cluster.python or outside
     made: Executor
     if local:
@@ -118,12 +117,12 @@ def executor(
 
 
 def _further(options: Mapping[str, str | bool]) -> dict[str, str | bool]:
-    """Options of sbatch as submitit takes them; one that is false is left out."""
+    """Options of sbatch in submitit's spelling, without those that are false."""
     return {key.replace("-", "_"): value for key, value in options.items() if value is not False}
 
 
 def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -> list[Submitted]:
-    """Hand over one job, or an array of them with at most ``parallel`` at a time."""
+    """Submit one job, or an array of jobs of which at most ``parallel`` run at a time."""
     local = isinstance(made, LocalExecutor)
     if parallel and not local:
         made.update_parameters(array_parallelism=parallel)
@@ -136,7 +135,7 @@ def submit(made: Executor, works: Sequence[Work], parallel: int | None = None) -
 
 
 def note(folder: Path, job: Submitted, command: str) -> None:
-    """Write down in a run's folder of jobs that this one is its own."""
+    """Record a job in its run's folder of jobs."""
     folder.mkdir(parents=True, exist_ok=True)
     line = {"job": job.id, "local": job.local, "time": time.time(), "command": command}
     append(folder / "submitted.jsonl", line)
@@ -152,12 +151,12 @@ def script(made: Executor, path: Path) -> Path:
 
 
 def known(folder: Path) -> list[str]:
-    """The ids of the SLURM jobs of a run, by its folder of jobs; oldest first."""
+    """The ids of the SLURM jobs recorded in a run's folder of jobs, oldest first."""
     return [line["job"] for line in json_lines(folder / "submitted.jsonl") if not line["local"]]
 
 
 def own_id() -> str:
-    """The id of the job this process is part of: SLURM's, with the task of an array, or the local one."""
+    """The id of the job that this process belongs to: SLURM's, with the task of an array, or the local one."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     if array:
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -169,7 +168,7 @@ def in_slurm() -> bool:
 
 
 def check(made: Executor, cluster: ClusterConfig, nodes: int, path: Path) -> None:
-    """Ask SLURM whether it would take the job, before anything is queued. Raises SlurmError."""
+    """Have SLURM check the job before anything is queued. Raises SlurmError if it refuses the job."""
     slurm.require()
     slurm.check_partition(cluster.partition, nodes)
     slurm.test_only(script(made, path))

@@ -5,8 +5,8 @@
     python cluster/launch.py --config configs/dico_s_t2i.yaml --local --gpus-per-node 1 --follow
     python cluster/launch.py --config configs/dico_s_t2i.yaml --nodes 1 --sweep sweep.yaml --parallel 4
 
-The job comes back by itself in the same run folder after its time limit, preemption or a node's failure, and goes on
-exactly. A sweep is a YAML file of names and lists of overrides, {lr1: [optimizer.lr=1e-4], lr2: [optimizer.lr=2e-4]}.
+After its time limit, preemption or the failure of a node, the job is requeued and resumes exactly in its run folder.
+A sweep is a YAML file with names and lists of overrides, {lr1: [optimizer.lr=1e-4], lr2: [optimizer.lr=2e-4]}.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         slurm.require()
     configs = _configs(arguments)
     if arguments.local and (len(configs) > 1 or configs[0].cluster.nodes > 1):
-        raise ValueError("--local: one run on one node; leave out --sweep, and give --nodes 1")
+        raise ValueError("--local: one run on one node; leave out --sweep, and use --nodes 1")
     _check_python(configs[0].cluster)
     for config in configs:
         config.batching(config.cluster.ranks)  # raises if the ranks do not fit
@@ -51,25 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="where run folders are, on a file system that the nodes share"
+        "--runs", type=Path, default=Path("runs"), help="folder of the run folders, shared by all nodes (default: runs)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, write the sbatch script, submit nothing"
+        "--dry-run", action="store_true", help="print the plan and write the sbatch script, but submit nothing"
     )
     parser.add_argument("--follow", action="store_true", help="show the log of rank 0 and failures until the job ends")
-    parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="one run for each entry, as a job array")
-    parser.add_argument("--parallel", type=positive, help="runs of a sweep at a time")
-    parser.add_argument("--no-plan", action="store_true", help="launch what the plan says cannot fit, too")
+    parser.add_argument("--after", metavar="JOB", help="start after this job has ended successfully")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="launch one run for each entry, as a job array")
+    parser.add_argument("--parallel", type=positive, help="the most runs of a sweep at a time")
+    parser.add_argument("--no-plan", action="store_true", help="launch even if the plan says that it cannot fit")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     add_cluster_options(parser)
     return parser
 
 
 def _configs(arguments: argparse.Namespace) -> list[Config]:
-    """Of the run, or of each run of the sweep."""
+    """The config of the run, or of each run of the sweep."""
     if arguments.sweep is None:
         return [_config(arguments, [])]
     base = load_config(arguments.config, arguments.overrides).name
@@ -78,20 +78,20 @@ def _configs(arguments: argparse.Namespace) -> list[Config]:
     names = [config.name for config in configs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise ValueError(f"--sweep {arguments.sweep}: two entries make the run {twice}; leave name= out of them")
+        raise ValueError(f"--sweep {arguments.sweep}: two entries make the run {twice}; do not set name in them")
     return configs
 
 
 def _sweep(file: Path) -> dict[str, list[str]]:
-    """The overrides of each run by its name. Raises ValueError for anything else, and for no runs."""
+    """The overrides of each run, by name. Raises ValueError for anything else, and for an empty file."""
     try:
         entries = read_yaml(read_text(file))
     except yaml.YAMLError as error:
         raise ValueError(f"--sweep {file}: not valid YAML: {error}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
-        raise ValueError(f"--sweep {file}: expected names with lists of key.path=value each")
+        raise ValueError(f"--sweep {file}: expected names, each with a list of key.path=value")
     if not entries:
-        raise ValueError(f"--sweep {file}: no runs in it; expected names with lists of key.path=value each")
+        raise ValueError(f"--sweep {file}: no runs in it; expected names, each with a list of key.path=value")
     return {str(key): [str(change) for change in entry] for key, entry in entries.items()}
 
 
@@ -101,7 +101,7 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
 
 
 def _check_inputs(config: Config, after: str | None) -> None:
-    """Raise ValueError if the data or a model is not here. Data that another job makes cannot be looked at yet."""
+    """Raise ValueError if the data or a model is missing. Data that the job ``after`` makes is not checked."""
     from dico_t2i.data.checks import check_data
     from dico_t2i.data.sources import load_data
     from dico_t2i.encoders import find_autoencoder
@@ -115,7 +115,7 @@ def _check_inputs(config: Config, after: str | None) -> None:
 
 
 def _check_python(cluster: ClusterConfig) -> None:
-    """Raise ValueError if the Python of the job is not here or lacks packages; the nodes are looked at by the job."""
+    """Raise ValueError if the job's Python is missing or lacks packages here; the job checks it on the nodes."""
     if cluster.container:
         return
     python = cluster.python or sys.executable
@@ -124,10 +124,10 @@ def _check_python(cluster: ClusterConfig) -> None:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
-        raise ValueError(f"cluster.python: {python}: {error.strerror}; give one that all nodes see") from None
+        raise ValueError(f"cluster.python: {python}: {error.strerror}; give one that all nodes can use") from None
     if answer.returncode:
         last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-        raise ValueError(f"cluster.python: {python} cannot run this: {last}")
+        raise ValueError(f"cluster.python: {python} cannot run this package: {last}")
     found = problems([{**json.loads(answer.stdout), "sees_run": True}], 0)
     if found:
         raise ValueError(f"cluster.python: {python}: {found[0]}")
@@ -162,25 +162,25 @@ def _launch(arguments: argparse.Namespace, configs: list[Config]) -> int:
 
 
 def _dry_run(made: Executor, config: Config, path: Path) -> int:
-    """Write the script, and have SLURM judge it where there is one."""
+    """Write the script, and have SLURM check it if there is one."""
     if isinstance(made, SlurmExecutor):
         print(f"sbatch script: {jobs.script(made, path)}")
         if slurm.answers():
             jobs.check(made, config.cluster, config.cluster.nodes, path)
-            print("SLURM would take it")
+            print("SLURM would accept it")
         else:
             why = "its controller does not answer" if slurm.present() else "sbatch is not on this machine"
-            print(f"SLURM was not asked whether it would take it: {why}")
+            print(f"SLURM did not check it: {why}")
     print("nothing was submitted")
     return 0
 
 
 def _lead(config: Config, run_folder: Path) -> int:
-    """Seconds before the time limit at which the ranks are told to save."""
+    """The time between SLURM's signal to save and the time limit, in seconds."""
     cluster, limit = config.cluster, 60 * jobs.minutes(config.cluster.time)
     if cluster.signal_lead_s:
         if cluster.signal_lead_s >= limit:
-            raise ValueError(f"--signal-lead {cluster.signal_lead_s}: not shorter than the time limit of {limit} s")
+            raise ValueError(f"--signal-lead {cluster.signal_lead_s}: must be shorter than the time limit of {limit} s")
         return cluster.signal_lead_s
     pause = measured_pause(run_folder)
     lead = jobs.UNMEASURED_LEAD_S if pause is None else round(60 + 2 * pause)
@@ -188,20 +188,20 @@ def _lead(config: Config, run_folder: Path) -> int:
 
 
 def _check_free(run_folder: Path) -> None:
-    """Raise ValueError if a job works in the run folder, or waits to."""
+    """Raise ValueError if a job uses the run folder, or waits in the queue for it."""
     active = [job for job in slurm.jobs(jobs.known(run_folder / "jobs")) if job.active] if slurm.present() else []
     for job in active:
         raise ValueError(
-            f"{run_folder}: job {job.id} ({job.state}{', ' + job.nodes if job.nodes else ''}) has this run;"
-            f" scancel {job.id}, or give the new one another name (name=...)"
+            f"{run_folder}: job {job.id} ({job.state}{', ' + job.nodes if job.nodes else ''}) uses it;"
+            f" scancel {job.id}, or give the new run a different name (name=...)"
         )
     other = holder(run_folder)
     if other:
-        raise ValueError(f"{run_folder}: in use by {other}; stop it, or give this run another name (name=...)")
+        raise ValueError(f"{run_folder}: in use by {other}; stop it, or give this run a different name (name=...)")
 
 
 def _plan(config: Config, allow: bool) -> None:
-    """Print what a run on GPUs will need. Raises ValueError, with settings that fit, if it does not."""
+    """Print the plan of a run on GPUs. Raises ValueError, with settings that fit, if memory does not suffice."""
     if not config.cluster.gpus_per_node:
         return
     from rich.console import Console
@@ -212,11 +212,11 @@ def _plan(config: Config, allow: bool) -> None:
     plan = make_plan(config)
     Console().print(render(plan), highlight=False)
     if not plan.estimate.fits and not allow:
-        raise ValueError(f"{refusal(plan)}\n  or --no-plan, if you know better")
+        raise ValueError(f"{refusal(plan)}\n  or use --no-plan to launch it anyway")
 
 
 def _describe(config: Config, lead: int, arguments: argparse.Namespace) -> str:
-    """What will be asked of the scheduler, in words."""
+    """A description of the request to the scheduler."""
     cluster = config.cluster
     micro, accumulation = config.batching(cluster.ranks)
     devices = "GPUs" if cluster.gpus_per_node else "CPU processes"

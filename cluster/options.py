@@ -12,30 +12,30 @@ _PROFILE_VARIABLE = "DICO_CLUSTER"
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """--cluster FILE and one option for each key of it that changes often."""
-    group = parser.add_argument_group("cluster", "each overrides a key of the profile")
+    """Add --cluster FILE, and one option for each key of a profile that often changes."""
+    group = parser.add_argument_group("cluster", "each option replaces a key of the profile")
     add = group.add_argument
     add("--cluster", type=Path, metavar="FILE", help=f"a profile, see configs/cluster/ (default: ${_PROFILE_VARIABLE})")
-    add("--nodes", type=positive, help="how many nodes")
-    add("--gpus-per-node", type=non_negative, help="0 trains on CPUs")
-    add("--tasks-per-node", type=positive, help="processes per node, where there are no GPUs")
+    add("--nodes", type=positive, help="number of nodes")
+    add("--gpus-per-node", type=non_negative, help="GPUs of each node; 0 trains on CPUs")
+    add("--tasks-per-node", type=positive, help="processes per node without GPUs")
     add("--cpus-per-task", type=positive, help="CPU cores of each process")
-    add("--mem", help="of a node, such as 400G; 0 is all")
-    add("--partition", help="the queue, as sinfo lists them (default: the site's)")
-    add("--account", help="whose share of the cluster is charged, as sbatch understands it")
-    add("--qos", help="quality of service, as sbatch understands it")
+    add("--mem", help="memory of each node, such as 400G; 0 is all")
+    add("--partition", help="the partition, as listed by sinfo (default: the site's)")
+    add("--account", help="the account that is charged, as for sbatch")
+    add("--qos", help="the quality of service, as for sbatch")
     add("--constraint", help="features that nodes must have: h100, or 'h100|h200'")
-    add("--time", help="limit: minutes, H:M:S or days-H:M:S")
+    add("--time", help="time limit: minutes, H:M:S or days-H:M:S")
     add("--exclusive", action="store_const", const=True, help="share the nodes with no other job")
     add("--container", help="an image for srun --container-image")
-    add("--signal-lead", type=positive, dest="signal_lead_s", metavar="S", help="seconds before the limit to save")
-    add("--max-requeues", type=non_negative, help="times a job may come back after stops and failures")
-    add("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch")
-    add("--local", action="store_true", help="here, without SLURM")
+    add("--signal-lead", type=positive, dest="signal_lead_s", metavar="S", help="save S seconds before the limit")
+    add("--max-requeues", type=non_negative, help="how often a job is requeued after stops and failures")
+    add("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; repeatable")
+    add("--local", action="store_true", help="run on this machine, without SLURM")
 
 
 def chosen_cluster(arguments: argparse.Namespace, below: ClusterConfig | None = None) -> ClusterConfig:
-    """The profile, under the keys that a config's own section sets, under the options given. Raises ConfigError."""
+    """The profile, replaced by keys that a config's own section sets, replaced by options. Raises ConfigError."""
     profile = arguments.cluster or (Path(os.environ[_PROFILE_VARIABLE]) if _PROFILE_VARIABLE in os.environ else None)
     changes = {key: value for key in ClusterConfig.model_fields if (value := getattr(arguments, key, None)) is not None}
     changes.pop("sbatch", None)
@@ -46,7 +46,7 @@ def chosen_cluster(arguments: argparse.Namespace, below: ClusterConfig | None = 
 
 
 def _pairs(texts: list[str]) -> dict[str, str | bool]:
-    """Each value is text as typed; an option without one is True."""
+    """KEY=VALUE texts as a dictionary of texts; a KEY without a value is True."""
     pairs: dict[str, str | bool] = {}
     for text in texts:
         key, equals, value = check_text(text, "--sbatch").partition("=")

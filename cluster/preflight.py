@@ -1,4 +1,4 @@
-"""What a node has for a job, before its ranks start: one line of JSON.
+"""Prints, before the ranks of a job start, what a node has, as one line of JSON.
 
 python -m cluster.preflight FOLDER GPUS     (started by cluster/supervisor.py, once on each node)
 """
@@ -31,7 +31,7 @@ def inspect(folder: Path, gpus: int) -> dict[str, Any]:
 
 
 def problems(nodes: Sequence[dict[str, Any]], gpus: int) -> list[str]:
-    """What speaks against training on these nodes, one line each."""
+    """The problems of training on these nodes, one line each."""
     found = []
     for node in nodes:
         host = node["host"]
@@ -41,7 +41,7 @@ def problems(nodes: Sequence[dict[str, Any]], gpus: int) -> list[str]:
         if not node["sees_run"]:
             found.append(f"{host}: does not see the run folder; runs must be on a file system that all nodes share")
         if node["gpus"] < gpus:
-            found.append(f"{host}: {node['gpus']} GPUs visible, {gpus} needed; exclude the node, or have it mended")
+            found.append(f"{host}: {node['gpus']} GPUs visible, {gpus} needed; exclude the node, or have it repaired")
     for key in ("python", *PACKAGES, "code"):
         values = {str(node[key]) for node in nodes}
         if len(values) > 1:

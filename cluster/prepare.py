@@ -3,8 +3,8 @@
     python cluster/prepare.py --tasks 16 --name latents -- data_prep/latents.py --data data/coco256 \\
         --out data/coco256_latents --autoencoder stabilityai/sd-vae-ft-ema
 
-Works for any script that takes --part K/N, leaves shards whole or not at all, and makes only those that are missing:
-launched again after failures it does what is left; --after JOB chains it, and training can wait for it in turn.
+This works for every script that accepts --part K/N, writes shards atomically and makes only missing ones. After
+failures, launch it again to make the rest. --after JOB starts it after a job; training can wait for it in the same way.
 """
 
 import sys
@@ -22,16 +22,16 @@ _LEAD_S = 60
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--tasks", type=int, required=True, help="jobs of the array")
-    parser.add_argument("--name", default="prepare")
-    parser.add_argument("--parallel", type=positive, help="jobs at a time")
-    parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
-    parser.add_argument("--logs", type=Path, default=Path("runs/prepare"))
+    parser.add_argument("--tasks", type=int, required=True, help="number of jobs in the array")
+    parser.add_argument("--name", default="prepare", help="name of the jobs (default: prepare)")
+    parser.add_argument("--parallel", type=positive, help="the most jobs at a time")
+    parser.add_argument("--after", metavar="JOB", help="start after this job has ended successfully")
+    parser.add_argument("--logs", type=Path, default=Path("runs/prepare"), help="for logs (default: runs/prepare)")
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments")
     add_cluster_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.tasks < 1:
-        raise ValueError(f"--tasks {arguments.tasks}: at least 1")
+        raise ValueError(f"--tasks {arguments.tasks}: must be at least 1")
     if not Path(arguments.script[0]).is_file():
         raise ValueError(f"{arguments.script[0]}: no such script")
     cluster = chosen_cluster(arguments)

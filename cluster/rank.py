@@ -1,8 +1,8 @@
-"""One rank of a training job: trains, and leaves a note of why it failed where the job looks for it.
+"""One rank of a training job: it trains and, if it fails, writes a note with the reason for the job.
 
     python -m cluster.rank FOLDER RUNS START     (started by cluster/supervisor.py)
 
-FOLDER holds config.yaml, resolved; notes go to FOLDER/errors-START/<rank>.json.
+FOLDER holds the resolved config.yaml; notes are written to FOLDER/errors-START/<rank>.json.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dico_t2i.command import USER_ERROR
 
-LOCK_PATIENCE_S = 120.0  # a job that was requeued may find its former self still leaving
+LOCK_PATIENCE_S = 120.0  # the previous start of a requeued job may still be ending
 START_MARK = "-- start "  # the first line of each start in a log
 
 
@@ -32,7 +32,7 @@ def main(folder: Path, runs: Path, start: int) -> int:
         code = train(config, runs, patience)
         leave_world()
         return code
-    except ValueError as error:  # a config, data, a model or a checkpoint that can't be used: the message says it all
+    except ValueError as error:  # an unusable config, data set, model or checkpoint; the message suffices
         _note(notes, USER_ERROR, str(error))
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

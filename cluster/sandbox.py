@@ -1,13 +1,13 @@
-"""A real SLURM on this machine, to try jobs and to test with: one controller and as many node daemons as wanted.
+"""Runs a real SLURM on this machine, for trying jobs and for tests: one controller and any number of node daemons.
 
-    python cluster/sandbox.py start --nodes 2 --cpus 2       then: export SLURM_CONF=... as it prints
+    python cluster/sandbox.py start --nodes 2 --cpus 2       then run the printed export SLURM_CONF=...
     python cluster/sandbox.py status
     python cluster/sandbox.py stop
 
-Everything lives in one folder, a SLURM of the system is not touched, and no rights are needed. Jobs run as the user who
-started it. CPUs, GPUs and nodes are only counted: the nodes share this machine, and a job may ask for more than it has.
-Jobs of partition `main` preempt those of `preemptible`, which are requeued. Needs the programs of SLURM and munge
-(Debian: slurm-wlm and munge).
+All files are in one folder, the system's own SLURM is not affected, and no special rights are needed. Jobs run as the
+user who started the sandbox. CPUs, GPUs and nodes are only counted: all nodes share this machine, and a job may request
+more than the machine has. Jobs of partition `main` preempt those of `preemptible`, which are requeued. The programs of
+SLURM and munge are needed (Debian: slurm-wlm and munge).
 """
 
 import os
@@ -29,12 +29,12 @@ from pathlib import Path
 from dico_t2i.command import run, script_parser
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"  # users have no sbin on theirs
-_PORTS = range(10000, 15000)  # training has 20000 to 29999, and systems hand out those above 32767
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"  # users' own PATH has no sbin
+_PORTS = range(10000, 15000)  # training uses 20000 to 29999, and systems assign ports above 32767
 _START_S, _NODE_S, _STOP_S = 60, 10, 20
 
-# cred_expire: how long a requeued job waits at least; 120 s by default, and below 5.
-# SlurmdTimeout, MessageTimeout: together they decide how soon a silent node is down, here after about 15 s.
+# cred_expire: the least waiting time of a requeued job; the default is 120 s.
+# SlurmdTimeout, MessageTimeout: they determine when a silent node counts as down, here after about 15 s.
 _SLURM_CONF = """\
 ClusterName=sandbox
 SlurmctldHost={host}(127.0.0.1)
@@ -74,7 +74,7 @@ PartitionName=preemptible Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime
 
 
 class SandboxError(ValueError):
-    """The sandbox cannot do what is asked; the message says why."""
+    """Raised if the sandbox cannot do what is requested; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Sandbox:
     folder: Path
     nodes: int = 2
     cpus: int = 2  # of each node
-    gpus: int = 0  # of each node; counted, but jobs see none
+    gpus: int = 0  # of each node; they are counted, but jobs see none
     kill_wait: int = 30  # seconds from SIGTERM to SIGKILL when a job is ended
 
     @property
@@ -93,7 +93,7 @@ class Sandbox:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes SLURM's commands talk to this one."""
+        """The environment in which SLURM's commands use this sandbox."""
         return {"SLURM_CONF": str(self.conf)}
 
     @property
@@ -101,9 +101,12 @@ class Sandbox:
         return self._pid("slurmctld") is not None
 
     def start(self) -> None:
-        """Returns when all nodes can take jobs. Raises SandboxError. Job numbers go on from an earlier start."""
+        """Start SLURM, and return when all nodes accept jobs. Job numbers continue from earlier starts.
+
+        Raises SandboxError if it does not start.
+        """
         self._check()
-        self.stop()  # what is left over where the controller alone has died
+        self.stop()  # ends leftover processes of a sandbox whose controller has died
         self._write_files()
         try:
             self._start_daemons()
@@ -112,48 +115,48 @@ class Sandbox:
             raise
 
     def stop(self) -> None:
-        """Cancel all jobs and end every process of the sandbox; harmless if it does not run."""
+        """Cancel all jobs and end every process of the sandbox; does nothing if it is not running."""
         if self.running:
             self.command("scancel", "--user", _user())
         _end(self._steps(), signal.SIGKILL)  # a node's daemon waits for them
         names = {path.stem for path in (self.folder / "run").glob("*.pid")}
         _end([self._pid(name) for name in names - {"munged"}])
         _end(self._steps(), signal.SIGKILL)  # of jobs that started meanwhile
-        _end([self._pid("munged")])  # last: the others need it to the end
+        _end([self._pid("munged")])  # last, since the other daemons need it until they end
 
     def status(self) -> str:
-        """What sinfo and squeue say."""
+        """The output of sinfo and squeue."""
         if not self.running:
             return f"no SLURM runs in {self.folder}"
         return f"SLURM runs in {self.folder}\n{self.command('sinfo')}{self.command('squeue')}"
 
     def kill_node(self, name: str, *, steps: bool = False) -> None:
-        """SIGKILL to a node's daemon. steps: to its jobs' processes too, which live on otherwise."""
+        """Kill a node's daemon. steps: also kill the processes of its jobs, which otherwise continue."""
         pid = self._pid(name)
         if pid is None:
-            raise SandboxError(f"{name}: no such node runs in {self.folder}")
+            raise SandboxError(f"{name}: no such node is running in {self.folder}")
         _end([pid, *(self._steps(name) if steps else [])], signal.SIGKILL)
 
     def start_node(self, name: str) -> None:
-        """Returns before the controller knows of it."""
+        """Start a node's daemon; returns before the controller has noticed it."""
         self._daemon("slurmd", "-f", str(self.conf), "-N", name)
         if not _within(_NODE_S, lambda: self._pid(name) is not None):
-            raise SandboxError(f"{name}: slurmd ended at once, see {self.folder}/log/{name}.log")
+            raise SandboxError(f"{name}: slurmd ended immediately, see {self.folder}/log/{name}.log")
 
     def command(self, *command: str) -> str:
         """The output of one of SLURM's commands, whether it succeeds or not."""
         return subprocess.run(command, capture_output=True, text=True, env=self._environment(), check=False).stdout
 
     def _check(self) -> None:
-        """Raise SandboxError for all that is known not to work."""
+        """Raise SandboxError for requests that cannot work."""
         if missing := missing_programs():
             raise SandboxError(f"not installed: {', '.join(missing)} (Debian: apt-get install slurm-wlm munge)")
         if self.running:
-            raise SandboxError(f"a SLURM runs in {self.folder} already; stop it first")
+            raise SandboxError(f"a SLURM is already running in {self.folder}; stop it first")
         if not re.fullmatch(r"/[\w./@+-]{1,70}", str(self.folder)):  # paths of sockets have at most 108 characters
-            raise SandboxError(f"--folder {self.folder}: give one of at most 70 letters, digits or ./@+-_")
+            raise SandboxError(f"--folder {self.folder}: use a path of at most 70 letters, digits or ./@+-_")
         if min(self.nodes, self.cpus) < 1 or self.gpus < 0:
-            raise SandboxError(f"{self.nodes} nodes of {self.cpus} CPUs and {self.gpus} GPUs: give at least 1, 1 and 0")
+            raise SandboxError(f"{self.nodes} nodes of {self.cpus} CPUs and {self.gpus} GPUs: use at least 1, 1 and 0")
 
     def _write_files(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +181,7 @@ class Sandbox:
     def _start_daemons(self) -> None:
         files = {"key-file": "munge.key", "log-file": "log/munged.log"}
         files |= {"socket": "run/munge.socket", "pid-file": "run/munged.pid", "seed-file": "run/munge.seed"}
-        # --force: munge objects to a folder that other users cannot enter
+        # --force: munge would refuse a folder that other users cannot enter
         self._daemon("munged", "--force", *(f"--{option}={self.folder / path}" for option, path in files.items()))
         self._daemon("slurmctld", "-f", str(self.conf))
         for number in range(1, self.nodes + 1):
@@ -191,25 +194,25 @@ class Sandbox:
         return len(states) == self.nodes and set(states) <= {"idle", "mixed", "allocated"}
 
     def _last_words(self) -> str:
-        """The ends of the logs."""
+        """The last lines of the logs."""
         logs = [self.folder / "log" / f"{name}.log" for name in ("munged", "slurmctld", "n1")]
         ends = [(log, log.read_text(errors="replace").splitlines()[-8:]) for log in logs if log.exists()]
         return "\n".join(f"{log} ends with\n  " + "\n  ".join(lines) for log, lines in ends)
 
     def _daemon(self, program: str, *arguments: str) -> None:
-        """Returns when it is in the background."""
+        """Start a daemon; returns when it runs in the background."""
         command = [shutil.which(program, path=_PATH) or program, *arguments]
         answer = subprocess.run(command, capture_output=True, text=True, env=self._environment(), check=False)
         if answer.returncode:
             raise SandboxError(f"{program} does not start: {answer.stderr.strip()}; {self._last_words()}")
 
     def _environment(self) -> dict[str, str]:
-        """The caller's, without what another SLURM has set."""
+        """The caller's environment, without variables of a different SLURM."""
         clean = {key: value for key, value in os.environ.items() if not re.match("SLURM|SBATCH_|SQUEUE_|SINFO_", key)}
         return {**clean, **self.environment}
 
     def _pid(self, daemon: str) -> int | None:
-        """Of one of the daemons if it lives: the number in an old file may be another process's by now."""
+        """The process id of a running daemon, else None; an old file's id may now be that of a different process."""
         try:
             pid = int((self.folder / "run" / f"{daemon}.pid").read_text())
         except (OSError, ValueError):
@@ -217,7 +220,7 @@ class Sandbox:
         return pid if f"{self.folder}/".encode() in _read(pid, "cmdline") else None
 
     def _steps(self, node: str = r"n\d+") -> list[int]:
-        """The processes of jobs on a node: slurmstepd has the node's log open, its children have its name."""
+        """The processes of jobs on a node: slurmstepd has the node's log open, its children have the node's name."""
         name = re.compile(rf"\0SLURMD_NODENAME={node}\0".encode())
         conf = f"\0SLURM_CONF={self.conf}\0".encode()
         log = re.compile(rf"{re.escape(str(self.folder))}/log/{node}\.log")
@@ -232,7 +235,7 @@ class Sandbox:
 
 
 def missing_programs() -> list[str]:
-    """Those of SLURM and munge that are not on this machine."""
+    """The programs of SLURM and munge that are not on this machine."""
     return [program for program in _PROGRAMS if not shutil.which(program, path=_PATH)]
 
 
@@ -240,7 +243,7 @@ def _user() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
-        raise SandboxError(f"user {os.getuid()} has no name in /etc/passwd, and SLURM wants one") from None
+        raise SandboxError(f"user {os.getuid()} has no name in /etc/passwd, but SLURM needs one") from None
 
 
 def _free_ports(count: int) -> list[int]:
@@ -257,7 +260,7 @@ def _is_free(port: int) -> bool:
 
 
 def _end(pids: Iterable[int | None], number: int = signal.SIGTERM) -> None:
-    """Signal the processes and wait for their end; SIGKILL to those that do not come to it."""
+    """Signal the processes and wait for their end; those that do not end are killed."""
     left = [pid for pid in pids if pid is not None]
     for what in (number, signal.SIGKILL):
         for pid in left:
@@ -267,7 +270,7 @@ def _end(pids: Iterable[int | None], number: int = signal.SIGTERM) -> None:
 
 
 def _left_after(seconds: float, pids: Sequence[int]) -> list[int]:
-    """Those that still run then, or none before; a zombie has no command line."""
+    """The processes that still run after this time; returns early if none do. A zombie has no command line."""
     _within(seconds, lambda: not any(_read(pid, "cmdline") for pid in pids))
     return [pid for pid in pids if _read(pid, "cmdline")]
 
@@ -280,7 +283,7 @@ def _within(seconds: float, happened: Callable[[], bool]) -> bool:
 
 
 def _read(pid: int, name: str) -> bytes:
-    """A file of /proc; empty if the process has ended or is another user's."""
+    """A file of /proc; empty if the process has ended or belongs to a different user."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
@@ -290,26 +293,31 @@ def _read(pid: int, name: str) -> bytes:
 def _open_files(pid: int) -> list[str]:
     try:
         return [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:  # as above
+    except OSError:  # the process has ended or belongs to a different user
         return []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     default = Path(os.environ.get("DICO_SLURM_SANDBOX", Path.home() / ".cache/dico_t2i/slurm"))
-    parser.add_argument("action", choices=("start", "stop", "status"))
-    parser.add_argument("--nodes", type=int, default=Sandbox.nodes)
-    parser.add_argument("--cpus", type=int, default=Sandbox.cpus, help="of each node")
+    parser.add_argument("action", choices=("start", "stop", "status"), help="what to do with the sandbox")
+    parser.add_argument("--nodes", type=int, default=Sandbox.nodes, help="number of nodes (default: %(default)s)")
+    parser.add_argument("--cpus", type=int, default=Sandbox.cpus, help="CPUs of each node (default: %(default)s)")
     parser.add_argument(
-        "--gpus", type=int, default=Sandbox.gpus, help="of each node; jobs can ask for them but see none"
+        "--gpus",
+        type=int,
+        default=Sandbox.gpus,
+        help="GPUs of each node (default: 0); jobs can request them, but see none",
     )
-    parser.add_argument("--folder", type=Path, default=default, help="(default: $DICO_SLURM_SANDBOX, or %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=default, help="its folder (default: $DICO_SLURM_SANDBOX, or %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     folder = arguments.folder.expanduser().resolve()
     sandbox = Sandbox(folder, arguments.nodes, arguments.cpus, arguments.gpus)
     if arguments.action == "start":
         sandbox.start()
-        print(f"SLURM with {sandbox.nodes} nodes runs. To use it, and to stop it:\n")
+        print(f"SLURM is running with {sandbox.nodes} nodes. To use it, and to stop it:\n")
         print(f"export SLURM_CONF={sandbox.conf}\npython {sys.argv[0]} stop --folder {folder}")
     elif arguments.action == "stop":
         sandbox.stop()

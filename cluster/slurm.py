@@ -1,4 +1,4 @@
-"""What is asked of SLURM's own commands, and its answers in one line."""
+"""Runs SLURM's own commands, and turns their errors into one-line messages."""
 
 import re
 import shutil
@@ -12,16 +12,16 @@ ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 
 
 class SlurmError(ValueError):
-    """SLURM is not there, or refuses; the message says what to change."""
+    """Raised if SLURM is missing or refuses a request; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the controller knows it."""
+    """A job in the controller's records."""
 
     id: str
     state: str  # PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, NODE_FAIL ...
-    nodes: str  # "n[1-2]"; empty while it waits
+    nodes: str  # such as "n[1-2]"; empty while the job waits
     reason: str
     restarts: int
 
@@ -36,7 +36,7 @@ def present() -> bool:
 
 
 def answers() -> bool:
-    """Whether there is a SLURM whose controller can be reached."""
+    """Whether SLURM is on this machine and its controller answers."""
     return present() and "UP" in _run("scontrol", "ping", check=False).stdout
 
 
@@ -49,7 +49,7 @@ def require() -> None:
 
 
 def check_partition(partition: str | None, nodes: int) -> None:
-    """Raise SlurmError if there is no such partition (None is the default one), or if it has fewer nodes."""
+    """Raise SlurmError if the partition (None is the default one) does not exist or has fewer nodes."""
     sizes: dict[str, int] = {}
     default = None
     for line in _run("sinfo", "--noheader", "--format=%P %D").stdout.splitlines():
@@ -58,7 +58,7 @@ def check_partition(partition: str | None, nodes: int) -> None:
         sizes[name.rstrip("*")] = sizes.get(name.rstrip("*"), 0) + int(count)
     wanted = partition or default
     if wanted is None:
-        raise SlurmError(f"there is no default partition: give --partition, one of {', '.join(sorted(sizes))}")
+        raise SlurmError(f"there is no default partition: set --partition to one of {', '.join(sorted(sizes))}")
     if wanted not in sizes:
         raise SlurmError(f"--partition {wanted}: no such partition; there are {', '.join(sorted(sizes))}")
     if nodes > sizes[wanted]:
@@ -74,7 +74,7 @@ def test_only(script: Path) -> None:
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
-    """Those of the jobs that the controller still remembers."""
+    """The jobs of these ids that the controller still has on record."""
     return [job for id in ids for job in [_job(id)] if job]
 
 
@@ -82,11 +82,11 @@ def requeue(job: str) -> None:
     """Put a running job back into the queue. Raises SlurmError if SLURM refuses."""
     answer = _run("scontrol", "requeue", job, check=False)
     if answer.returncode:
-        raise SlurmError(f"SLURM does not requeue job {job}: {answer.stderr.strip()}")
+        raise SlurmError(f"SLURM refuses to requeue job {job}: {answer.stderr.strip()}")
 
 
 def first_host(nodes: str) -> str:
-    """The address of the first node of a list such as "n[1-4]": its name, or what SLURM reaches it by."""
+    """The address of the first node in a list such as "n[1-4]": its name if it resolves, else SLURM's address."""
     name = _run("scontrol", "show", "hostnames", nodes).stdout.split()[0]
     try:
         socket.getaddrinfo(name, None)
@@ -113,7 +113,7 @@ def _job(id: str) -> Job | None:
 
 
 def _field(text: str, name: str) -> str:
-    """The value of a "Name=value" in what scontrol prints; empty if it is not there."""
+    """The value of "Name=value" in the output of scontrol; empty if there is none."""
     found = [word.partition("=")[2] for word in text.split() if word.startswith(f"{name}=")]
     return found[0] if found else ""
 
@@ -131,4 +131,4 @@ def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on PATH: SLURM's commands are needed here") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{' '.join(command)}: no answer in 60 s; SLURM's controller is busy or away") from None
+        raise SlurmError(f"{' '.join(command)}: no answer in 60 s; SLURM's controller is busy or unreachable") from None

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, read by launching, supervising and listing."""
+"""Reads the state of a run from its folder, for launching, supervising and listing runs."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is. Times in seconds; None where the run has not told yet."""
+    """The state of a run. Times are in seconds; None if the run has not reported a value yet."""
 
     name: str
     word: str  # done, running, stopped, failed, cut off, new, unreadable
@@ -32,7 +32,7 @@ class RunState:
 
 
 def read_state(run_folder: Path) -> RunState:
-    """Read what is there; a run that has not begun is "new"."""
+    """Read the state from the files; a run that has not started is "new"."""
     lines = list(json_lines(run_folder / "metrics.jsonl"))
     reports = [line for line in lines if "loss" in line]
     events = [line for line in lines if "event" in line]
@@ -60,7 +60,7 @@ def unreadable(run_folder: Path, why: str) -> RunState:
 
 
 def measured_pause(run_folder: Path) -> float | None:
-    """Seconds that the run's slowest step and its last save took; None before they are known."""
+    """The seconds of the run's slowest step plus its last save; None before they are known."""
     lines = list(json_lines(run_folder / "metrics.jsonl"))
     steps = [line["step_s"] for line in lines if "step_s" in line]
     saves = [line["seconds"] for line in lines if line.get("event") == "saved" and "seconds" in line]
@@ -68,33 +68,33 @@ def measured_pause(run_folder: Path) -> float | None:
 
 
 def holder(run_folder: Path) -> str:
-    """Which process trains in this folder, as far as its file system tells; empty if none."""
+    """The process that trains in this folder, as far as the file system shows; empty if there is none."""
     lock = run_folder / ".lock"
     if not lock.exists():
         return ""
-    with lock.open() as file:  # to ask needs no right to write
+    with lock.open() as file:  # reading the lock needs no write permission
         wish = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wish))[0]
         return "" if kind == fcntl.F_UNLCK else file.read().strip() or "another process"
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """Those with a manifest, oldest first."""
+    """The checkpoints that have a manifest, oldest first."""
     return sorted(path.parent for path in run_folder.glob(f"checkpoints/step-*/{MANIFEST}"))
 
 
 def last_step(run_folder: Path) -> int:
-    """The last step that a run told of."""
+    """The last step that a run has reported."""
     return _newest_step(list(json_lines(run_folder / "metrics.jsonl")))
 
 
 def _newest_step(lines: Sequence[dict[str, Any]]) -> int:
-    """Of the last line that was written in a step; changes of the config are told before any."""
+    """The step of the last line, without changes of the config, which are reported before the first step."""
     return next((line["step"] for line in reversed(lines) if line.get("event") != "config"), 0)
 
 
 def tail(path: Path, size: int = 1 << 16) -> list[str]:
-    """The last lines of a file; none if it is not there."""
+    """The last lines of a file; none if it does not exist."""
     if not path.exists():
         return []
     with path.open("rb") as file:

@@ -24,14 +24,14 @@ from dico_t2i.command import USER_ERROR, run, script_parser
 
 Row = tuple[RunState, slurm.Job | None]
 _COLUMNS = ("run", "state", "step", "loss", "images/s", "left", "saved", "restarts", "job")
-_DROPPED = ("restarts", "loss", "saved", "job", "images/s", "left")  # in this order, where the terminal is narrow
+_DROPPED = ("restarts", "loss", "saved", "job", "images/s", "left")  # hidden in this order if the terminal is narrow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: all of --folder)")
-    parser.add_argument("--folder", type=Path, default=Path("runs"))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     folders = arguments.runs or _runs(arguments.folder)
     missing = [folder for folder in folders if not _is_run(folder)]
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rows:
         _show(rows)
     for folder in missing:
-        print(f"error: {folder}: no run is there", file=sys.stderr)
+        print(f"error: {folder}: no such run", file=sys.stderr)
     return USER_ERROR if missing else 0
 
 
 def _show(rows: Sequence[Row]) -> None:
-    """The table, as wide as the terminal; without one, as it needs."""
+    """Print the table, as wide as the terminal; without a terminal, as wide as it needs."""
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
     dropped: list[str] = []
     anything = console.options.update(width=10_000)
@@ -57,14 +57,14 @@ def _show(rows: Sequence[Row]) -> None:
         dropped.append(_DROPPED[len(dropped)])
     console.print(_table(rows, dropped))
     if dropped:
-        print(f"not shown for want of width: {', '.join(dropped)} (--json has all)")
+        print(f"not shown in this narrow terminal: {', '.join(dropped)} (--json shows all)")
     for state, _ in rows:
         if state.trouble:
             console.print(f"{state.name}: last failure at {state.trouble}", highlight=False, markup=False)
 
 
 def _row(folder: Path) -> Row:
-    """What is known of a run; a folder that cannot be read is a row as well."""
+    """The state of a run and its job; a folder that cannot be read has a row, too."""
     try:
         return read_state(folder), _job(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,12 +74,12 @@ def _row(folder: Path) -> Row:
 
 def _runs(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give --folder, or run folders")
+        raise ValueError(f"{folder}: no such folder; use --folder, or name run folders")
     return sorted(path for path in folder.iterdir() if _is_run(path))
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run is there, or was submitted; also one that may not be looked at."""
+    """Whether the folder is a run, or of a submitted one; a folder without permission to read counts as a run."""
     try:
         return (folder / "config.yaml").exists() or (folder / "jobs" / "submitted.jsonl").exists()
     except PermissionError:
@@ -87,7 +87,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _job(folder: Path) -> slurm.Job | None:
-    """The newest job of a run, if SLURM is here and remembers it."""
+    """The newest job of a run, if SLURM is on this machine and still has it on record."""
     ids = known(folder / "jobs")
     if not ids or not slurm.present():
         return None
@@ -95,7 +95,7 @@ def _job(folder: Path) -> slurm.Job | None:
 
 
 def _table(rows: Sequence[Row], without: Sequence[str]) -> Table:
-    """Names and steps are folded where even they do not fit, never cut."""
+    """The table; long names are folded over several lines and never cut."""
     columns = [column for column in _COLUMNS if column not in without]
     table = Table()
     for column in columns:
@@ -117,7 +117,7 @@ def _table(rows: Sequence[Row], without: Sequence[str]) -> Table:
 
 
 def _word(state: RunState, job: slurm.Job | None) -> str:
-    """A job that waits in the queue will go on by itself."""
+    """The word for a run's state; a run whose job waits in the queue is "queued", since it will resume."""
     return "queued" if job and job.state == "PENDING" and state.word != "done" else state.word
 
 

@@ -1,8 +1,8 @@
-"""The training job as it runs on its first node: starts the ranks, waits, and decides what comes next.
+"""The training job on its first node: starts the ranks, waits for them, and decides what to do next.
 
-SLURM sends its signals (before the time limit, at preemption) to the ranks themselves. They save and leave with the
-requeue code; then this process asks for the requeue. Ranks that are killed leave no note: what srun and the other
-ranks say of them is shown instead.
+SLURM sends its signals (before the time limit, at preemption) to the ranks themselves. They save and exit with the
+requeue code; then this process requests the requeue. Ranks that are killed leave no note; what srun and the other ranks
+report about them is shown instead.
 """
 
 import json
@@ -27,18 +27,18 @@ from dico_t2i.command import REQUEUE_EXIT_CODE, USER_ERROR
 from dico_t2i.config import ClusterConfig, load_config
 from dico_t2i.runs.log import append, json_lines
 
-_PORTS = range(20000, 30000)  # outside the range that systems hand out
-_STRAGGLERS_S = 300  # after the first rank's end, until srun ends the others
+_PORTS = range(20000, 30000)  # outside the range of ports that systems assign
+_STRAGGLERS_S = 300  # from the end of the first rank until srun ends the others
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a start of a run failed: of the rank that was first."""
+    """The reason why a start of a run failed, from the first rank that failed."""
 
     time: float
     job: str
     start: int
-    step: int  # the last one that the run told of
+    step: int  # the last one that the run has reported
     code: int
     rank: int | None
     host: str
@@ -55,19 +55,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The callable that is submitted. Ends with exit code 0 when the run is done, 1 when it is given up."""
+    """The callable that is submitted. It ends with exit code 0 if the run is done, and 1 if it is given up."""
 
     name: str
     config: str  # resolved, as YAML
     runs: str
-    command: str  # what the user typed
+    command: str  # the user's command line
 
     def __call__(self) -> None:
         Supervisor(self).run()
 
 
 class Supervisor:
-    """One job's life."""
+    """Runs one job, from the check of its nodes to its end."""
 
     def __init__(self, job: TrainJob) -> None:
         self.job, self.id, self.slurm = job, jobs.own_id(), jobs.in_slurm()
@@ -80,7 +80,7 @@ class Supervisor:
         self.ranks: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
-        """Start the ranks; after failures and stops, again, as ``decide`` says."""
+        """Start the ranks, and start them again after failures and stops if ``decide`` says so."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._pass_on)
         self._check_nodes()
@@ -103,7 +103,7 @@ class Supervisor:
             self.start += 1
 
     def _train(self) -> int:
-        """Start all ranks and wait; the exit code that tells most."""
+        """Start all ranks and wait for them; returns the highest exit code."""
         environment = self._environment()
         address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         where = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
@@ -117,7 +117,7 @@ class Supervisor:
         cluster = self.cluster
         tasks = ["--ntasks", str(cluster.ranks), "--ntasks-per-node", str(cluster.ranks_per_node)]
         output = ["--unbuffered", "--open-mode=append", f"--output={self.folder}/rank-%t.log"]
-        ending = ["--kill-on-bad-exit=0", f"--wait={_STRAGGLERS_S}"]  # ranks that save must not be cut short
+        ending = ["--kill-on-bad-exit=0", f"--wait={_STRAGGLERS_S}"]  # ranks that are saving must not be killed
         srun = [*_srun(cluster), *tasks, f"--cpus-per-task={cluster.cpus_per_task}", *output, *ending]
         with (self.folder / "srun.log").open("ab", buffering=0) as log:
             log.write(f"{START_MARK}{self.start}\n".encode())
@@ -148,7 +148,7 @@ class Supervisor:
         }
 
     def _check_nodes(self) -> None:
-        """Give up, before any rank starts, if the nodes have not what training needs, or not the same."""
+        """Give up, before any rank starts, if the nodes lack something that training needs, or differ."""
         gpus = self.cluster.gpus_per_node
         if self.slurm:
             command = [*_srun(self.cluster), f"--ntasks={self.cluster.nodes}", "--ntasks-per-node=1"]
@@ -160,11 +160,11 @@ class Supervisor:
             nodes, found = [preflight.inspect(self.folder, gpus)], []
         found += preflight.problems(nodes, gpus)
         if found:
-            say("the nodes are not fit for this job:", *found)
+            say("the nodes cannot run this job:", *found)
             sys.exit(1)
 
     def _failure(self, code: int) -> Failure | None:
-        """Of the rank that noted one first, else what is known of ranks that were killed."""
+        """The failure that a rank noted first, or else a description of ranks that were killed."""
         notes = [json.loads(path.read_text()) for path in (self.folder / f"errors-{self.start}").glob("*.json")]
         if not notes and code in (0, REQUEUE_EXIT_CODE):
             return None
@@ -175,14 +175,14 @@ class Supervisor:
         return Failure(job=self.id, start=self.start, step=step, **first)
 
     def _last_words(self, code: int) -> str:
-        """What is said of ranks that could not say it themselves."""
+        """The reports of srun and of hang detection about ranks that left no note."""
         lines = [line for path in self.folder.glob("rank-*.log") for line in _newest(path) if line.startswith("[hang]")]
         verdicts = sorted(
             {re.sub(r"^\[hang\] (rank \d+: )?|; its own main thread is at:$", "", line) for line in lines}
         )
         reports = [line for line in _newest(self.folder / "srun.log") if "error" in line][-4:]
         ending = f"signal {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"code {code}"
-        hint = " (the kernel does that when a node is out of memory)" if code == 128 + signal.SIGKILL else ""
+        hint = " (the kernel sends it when a node is out of memory)" if code == 128 + signal.SIGKILL else ""
         return "\n".join([f"ranks ended by {ending}{hint}, without a traceback", *verdicts[:3], *reports])
 
     def _record(self, failure: Failure) -> None:
@@ -191,60 +191,60 @@ class Supervisor:
         say(f"FAILED at step {failure.step}:{who}", failure.error)
 
     def _failures(self) -> list[Failure]:
-        """This job's, oldest first."""
+        """The failures of this job, oldest first."""
         return [Failure(**line) for line in json_lines(self.run_folder / "failures.jsonl") if line["job"] == self.id]
 
     def _requeue(self) -> NoReturn:
-        """Back into the queue."""
-        say("requeued: the job goes on when SLURM starts it again")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it comes with the requeue, and ends this process
+        """Put the job back into the queue, and end."""
+        say("requeued: the job resumes when SLURM starts it again")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the requeue sends it, which ends this process
         slurm.requeue(self.id)
         time.sleep(60)
         sys.exit(1)
 
     def _taken_away(self) -> str:
-        """What SLURM has done with the job, in words; empty while it lets it run."""
+        """A description of what SLURM has done with the job; empty while the job may run."""
         for found in slurm.jobs([self.id]) if self.slurm else []:
             if found.state == "RUNNING":
                 return ""
             if found.restarts > self.start or found.state in ("PENDING", "REQUEUED"):
-                return "requeued by SLURM (scontrol requeue, preemption or a lost node): goes on from its checkpoint"
+                return "requeued by SLURM (scontrol requeue, preemption or a lost node): resumes from its checkpoint"
             if found.reason in ("TimeLimit", "NodeDown") or found.state in ("TIMEOUT", "NODE_FAIL"):
-                return f"ended by SLURM ({found.reason or found.state}); launch again to go on"
-            return "cancelled (scancel); launch again to go on from the newest checkpoint"
+                return f"ended by SLURM ({found.reason or found.state}); launch again to resume"
+            return "cancelled (scancel); launch again to resume from the newest checkpoint"
         return ""
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Under SLURM the ranks get every signal themselves."""
+        """Pass a signal on to local ranks; under SLURM the ranks receive signals themselves."""
         for process in self.ranks:
             process.send_signal(number)
 
 
 def decide(code: int, start: int, max_requeues: int, failures: Sequence[Failure]) -> Decision:
-    """What comes after a start's end. failures: this job's, the newest last, of this start included."""
+    """Decide what to do after a start has ended. failures: this job's, newest last, including one of this start."""
     failure = failures[-1] if failures and failures[-1].start == start else None
     if failure is None and code == 0:
         return Decision("end", "done")
     if failure and failure.code == USER_ERROR:
-        return Decision("give up", "given up: this needs a change by you; launch again after it")
+        return Decision("give up", "given up: correct this error, then launch again")
     if failure and any(other.step == failure.step for other in failures[:-1]):
         first = next(other for other in failures if other.step == failure.step)
         return Decision(
             "give up", f"given up: failed twice at step {failure.step}. The first error was:\n{first.error}"
         )
     if start >= max_requeues:
-        return Decision("give up", f"given up: requeued {start} times (--max-requeues); launch again to go on")
-    return Decision("again", "stopped by a signal, goes on from its checkpoint" if not failure else "tries once more")
+        return Decision("give up", f"given up: requeued {start} times (--max-requeues); launch again to resume")
+    return Decision("again", "stopped by a signal, resumes from its checkpoint" if not failure else "trying again")
 
 
 def say(*lines: str) -> None:
-    """Into the job's log."""
+    """Write to the job's log."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"[{stamp}] " + "\n".join(lines), flush=True)
 
 
 def _newest(log: Path) -> list[str]:
-    """The last lines of a log, of its last start only."""
+    """The last lines of a log, only those of its last start."""
     lines = tail(log)
     marks = [number for number, line in enumerate(lines) if line.startswith(START_MARK)]
     return lines[marks[-1] :] if marks else lines
@@ -264,7 +264,7 @@ def _python(cluster: ClusterConfig) -> str:
 
 
 def _free_port() -> int:
-    """A port of this node, where rank 0 listens, that nobody uses now."""
+    """A port of this node, for rank 0 to listen on, that is free now."""
     for port in random.sample(_PORTS, 200):
         with socket.socket() as probe:
             try:

@@ -1,4 +1,4 @@
-"""Work that is no training, as jobs: scripts of the repository, restarted where they were when SLURM stops them."""
+"""Jobs other than training: scripts of the repository, which are started again if SLURM stops them."""
 
 import subprocess
 import sys
@@ -13,25 +13,25 @@ from cluster.state import complete_checkpoints, read_state
 
 @dataclass(frozen=True)
 class ScriptJob:
-    """Runs ``python ARGUMENTS`` to its end. The script itself has to go on where it was."""
+    """Runs ``python ARGUMENTS`` to its end. The script itself must be able to resume where it stopped."""
 
     arguments: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Exits with the script's code if that is not 0; its output is the job's log."""
+        """Run the script, and exit with its code if that is not 0; its output goes to the job's log."""
         code = subprocess.run([sys.executable, "-u", *self.arguments], check=False).returncode
         if code:
             print(f"python {' '.join(self.arguments)}: exit code {code}", file=sys.stderr)
             sys.exit(code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again when the time limit comes."""
+        """The job that submitit queues again at the time limit."""
         return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Runs a script for the newest checkpoint, or for each one that appears."""
+    """Runs a script on the newest checkpoint, or on each one that appears."""
 
     run: str
     name: str
@@ -40,7 +40,7 @@ class EvaluationJob:
     poll_s: float = 10.0
 
     def __call__(self) -> None:
-        """Exits with code 1 if a script failed; the other checkpoints are evaluated all the same."""
+        """Evaluate the checkpoints, and exit with code 1 if a script failed; the others are still evaluated."""
         failed: set[str] = set()
         while True:
             over = not self.follow or read_state(Path(self.run)).word == "done"  # before looking: none comes after it
@@ -54,11 +54,11 @@ class EvaluationJob:
             sys.exit(1)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again when the time limit comes."""
+        """The job that submitit queues again at the time limit."""
         return DelayedSubmission(self)
 
     def _checkpoints(self) -> list[Path]:
-        """Complete ones, oldest first; only the newest when not following."""
+        """The complete checkpoints, oldest first; only the newest one unless following."""
         found = complete_checkpoints(Path(self.run))
         if not found and not self.follow:
             sys.exit(f"{self.run}: no complete checkpoint to evaluate")
@@ -71,7 +71,7 @@ class EvaluationJob:
         return (self._out(checkpoint) / ".done").exists()
 
     def _evaluate(self, checkpoint: Path) -> bool:
-        """Whether it worked. A checkpoint that retention deletes meanwhile counts as not wanted."""
+        """Run the script; False if it failed, unless retention has deleted the checkpoint meanwhile."""
         out = self._out(checkpoint)
         out.mkdir(parents=True, exist_ok=True)
         filled = [part.replace("{checkpoint}", str(checkpoint)).replace("{out}", str(out)) for part in self.arguments]

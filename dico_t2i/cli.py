@@ -1,4 +1,4 @@
-"""The ``dico`` command. Heavy imports happen inside the commands, so that --help answers at once."""
+"""The ``dico`` command. Slow imports are inside the commands, so that --help answers at once."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from dico_t2i.command import non_negative, positive, run
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse and run; exits with 0, 2 (something to correct, said in one message), 130 or a command's own code."""
+    """Parse the arguments and run the command; exits with 0, 2 (an error to correct), 130 or the command's own code."""
     parsed = _parser().parse_args(arguments)
     sys.exit(run(lambda: parsed.run(parsed), f"dico {parsed.command}"))
 
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of the run folders (default: runs)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
@@ -44,11 +44,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, type=Path)
-    parser.add_argument("--cluster", type=Path, help="a profile; see configs/cluster/")
-    parser.add_argument("--nodes", type=positive)
-    parser.add_argument("--gpus-per-node", type=non_negative)
-    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
+    parser.add_argument("--cluster", type=Path, help="a cluster profile; see configs/cluster/")
+    parser.add_argument("--nodes", type=positive, help="number of nodes (default: the config's)")
+    parser.add_argument("--gpus-per-node", type=non_negative, help="GPUs of each node (default: the config's)")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
@@ -79,7 +79,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sampler_name(text: str) -> str:
-    """The name of a sampler; the config, which knows them, is imported only when one is given."""
+    """The name of a sampler; the config, which lists the names, is imported only if one is given."""
     from dico_t2i.config import SAMPLER_NAMES
 
     if text not in SAMPLER_NAMES:
@@ -90,23 +90,21 @@ def _sampler_name(text: str) -> str:
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", action="append", help="a text; may be given several times")
+    what.add_argument("--prompt", action="append", help="a prompt; this option may be repeated")
     what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
     what.add_argument("--labels", nargs="+", help='class numbers, or ImageNet names such as "golden retriever"')
     parser.add_argument("--out", required=True, type=Path, help="a folder for PNGs; new, empty, or of the same command")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up from it")
-    parser.add_argument("--per-prompt", type=positive, default=1, help="images of each prompt or label")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up from it")
+    parser.add_argument("--per-prompt", type=positive, default=1, help="images for each prompt or label (default: 1)")
     parser.add_argument("--sampler", type=_sampler_name, metavar="NAME", help="default: the config's sampler.kind")
-    parser.add_argument("--steps", type=positive)
-    parser.add_argument(
-        "--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps say other"
-    )
-    parser.add_argument("--guidance", type=float, help="w of uncond + w (cond - uncond); 1 is none")
+    parser.add_argument("--steps", type=positive, help="sampling steps (default: the config's sampler.steps)")
+    parser.add_argument("--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps is given")
+    parser.add_argument("--guidance", type=float, help="the scale w in uncond + w (cond - uncond); 1: no guidance")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     parser.add_argument("--batch", type=positive, default=16, help="images sampled at a time (default: 16)")
     parser.add_argument("--decode-batch", type=positive, default=16, help="images decoded at a time (default: 16)")
     parser.add_argument(
-        "--exact", action="store_true", help="through torch alone: in fp32, the bytes that diffusers gives"
+        "--exact", action="store_true", help="use only plain torch operators: in fp32, the same bytes as diffusers"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
 
@@ -120,9 +118,9 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument(
-        "--no-encoders", action="store_true", help="leave autoencoder and text encoder out of the folder"
+        "--no-encoders", action="store_true", help="leave the autoencoder and the text encoder out of the folder"
     )
 
 
@@ -135,10 +133,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import_official_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="a torch file or safetensors; nothing in it is executed")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--image-size", type=int, default=256, help="pixels it was trained on (default: 256)")
-    parser.add_argument("--autoencoder", help="a folder or hub id (default: stabilityai/sd-vae-ft-ema)")
+    parser.add_argument("file", type=Path, help="a torch or safetensors file; no code in it is executed")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="image size of its training, in pixels (default: 256)"
+    )
+    parser.add_argument("--autoencoder", help="its folder or hub id (default: stabilityai/sd-vae-ft-ema)")
     parser.add_argument("--no-encoders", action="store_true", help="leave the autoencoder out of the folder")
 
 
@@ -153,10 +153,10 @@ def _import_official(arguments: argparse.Namespace) -> int:
 
 
 def _prefetch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="a YAML file; with --check it may be left out")
-    parser.add_argument("--out", required=True, type=Path, help="the folder; use it with DICO_WEIGHTS=FOLDER")
-    parser.add_argument("--also", action="append", default=[], metavar="URL", help="a further file, to FOLDER/files")
-    parser.add_argument("--check", action="store_true", help="verify the folder's hashes, and get nothing")
+    parser.add_argument("--config", type=Path, help="a YAML file; optional with --check")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to fill; use it with DICO_WEIGHTS=FOLDER")
+    parser.add_argument("--also", action="append", default=[], metavar="URL", help="a further file for FOLDER/files")
+    parser.add_argument("--check", action="store_true", help="verify the folder's hashes, without any download")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
@@ -164,23 +164,23 @@ def _prefetch(arguments: argparse.Namespace) -> int:
     from dico_t2i.config import load_config
 
     if arguments.config is None and not arguments.check:
-        raise ValueError("--config: give the config whose files are wanted")
+        raise ValueError("--config: give the config whose files you want")
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     if not arguments.check:
-        os.environ["DICO_ALLOW_DOWNLOAD"] = "1"  # before huggingface_hub is imported: this command is the permission
+        os.environ["DICO_ALLOW_DOWNLOAD"] = "1"  # this command is the permission; huggingface_hub reads it on import
     from dico_t2i.commands.prefetch import check, prefetch
 
     if config is not None and not arguments.check:
         prefetch(config, arguments.out, arguments.also)
         print(f"use it with: export DICO_WEIGHTS={arguments.out.absolute()}")
-    print(f"{check(arguments.out, config)} files in {arguments.out}, all as they should be")
+    print(f"{check(arguments.out, config)} files in {arguments.out}, all verified")
     return 0
 
 
 def _doctor_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="look as well at the weights, data and disk space it needs")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--config", type=Path, help="check the weights, data and disk space it needs, too")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of the run folders (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
@@ -206,7 +206,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _completion_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that will read the script")
 
 
 def _completion(arguments: argparse.Namespace) -> int:
@@ -223,11 +223,11 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
-    parser.add_argument("--compare", type=Path, help="a second one, sampled with the same seeds")
+    parser.add_argument("--compare", type=Path, help="a second checkpoint, sampled with the same seeds")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others too (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="the port to listen on (default: 7860)")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -243,7 +243,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)")
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -255,14 +255,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
-    "train": ("train a run, or go on with it where it stopped", _train_options, _train),
-    "plan": ("what a run will need: memory, time, communication, data; no GPU needed", _plan_options, _plan),
+    "train": ("train a run, or resume it where it stopped", _train_options, _train),
+    "plan": ("predict what a run needs: memory, time, communication, data; needs no GPU", _plan_options, _plan),
     "sample": ("make images from prompts or class labels", _sample_options, _sample),
-    "export": ("write averaged weights, config and a diffusers pipeline into one folder", _export_options, _export),
+    "export": ("write averaged weights, config and a diffusers pipeline to one folder", _export_options, _export),
     "import-official": ("make an exported folder of a released checkpoint", _import_official_options, _import_official),
-    "prefetch": ("get every pretrained file a config needs into one folder", _prefetch_options, _prefetch),
-    "doctor": ("look at this machine, and say what to change before training", _doctor_options, _doctor),
+    "prefetch": ("download every pretrained file a config needs to one folder", _prefetch_options, _prefetch),
+    "doctor": ("examine this machine, and report what to change before training", _doctor_options, _doctor),
     "completion": ("print a script that completes commands and options with TAB", _completion_options, _completion),
-    "demo": ("a web page to try a checkpoint on, or to compare two", _demo_options, _demo),
-    "report": ("one HTML page about one run or several, to read off line", _report_options, _report),
+    "demo": ("serve a web page to try a checkpoint, or to compare two", _demo_options, _demo),
+    "report": ("write an HTML page about one or more runs, for reading offline", _report_options, _report),
 }

@@ -1,4 +1,4 @@
-"""What every command has in common: exit codes, types of options, errors in one line. Imports nothing heavy."""
+"""The common parts of all commands: exit codes, types of options, one-line errors. Nothing slow is imported."""
 
 import argparse
 import sys
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-USER_ERROR = 2  # something that only the user can correct; argparse ends with it as well
+USER_ERROR = 2  # an error that only the user can correct; argparse uses the same code
 HANG_EXIT_CODE = 74  # EX_IOERR of sysexits.h: a rank hangs or has died
-REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved, try again later
-INTERRUPTED = 130  # by Ctrl-C: 128 and the number of SIGINT, as shells have it
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; start again later
+INTERRUPTED = 130  # by Ctrl-C: 128 plus the number of SIGINT, as in shells
 
 
 def run(main: Callable[[], int], command: str = "") -> int:
-    """The exit code of ``main``. Bad input, a ValueError or OSError, becomes one line on stderr; so does Ctrl-C.
+    """Run ``main`` and return its exit code. Bad input (ValueError, OSError) or Ctrl-C becomes one line on stderr.
 
-    command: what stands before the message, such as "dico train"; without it the word "error".
+    command: the prefix of the message, such as "dico train"; "error" if it is empty.
     """
     try:
         return main()
@@ -31,7 +31,7 @@ def run(main: Callable[[], int], command: str = "") -> int:
 
 
 def script_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help shows the script's docstring as it is written."""
+    """A parser whose --help shows the script's docstring unchanged."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -56,7 +56,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def part(text: str) -> tuple[int, int]:
-    """K/N: this process makes every N-th shard, beginning with shard K, which counts from 0."""
+    """K/N: this process makes every N-th shard, starting at shard K, counted from 0."""
     number, slash, parts = text.partition("/")
     if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise ArgumentTypeError(f"{text!r} is not K/N with K from 0 to N - 1")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""Writes files atomically: even after a crash, a file is either complete or absent."""
 
 import os
 import uuid
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process uses and no search for shards finds."""
+    """A path beside ``path`` that no other process uses and that no search for shards finds."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, force to disk, rename."""
+    """Write under a temporary name, flush to disk, and rename."""
     part = temporary(path)
     try:
         part.write_bytes(content)
@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How the process gets its memory."""
+"""Sets how the process allocates memory."""
 
 import ctypes
 
@@ -7,10 +7,10 @@ _INT_MAX = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what comes next. For processes whose tensors are in host memory.
+    """Make glibc keep freed memory for later allocations. For processes whose tensors are in host memory.
 
-    By default it gives large pieces back to the system, and a training step, which allocates the same again, waits
-    while every page is filled with zeros. Does nothing with another C library.
+    By default glibc returns large blocks to the system. A training step, which allocates the same sizes again, then
+    waits while the system fills every page with zeros. With a different C library this function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

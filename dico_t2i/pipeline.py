@@ -1,4 +1,4 @@
-"""The exported pipeline, run with this package's own network and samplers; importing this module takes no time."""
+"""Runs an exported pipeline with this package's own network and samplers. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class DiCoPipeline:
-    """What `dico export` wrote, run by this package; the code in the folder is not executed."""
+    """The pipeline in a folder that `dico export` wrote, run by this package; code in the folder is not executed."""
 
     @staticmethod
     def from_pretrained(folder: str | Path, dtype: torch.dtype | None = None, **parts: Any) -> PortablePipeline:
-        """The pipeline of an exported folder; a diffusers pipeline.
+        """The pipeline of an exported folder, which is a pipeline of diffusers.
 
-        dtype: of all models; float32 if left out. parts: components to take instead of the folder's: vae,
+        dtype: the dtype of all models; float32 by default. parts: components to use instead of the folder's: vae,
         text_encoder, tokenizer. Raises ValueError if the folder is not an export.
         """
         from dico_t2i.export.portable.load import load_portable

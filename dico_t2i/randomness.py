@@ -1,12 +1,12 @@
 """Random numbers as a function of (seed, purpose, index): there is no generator state to save.
 
-Every draw of the system (initial noise, timesteps, dropped texts, flips, shuffles) is named by the run's seed,
-a purpose such as ``"noise"`` and the index of the sample it belongs to. So a batch is the same on 1 or 128
-ranks, a sample does not depend on its neighbours, and resuming needs nothing but the position.
+Every random draw (initial noise, timesteps, dropped texts, flips, shuffles) is identified by the run's seed, a purpose
+such as ``"noise"`` and the index of its sample. Therefore a batch is the same on 1 or 128 ranks, a sample does not
+depend on its neighbours, and a resume needs only the position.
 
-The numbers are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) computed
-with integer arithmetic, bit-equal on every device. The key is the seed, the counter is
-(block of four words, purpose, index).
+The numbers are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), computed with
+integer arithmetic and bit-equal on every device. The key is the seed; the counter is (block of four words, purpose,
+index).
 """
 
 import math
@@ -22,13 +22,13 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-_FEW_BLOCKS = 1 << 13  # up to here numpy's calls cost less than torch's
+_FEW_BLOCKS = 1 << 13  # up to this number, numpy's calls cost less than torch's
 
 Integers = TypeVar("Integers", np.ndarray, Tensor)
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """Seeds of images as plain numbers. Raises ValueError for what is no whole number of 64 bits with a sign."""
+    """The seeds of images as Python integers. Raises ValueError if one is not a signed 64-bit integer."""
     found = []
     for seed in seeds:
         try:
@@ -57,7 +57,7 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
 
 
 def _philox(seed: int, purpose: str, block: Integers, index: Integers) -> tuple[Integers, ...]:
-    """The four words of each block (1, B) of each index (N, 1), int64 (N, B) each."""
+    """The four words, each int64 (N, B), of each block (1, B) and index (N, 1)."""
     zero = 0 * (block + index)
     c0, c1, c2, c3 = (
         zero + block,
@@ -67,7 +67,7 @@ def _philox(seed: int, purpose: str, block: Integers, index: Integers) -> tuple[
     )
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
-        # The product of two 32-bit words wraps in int64, which leaves its 64 bits intact.
+        # The product of two 32-bit words may overflow int64, but its 64 bits are still correct.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _WORD) ^ c1 ^ k0,
@@ -80,12 +80,12 @@ def _philox(seed: int, purpose: str, block: Integers, index: Integers) -> tuple[
 
 
 def uniform(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
-    """Uniform in [0, 1), float64 with 32 random bits. index (N,) -> (N, *shape)."""
+    """Uniform numbers in [0, 1), float64 with 32 random bits: index (N,) -> (N, *shape)."""
     return (words(seed, purpose, index, math.prod(shape)).double() / 2**32).reshape(-1, *shape)
 
 
 def normal(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
-    """Standard normal, float32, by Box-Muller in float64. index (N,) -> (N, *shape)."""
+    """Standard normal numbers, float32, by Box-Muller in float64: index (N,) -> (N, *shape)."""
     count = math.prod(shape)
     pairs = -(-count // 2)
     u = (words(seed, purpose, index, 2 * pairs).double() + 0.5) / 2**32
@@ -95,12 +95,12 @@ def normal(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) ->
 
 
 def integers(seed: int, purpose: str, index: Tensor, high: int | Tensor) -> Tensor:
-    """Uniform integers in [0, high), int64; high below 2^31, one for all or one per index. index (N,) -> (N,)."""
+    """Uniform integers in [0, high), int64: index (N,) -> (N,). high: below 2^31, common to all or one per index."""
     return (words(seed, purpose, index, 1)[:, 0] * high) >> 32
 
 
 def permutation(seed: int, purpose: str, index: int, size: int) -> np.ndarray:
-    """A permutation of range(size), int64: the ranks of ``size`` random 62-bit keys (ties by position)."""
+    """A permutation of range(size), int64: the sorting order of ``size`` random 62-bit keys (ties by position)."""
     both = words(seed, purpose, torch.tensor([index]), 2 * size)[0].reshape(size, 2)
     keys = (both[:, 0] << 30) | (both[:, 1] >> 2)
     return np.argsort(keys.numpy(), kind="stable")

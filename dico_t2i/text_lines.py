@@ -1,7 +1,7 @@
-"""The one reader of text that people write: prompts, captions, labels and names, a line each.
+"""Reads all text that people write: prompts, captions, labels and names, one in each line.
 
-A byte-order mark says how a file is encoded and is no part of its text. A line ends at "\\n", "\\r\\n" or "\\r" and
-nowhere else: U+2028, U+0085, the vertical tab and the form feed are characters of a line.
+A byte-order mark gives the encoding of a file and does not belong to its text. A line ends only at "\\n", "\\r\\n" or
+"\\r"; U+2028, U+0085, the vertical tab and the form feed are characters within a line.
 """
 
 import codecs
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 MARK = "\ufeff"
-_MARKS = (  # the longer ones first: UTF-32's little-endian mark begins with UTF-16's
+_MARKS = (  # longer marks first, since the little-endian mark of UTF-32 starts with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -30,9 +30,9 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def decode_text(data: bytes, what: str, encoding: str = "utf-8") -> str:
-    """Text of bytes, without marks: encoded as their byte-order mark says, or in ``encoding`` where there is none.
+    """Decode bytes by their byte-order mark, or in ``encoding`` if they have none; the mark is removed.
 
-    Raises ValueError, in one line, with ``what`` and the place of the first byte that is no text.
+    Raises a one-line ValueError with ``what`` and the place of the first byte that cannot be decoded.
     """
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", encoding))
     try:
@@ -49,15 +49,15 @@ def decode_text(data: bytes, what: str, encoding: str = "utf-8") -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text, without their ends; a mark at the start of a line, as joined files have it, is removed."""
+    """The lines of a text, without their ends. Marks at the start of lines, as in concatenated files, are removed."""
     lines = _LINE_END.split(text)
     if not lines[-1]:
-        lines.pop()  # the last line end is one, not the beginning of a further line
+        lines.pop()  # the last line end does not start a further line
     return [line.removeprefix(MARK) for line in lines]
 
 
 def check_text(text: str, what: str) -> str:
-    """The text itself. Raises ValueError, in one line, if it was made of bytes that are not UTF-8."""
+    """Return the text unchanged. Raises a one-line ValueError if it was made from bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -68,5 +68,5 @@ def check_text(text: str, what: str) -> str:
 
 
 def encoding_of(start: bytes, encoding: str) -> tuple[str, int]:
-    """The encoding that a file's first four bytes name with a mark, and the mark's length; else ``encoding`` and 0."""
+    """The encoding and length of the mark in a file's first four bytes; ``encoding`` and 0 if there is no mark."""
     return next(((name, len(mark)) for mark, name in _MARKS if start.startswith(mark)), (encoding, 0))

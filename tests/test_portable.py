@@ -349,13 +349,13 @@ def test_arguments_that_do_not_fit_are_named(pipeline, class_model):
     from dico_t2i.pipeline import DiCoPipeline
 
     classes = DiCoPipeline.from_pretrained(class_model)
-    with pytest.raises(ValueError, match="takes prompt, and no class_labels"):
+    with pytest.raises(ValueError, match="needs prompt, not class_labels"):
         pipeline(class_labels=3)
-    with pytest.raises(ValueError, match="takes class_labels, and no prompt"):
+    with pytest.raises(ValueError, match="needs class_labels, not prompt"):
         classes("a dog")
-    with pytest.raises(ValueError, match="'golden retreiver' is no class here"):
+    with pytest.raises(ValueError, match="'golden retreiver' is not a class"):
         classes(class_labels="golden retreiver")
-    with pytest.raises(ValueError, match=r"1000 must lie in 0\.\.999"):
+    with pytest.raises(ValueError, match=r"1000 must be in 0\.\.999"):
         classes(class_labels=1000)
     with pytest.raises(ValueError, match="'euler' is not one of iddpm"):
         pipeline(PROMPTS[0], sampler="euler")
@@ -394,7 +394,7 @@ def test_a_network_of_several_encoders_is_not_fed_by_one(text_model, pipeline, t
     write_folder(tmp_path / "out", config, shapes, arrays, {"weights": "weight"}, {}, encoders=False)
     parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")}
     loaded = DiCoPipeline.from_pretrained(tmp_path / "out", **parts)
-    with pytest.raises(ValueError, match="takes 89 tokens of width 16, the text encoder gives"):
+    with pytest.raises(ValueError, match="needs 89 tokens of width 16, but the encoder has"):
         loaded(PROMPTS[0])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "cut to 77 and 12 tokens" in card

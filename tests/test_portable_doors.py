@@ -34,11 +34,11 @@ def of_classes(tmp_path_factory):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"prompt": [None, "x"]}, "prompt: number 0 is None, which is no text"),
+        ({"prompt": [None, "x"]}, "prompt: number 0 is None, not a text"),
         ({"prompt": ["x", 3]}, "prompt: number 1 is 3"),
         ({"prompt": 3}, "prompt: number 0 is 3"),
-        ({"prompt": []}, "prompt: none are given"),
-        ({"prompt": ()}, "prompt: none are given"),
+        ({"prompt": []}, "prompt: the list is empty"),
+        ({"prompt": ()}, "prompt: the list is empty"),
         ({"prompt": "caf\udce9"}, "0xe9 is not UTF-8"),
         ({"negative_prompt": [None]}, "negative_prompt: number 0 is None"),
         ({"guidance_scale": math.nan}, "guidance_scale: nan is not a number of 0 or more"),
@@ -54,7 +54,7 @@ def of_classes(tmp_path_factory):
         ({"seed": 1 << 63}, "seed: 9223372036854775808 must lie between"),
         ({"seed": (1 << 63) - 1, "num_images_per_prompt": 2}, "must lie between"),
         ({"seed": [1, 2]}, "2 seeds or generators for 1 images"),
-        ({"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}, "prompt_embeds unknown; there is"),
+        ({"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}, "prompt_embeds unknown; use latents"),
         ({"output_type": "foo"}, "output_type: 'foo' is not one of pil, np, pt, latent"),
         ({"height": 0}, "height: must be at least 1, not 0"),
         ({"width": 33}, "must be divisible by 32"),

@@ -122,7 +122,7 @@ def test_a_config_with_a_mark_and_one_that_is_no_text(tmp_path, config_file):
         ("8: [seed=1]\n8: [seed=2]\n", "8 is given twice"),
         ("a: [seed=1]\na: [seed=2]\n", "a is given twice"),
         ("{}\n", "no runs in it"),
-        ("", "expected names with lists"),
+        ("", "expected names, each with a list"),
         ("a: [name=x]\nb: [name=x]\n", "two entries make the run x"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Reading configs: YAML files with ``extends:``, dotted overrides, and their way back to YAML."""
+"""Reads configs from YAML files with ``extends:`` and from dotted overrides, and writes them as YAML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dico_t2i.text_lines import check_text, read_text
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, follow ``extends:``, apply ``key.path=value`` overrides, validate.
+    """Read a YAML file, follow ``extends:``, apply ``key.path=value`` overrides, and validate the config.
 
     Raises ConfigError with the file, the key's path and the remedy.
     """
@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: ClusterConfig | None = None) -> ClusterConfig:
-    """A cluster from a profile file, under what ``below`` sets itself, under ``changes``.
+    """A cluster from a profile file; the keys that ``below`` sets replace its own, and ``changes`` replace both.
 
     Raises ConfigError with the file and the key.
     """
@@ -36,7 +36,7 @@ def read_cluster(profile: Path | None, changes: Mapping[str, Any], below: Cluste
 
 
 def load_section(path: Path, section: type[AnySection], overrides: Iterable[str] = ()) -> AnySection:
-    """Any section from a file of its own, with ``extends:`` and overrides as ``load_config`` has them.
+    """A section of any kind from its own file, with ``extends:`` and overrides as in ``load_config``.
 
     Raises ConfigError with the file, the key's path and the remedy.
     """
@@ -47,7 +47,7 @@ def load_section(path: Path, section: type[AnySection], overrides: Iterable[str]
 
 
 def parse_section(tree: Mapping[str, Any], section: type[AnySection], source: str) -> AnySection:
-    """Validate a plain tree as any section; ``source`` is named in errors."""
+    """Validate a tree of plain values as a section of any kind; errors name ``source``."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -55,12 +55,12 @@ def parse_section(tree: Mapping[str, Any], section: type[AnySection], source: st
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
-    """Validate a plain tree; ``source`` is named in errors."""
+    """Validate a tree of plain values as a config; errors name ``source``."""
     return parse_section(tree, Config, source)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of sections, and of lists of sections, as {"key.path": value}."""
+    """Flatten a tree of sections, and of lists of sections, to {"key.path": value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -71,7 +71,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads back to an equal object."""
+    """The resolved config as YAML, which ``load_config`` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
@@ -88,7 +88,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    except ValueError as error:  # bytes that are no text
+    except ValueError as error:  # bytes that are not text
         raise ConfigError(str(error)) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
@@ -98,7 +98,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
 
 
-# Keys that exclude each other: a file that extends another replaces a section of them as a whole.
+# These keys exclude each other, so a file that extends another one replaces a whole section of them.
 _SPAN_KEYS = set(Span.model_fields)
 
 

@@ -1,1 +1,1 @@
-"""Data: what is in the shards, in which order, and micro-batches of it."""
+"""Data: the contents of the shards, the order of the samples, and the micro-batches."""

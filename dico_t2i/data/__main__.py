@@ -1,4 +1,4 @@
-"""Index a folder of shards anew: ``python -m dico_t2i.data DIR``; with ``--buckets 256``, the images' shapes too."""
+"""Indexes a folder of shards again: ``python -m dico_t2i.data DIR``; ``--buckets 256`` assigns buckets, too."""
 
 import argparse
 
@@ -8,11 +8,11 @@ from dico_t2i.data.index import rebuild_index
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dico_t2i.data", description="Index shards anew.")
+    parser = argparse.ArgumentParser(prog="python -m dico_t2i.data", description="Index a folder of shards again.")
     add = parser.add_argument
-    add("folder", help="folder of shards (*.tar)")
+    add("folder", help="the folder that holds the shards (*.tar)")
     add("--buckets", type=int, metavar="N", help="assign each image an aspect-ratio bucket of about N x N pixels")
-    add("--max-ratio", type=float, default=MAX_RATIO, metavar="R", help="of a bucket's sides (default: %(default)s)")
+    add("--max-ratio", type=float, default=MAX_RATIO, metavar="R", help="largest ratio of sides (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         if arguments.buckets is None:

@@ -1,4 +1,4 @@
-"""Micro-batches: endless, from any step on, the same for any number of ranks and workers."""
+"""Makes endless micro-batches from any step on; global batches are the same for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.sample import POOLED, TEXT, Caption, label_of, member_of, sourced_captions, stored_features
 from dico_t2i.data.shard import MOMENTS
 
-MAX_REPLACEMENTS = 100  # in a row, for one position
+MAX_REPLACEMENTS = 100  # tried in a row for one position
 
 
 _SMALL_TENSOR = 1 << 16  # bytes
 
 
 class BadSample(NamedTuple):
-    """A sample that was replaced: the position it was wanted for, and what was wrong with it."""
+    """A sample that was replaced: the position that needed it, and the reason why it cannot be used."""
 
     position: int
     shard: str
@@ -40,12 +40,13 @@ class BadSample(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch of n samples, at CPU.
+    """A micro-batch of n samples, in CPU memory.
 
-    positions: int64 (n,). images: uint8 (n, 3, H, W), or moments: float16 (n, 2C, h, w). captions and tokens
-    (what the tokenizer made of them) with texts, labels int64 (n,) with classes. text float16 (n, T, dim) and pooled
-    (n, pooled_dim) instead of tokens where the features are stored. sources: int64 (n,), which data set of a mixture
-    each is from. bad: the samples replaced; quarantined: how many more were, because of the quarantine list.
+    positions: int64 (n,). images: uint8 (n, 3, H, W), or moments: float16 (n, 2C, h, w). A network conditioned on text
+    gets captions and tokens (the tokenizer's output), or text float16 (n, T, dim) and pooled (n, pooled_dim) instead of
+    tokens if these features are stored with the samples. A network conditioned on classes gets labels int64 (n,).
+    sources: int64 (n,), the data set of a mixture that each sample is from. bad: the samples that were replaced.
+    quarantined: the number of further samples that were replaced because they are on the quarantine list.
     """
 
     positions: Tensor
@@ -67,7 +68,7 @@ class Batch:
         return Batch(**{**vars(self), **pinned})
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker sends: each tensor through shared memory costs a connection, so small ones go as they are."""
+        """The state that a worker sends: small tensors directly, because shared memory costs a connection each."""
         return {
             name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= _SMALL_TENSOR else value
             for name, value in vars(self).items()
@@ -94,7 +95,7 @@ class MicroBatches(IterableDataset[Batch]):
             yield self.samples.batch(self.positions(number))
 
     def step(self, number: int) -> int:
-        """The step that micro-batch ``number``, counted from the first, belongs to."""
+        """The step that micro-batch ``number`` belongs to; numbers count from 0 at ``start_step``."""
         return self.start_step + number // self.per_step
 
     def positions(self, number: int) -> np.ndarray:
@@ -112,21 +113,21 @@ class _Sample(NamedTuple):
     pixels: Any  # an image, uint8 (3, H, W) tensor, or moments, float16 array
     captions: list[Caption]
     label: int
-    features: tuple[np.ndarray, ...]  # of each caption: text and pooled, where they are stored
+    features: tuple[np.ndarray, ...]  # text and pooled features of each caption, if they are stored
 
 
 @dataclass
 class _Tally:
-    """What was replaced in a micro-batch."""
+    """The samples that were replaced in a micro-batch."""
 
     bad: list[BadSample] = field(default_factory=list)
     quarantined: int = 0
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a sample beside its pixels.
+    """The parts of a sample that are needed besides its pixels.
 
-    classes: labels from there on make a sample bad. tokenize: captions to token ids, where tokens are wanted.
+    classes: a sample whose label is this number or higher is bad. tokenize: maps captions to token ids, if needed.
     """
 
     condition: Literal["class", "text"]
@@ -143,7 +144,7 @@ class Samples:
     order: SampleOrder
     seed: int
     wanted: Wanted
-    shapes: dict[int | None, tuple[int, ...]]  # of images in pixels or of moments as stored, by bucket
+    shapes: dict[int | None, tuple[int, ...]]  # by bucket: of images in pixels, or of stored moments
 
     def batch(self, positions: np.ndarray) -> Batch:
         index = torch.from_numpy(positions)
@@ -168,7 +169,7 @@ class Samples:
         return batch
 
     def _add_text(self, batch: Batch, samples: list[_Sample]) -> None:
-        """The caption drawn for each sample, and its tokens or features."""
+        """Add the caption chosen for each sample, and its tokens or features."""
         choices = choose_captions(self.data, self.seed, batch.positions, [sample.captions for sample in samples])
         batch.captions = [sample.captions[choice].text for sample, choice in zip(samples, choices, strict=True)]
         if self.data.cached_text:
@@ -180,7 +181,7 @@ class Samples:
     def _usable(self, position: int, shard: int, member: int, flip: bool, bucket: int | None, tally: _Tally) -> _Sample:
         """The sample of a position, or the first of its replacements that can be used.
 
-        Replacements whose shard is known to be lost are passed over in silence.
+        Replacements whose shard is known to be lost are skipped without a report.
         """
         names = self.reader.index.names
         for attempt in range(1, MAX_REPLACEMENTS + 2):
@@ -222,16 +223,17 @@ class Samples:
 
 
 def wanted_extensions(data: DataConfig, index: DatasetIndex, condition: str) -> set[str]:
-    """The members that are needed of a sample; nothing else is read."""
+    """The extensions of the members that are read of each sample."""
     pixels = {MOMENTS} if index.kind == "latents" else set(IMAGE_EXTENSIONS)
     features = {TEXT, POOLED} if data.cached_text else set()
     return pixels | features | ({"cls"} if condition == "class" else {"json", "txt"})
 
 
 def pixel_shapes(data: DataConfig, index: DatasetIndex) -> dict[int | None, tuple[int, ...]]:
-    """The size of images in pixels, or the shape of moments as stored, of each bucket; None is without buckets.
+    """The size of images in pixels, or the shape of stored moments, by bucket; the key is None without buckets.
 
-    Raises DataError if the index has no buckets, or its latents are not of the config's images.
+    Raises DataError if the index does not describe its latents, or if they were made with a different image size or
+    crop than the config's.
     """
     square = (data.image_size, data.image_size)
     sizes: dict[int | None, tuple[int, ...]] = dict(enumerate(index.buckets)) if data.buckets else {None: square}
@@ -246,18 +248,18 @@ def pixel_shapes(data: DataConfig, index: DatasetIndex) -> dict[int | None, tupl
 
 
 def _latent_meta(data: DataConfig, index: DatasetIndex) -> tuple[int, int]:
-    """Channels of the latents, and the side of those of a square image."""
+    """The channels of the latents, and the height and width of the latents of a square image."""
     path, meta = f"{index.location}/index.json", index.meta
     try:
         channels, size = int(meta["latent_channels"]), int(meta["latent_size"])
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"{path}: does not give latent_channels and latent_size; encode again with data_prep/latents.py"
+            f"{path}: latent_channels and latent_size are missing; encode the data again with data_prep/latents.py"
         ) from None
     for name in ("image_size", "crop"):
         if meta.get(name) != getattr(data, name):
             raise DataError(
                 f"{path}: latents were made with {name}: {meta.get(name)}, but the config has"
-                f" data.{name}: {getattr(data, name)}; change the config or encode again"
+                f" data.{name}: {getattr(data, name)}; change the config, or encode the data again"
             )
     return channels, size

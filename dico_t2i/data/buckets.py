@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: shapes of about equal area that the images of a data set are cropped to, each to the nearest.
+"""Aspect-ratio buckets: shapes of about equal area. Each image of a data set is cropped to the nearest shape.
 
-The network is convolutional and takes any height and width that 32 pixels divide.
+The network is convolutional and takes any height and width that are multiples of 32 pixels.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dico_t2i.data.shard import index_path
 from dico_t2i.data.sources import MULTIPLE
 
 MAX_RATIO = 2.0
-_HEADER_BYTES = 1 << 16  # where an image's size stands, unless much else comes before it
+_HEADER_BYTES = 1 << 16  # these contain an image's size, unless long metadata comes first
 
 Shape = tuple[int, int]  # height, width in pixels
 
 
 def bucket_shapes(base: int, max_ratio: float = MAX_RATIO) -> list[Shape]:
-    """The shapes for a budget of base x base pixels, from tall to wide.
+    """The shapes of at most base x base pixels, from tall to wide.
 
-    For each height that is a multiple of 32, the widest width that is one too and stays within the budget; those
-    more than ``max_ratio`` times as long in one direction are left out. Raises DataError for a base that 32 does not
-    divide.
+    Each height that is a multiple of 32 gets the largest width that is also a multiple of 32 and stays within that
+    number of pixels. Shapes whose sides have a ratio above ``max_ratio`` are left out. Raises DataError if base is not
+    a multiple of 32.
     """
     if base < MULTIPLE or base % MULTIPLE:
-        raise DataError(f"buckets of {base} pixels: must be a multiple of {MULTIPLE}")
+        raise DataError(f"buckets of {base} pixels: the size must be a multiple of {MULTIPLE}")
     tall = range(base, int(base * max_ratio) + 1, MULTIPLE)
     pairs = [(height, base * base // height // MULTIPLE * MULTIPLE) for height in tall]
     pairs = [(height, width) for height, width in pairs if width and height <= max_ratio * width]
@@ -42,16 +42,16 @@ def bucket_shapes(base: int, max_ratio: float = MAX_RATIO) -> list[Shape]:
 
 
 def nearest_bucket(height: int, width: int, shapes: Sequence[Shape]) -> int:
-    """The number of the shape whose proportion is nearest, by the logarithm; the first where two are."""
+    """The index of the shape with the nearest aspect ratio, compared by logarithm; the first of equally near ones."""
     wanted = math.log(width / height)
     return min(range(len(shapes)), key=lambda i: abs(math.log(shapes[i][1] / shapes[i][0]) - wanted))
 
 
 def assign_buckets(root: str | Path, shapes: Sequence[Shape]) -> DatasetIndex:
-    """Write the nearest bucket of each image of a data set to its index; the tars stay as they are.
+    """Write the nearest bucket of each image of a data set to its index; the tars are not changed.
 
-    Only the images' headers are read. Images whose size cannot be read get the bucket nearest to a square: training
-    replaces them anyway. Raises DataError if the folder does not hold images.
+    Only the images' headers are read. Images whose size cannot be read get the bucket nearest to a square, since
+    training replaces them anyway. Raises DataError if the folder does not hold images.
     """
     index = load_index(root)
     if index.kind != "images":
@@ -63,7 +63,7 @@ def assign_buckets(root: str | Path, shapes: Sequence[Shape]) -> DatasetIndex:
 
 
 def describe_buckets(index: DatasetIndex) -> str:
-    """One line for each bucket: its shape and how many samples it has."""
+    """One line for each bucket: its shape and its number of samples."""
     assert index.bucket_counts is not None
     counts = index.bucket_counts.sum(0).tolist()
     return "\n".join(f"  {h} x {w}: {count}" for (h, w), count in zip(index.buckets, counts, strict=True))
@@ -85,7 +85,7 @@ def _assign(index: DatasetIndex, shard: int, shapes: Sequence[Shape]) -> None:
 
 
 def _image_size(descriptor: int, offset: int, length: int) -> Shape | None:
-    """Height and width of an image as it is shown, from its header; None if that cannot be read."""
+    """The displayed height and width of an image, from its header; None if the header cannot be read."""
     for size in (min(_HEADER_BYTES, length), length):
         try:
             header = read_header(os.pread(descriptor, size, offset))

@@ -1,7 +1,7 @@
-"""Shards at a URL, by way of local copies in a folder of bounded size that the processes of a node share.
+"""Reads shards at a URL through a cache: a local folder of limited size that the processes of a node share.
 
-A copy is there whole or not at all: it is downloaded under a temporary name, by one process while the others wait for
-its lock, and checked against the size in the index. Before a download the least recently opened shards are deleted.
+A copy appears only when it is complete: one process downloads it under a temporary name and compares its size with the
+index, while the others wait for its lock. Before a download the least recently opened shards are deleted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ GIGABYTE = 10**9
 
 @dataclass(frozen=True)
 class CachedIndex(DatasetIndex):
-    """A dataset at a URL. ``root`` is the folder of its local copies."""
+    """A data set at a URL. ``root`` is the folder of its local copies."""
 
     url: str = ""
-    limit: int = 0  # bytes of all shards below the parent folder of ``root``
+    limit: int = 0  # the most bytes that the shards below the parent folder of ``root`` may have
 
     @property
     def location(self) -> str:
@@ -43,21 +43,21 @@ class CachedIndex(DatasetIndex):
             self._fetch(path, None).close()
             return ShardIndex.load(path)
         except ShardError:
-            path.unlink(missing_ok=True)  # a copy that was cut is fetched anew
+            path.unlink(missing_ok=True)  # so that an incomplete copy is downloaded again
             raise
 
     def open(self, shard: int) -> BinaryIO:
         return self._fetch(self.path(shard), int(self.bytes[shard]))
 
     def _fetch(self, path: Path, size: int | None) -> BinaryIO:
-        """Open a file of the cache, downloaded first if it is not there. Raises OSError or ShardError."""
+        """Open a file of the cache, and download it first if it is missing. Raises OSError or ShardError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock")):
             with suppress(FileNotFoundError):
                 if size in (None, path.stat().st_size):
-                    os.utime(path)  # the mark of its last use
+                    os.utime(path)  # records its last use
                     return path.open("rb", buffering=0)
-            for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+            for leftover in path.parent.glob(f".{path.name}.*.part"):  # from a process that was killed
                 leftover.unlink(missing_ok=True)
             self._make_room(size or 0)
             part = temporary(path)
@@ -65,16 +65,16 @@ class CachedIndex(DatasetIndex):
                 download(f"{self.url}/{path.name}", part)
                 found = part.stat().st_size
                 if size not in (None, found):
-                    raise ShardError(f"{self.url}/{path.name}: {found} bytes came, {size} are in the index")
+                    raise ShardError(f"{self.url}/{path.name}: {found} bytes were downloaded, but the index has {size}")
                 file = part.open("rb", buffering=0)
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
-        self._make_room(0)  # what others downloaded meanwhile counts too
+        self._make_room(0)  # others may have downloaded shards meanwhile
         return file
 
     def _make_room(self, size: int) -> None:
-        """Delete the shards not used for longest, until ``size`` bytes fit. Who has one open goes on reading it."""
+        """Delete the least recently used shards until ``size`` bytes fit; a process can still read one that is open."""
         with _locked(self.root.parent / ".lock"):
             shards = _shards(self.root.parent)
             total = size + sum(size for _, size, _ in shards)
@@ -87,17 +87,18 @@ class CachedIndex(DatasetIndex):
 
 
 def cached_index(url: str, cache: CacheConfig, retries: int = 0, retry_wait_s: float = 0.5) -> CachedIndex:
-    """The index of a dataset at a URL (or in a slow folder), whose shards come through the cache.
+    """The index of a data set at a URL (or in a slow folder), whose shards are read through the cache.
 
-    The copies lie in a folder named by URL and index, so shards of an index that has changed are not mixed up. Raises
-    DataError if there is no index, it cannot be read, or its largest shard is larger than the cache.
+    The copies are in a folder named after the URL and the content of the index, so that they are not used for an index
+    that has changed. Raises DataError if there is no index, if it cannot be read, or if its largest shard is larger
+    than the cache.
     """
     url = url.rstrip("/")
     content = _read(f"{url}/index.json", retries, retry_wait_s)
     if content is None:
         raise DataError(
-            f"{url}: there is no index.json; index the folder where the shards lie, python -m dico_t2i.data DIR,"
-            " and put index.json and the *.index files there along with the shards"
+            f"{url}: there is no index.json; run python -m dico_t2i.data DIR on the folder that holds the shards,"
+            " and upload index.json and the *.index files along with the shards"
         )
     folder = Path(cache.path).expanduser() / hashlib.sha256(url.encode() + b"\0" + content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ def cached_index(url: str, cache: CacheConfig, retries: int = 0, retry_wait_s: f
 
 
 def _shards(folder: Path) -> list[tuple[float, int, list[Path]]]:
-    """Last use, bytes and files of each cached shard, the least recently used first. A shard's index goes with it."""
+    """Last use, bytes and files of each cached shard, the least recently used first. Its index is one of the files."""
     found: dict[str, tuple[float, int, list[Path]]] = {}
     for data in (entry for entry in os.scandir(folder) if entry.is_dir()):
         for file in os.scandir(data.path):
@@ -134,7 +135,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read(url: str, retries: int, wait_s: float) -> bytes | None:
-    """A file's content; None if it is not there. Raises DataError."""
+    """A file's content; None if there is no such file. Raises DataError."""
     try:
         return patiently(lambda: read(url), retries, wait_s)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether a data set fits a config."""
+"""Checks that a data set fits a config."""
 
 from dico_t2i.config import Config, ConfigError
 from dico_t2i.data.index import DatasetIndex
@@ -7,7 +7,7 @@ from dico_t2i.data.sources import make_order
 
 
 def check_data(config: Config, index: DatasetIndex) -> None:
-    """Raise ConfigError or DataError if the shards have not what the config needs."""
+    """Raise ConfigError or DataError if the shards lack something that the config needs."""
     if len(index) < config.data.streams:
         raise ConfigError(
             f"data.streams: {config.data.streams} streams need at least as many samples; {index.location} has"
@@ -15,15 +15,15 @@ def check_data(config: Config, index: DatasetIndex) -> None:
         )
     if config.alignment and index.kind == "latents":
         raise ConfigError(
-            f"alignment: its encoder sees the images, but {index.location} holds latents; set data.path to the shards"
-            " of images that they were made from, or leave alignment out"
+            f"alignment: its encoder needs the images, but {index.location} holds latents; set data.path to the shards"
+            " of images that the latents were made from, or leave out alignment"
         )
     unit = config.model.latent_divisor * config.downscale
     for height, width in index.buckets if config.data.buckets else ():
         if height % unit or width % unit:
             raise ConfigError(
-                f"data.buckets: {index.location} has one of {height}x{width} pixels, but this network takes sizes that"
-                f" are divisible by {unit}; leave data.buckets out, or take a smaller model.patch_size"
+                f"data.buckets: {index.location} has a bucket of {height}x{width} pixels, but this network needs sizes"
+                f" that are divisible by {unit}; leave out data.buckets, or use a smaller model.patch_size"
             )
     needed = {"cls"} if config.model.condition == "class" else {"json", "txt"}
     for shard in index.starts:
@@ -45,6 +45,6 @@ def _check_features(config: Config, index: DatasetIndex, extensions: set[str]) -
     if missing or "text_encoder" not in index.meta:
         raise ConfigError(
             f"data.cached_text: {index.location} holds no text features"
-            f" ({', '.join(missing) or 'no text_encoder in its meta data'}); encode them with data_prep/latents.py,"
-            " or leave data.cached_text out"
+            f" ({', '.join(missing) or 'no text_encoder in its metadata'}); encode them with data_prep/latents.py,"
+            " or leave out data.cached_text"
         )

@@ -1,4 +1,4 @@
-"""Which caption of a sample an epoch trains on: a function of the seed and the sample's position alone."""
+"""Chooses the caption of a sample that an epoch trains on, as a function of the seed and the position alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from dico_t2i.data.sample import Caption
 
 
 def choose_captions(data: DataConfig, seed: int, positions: Tensor, captions: Sequence[Sequence[Caption]]) -> list[int]:
-    """The number of the caption of each sample, by ``data.captions``. positions: int64 (n,).
+    """The index of the chosen caption of each sample, according to ``data.captions``. positions: int64 (n,).
 
-    "random" draws one of all, "weighted" first a source by ``data.caption_weights`` and then one of that source;
-    a sample has a new position in each epoch. "first" and "longest" (of equally long ones the first) never change.
+    "random" draws one of all captions. "weighted" first draws a source by ``data.caption_weights``, and then one of its
+    captions. Each epoch draws again, since a sample has a new position there. "first" and "longest" (the first of
+    equally long ones) never change.
     """
     if data.captions == "first":
         return [0] * len(captions)
@@ -34,9 +35,9 @@ def choose_captions(data: DataConfig, seed: int, positions: Tensor, captions: Se
 
 
 def _weights(by_source: dict[str, float], captions: Sequence[Caption]) -> list[float]:
-    """The weight of each caption: its source's, 1 where none is given, shared with the others of that source.
+    """The weight of each caption: its source's weight (1 by default), divided by the source's number of captions.
 
-    Where all are 0 the captions weigh the same.
+    If all weights are 0, all captions get the same weight.
     """
     counts = Counter(caption.source for caption in captions)
     weights = [by_source.get(caption.source, 1.0) / counts[caption.source] for caption in captions]
@@ -44,6 +45,6 @@ def _weights(by_source: dict[str, float], captions: Sequence[Caption]) -> list[f
 
 
 def _drawn(draw: float, weights: Sequence[float]) -> int:
-    """The number whose part of the line from 0 to 1 a draw below 1 falls into, parts as long as the weights."""
+    """The index that a draw in [0, 1) selects, if the probability of each index is in proportion to its weight."""
     ends = list(accumulate(weights))
     return next((i for i, end in enumerate(ends) if draw * ends[-1] < end), len(ends) - 1)

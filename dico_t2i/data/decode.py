@@ -1,7 +1,7 @@
 """Decodes the bytes of a sample's members: images and arrays.
 
-Every picture of the project is decoded here, of training, of data preparation and of evaluations: EXIF orientation
-applied, transparent parts white, 16 bits of grey scaled to 8, the first picture of a file that holds several.
+Training, data preparation and evaluations all decode their images here. The EXIF orientation is applied, transparent
+parts become white, 16-bit greyscale is scaled to 8 bits, and a file with several images gives the first one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from PIL import Image
 
 from dico_t2i.data.errors import SampleError
 
-if TYPE_CHECKING:  # it is imported where it is used: --help of a script must not wait for it
+if TYPE_CHECKING:  # imported where it is used, so that --help of a script does not wait for it
     from torch import Tensor
 
 MAX_PIXELS = 1 << 27
 
-# Of the content, whatever the name says; only those that the installed Pillow reads. MPO is JPEG with more pictures.
+# Formats of the content, whatever the file's name; a Pillow that cannot read one ignores it. MPO is a multi-image JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
-# Of members and files that may be in one of them.
+# Extensions of members and files that are read as images.
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "jpe", "jfif", "mpo", "gif", "bmp", "tif", "tiff"),
     *("avif", "jp2", "j2k", "jpx"),
@@ -35,7 +35,7 @@ IMAGE_EXTENSIONS = (
 
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
-_TEXT_CHUNK = 1 << 16  # bytes of a PNG's text that is passed on to Pillow, which refuses a picture for a long one
+_TEXT_CHUNK = 1 << 16  # bytes; longer texts of a PNG are removed, since Pillow refuses images that have them
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,7 +49,7 @@ _TURNS = {
 
 
 class Header(NamedTuple):
-    """What is known of an image before its pixels are decoded. width, height: as it is shown; format: Pillow's name."""
+    """An image's width and height as displayed, and Pillow's name of its format; known before it is decoded."""
 
     width: int
     height: int
@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Size and format of an image. Raises SampleError if the bytes are no image, or one of more than 2^27 pixels."""
+    """The size and format of an image. Raises SampleError if it cannot be read, or has more than 2^27 pixels."""
     with _readable(), _open(data) as image:
         width, height = image.size
         if orientation(image) >= 5:
@@ -66,18 +66,18 @@ def read_header(data: bytes) -> Header:
 
 
 def decode_whole(data: bytes) -> np.ndarray:
-    """All of an image as it is shown: uint8 (h, w, 3). Raises SampleError as ``decode_image`` does."""
+    """The whole image as displayed: uint8 (h, w, 3). Raises SampleError as ``decode_image`` does."""
     with _readable(), _open(data) as image:
         pixels = _decode_jpeg(data, image, min(image.size)) if _format(image) == "JPEG" else None
         return _turned(np.array(_to_rgb(image)) if pixels is None else pixels, orientation(image))
 
 
 def decode_image(data: bytes, size: int | tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
-    """Decode to RGB of one size, a square's side or (H, W): uint8 (3, H, W).
+    """Decode an image to RGB of a given size: uint8 (3, H, W). size: the side of a square, or (H, W).
 
-    "center" cuts the largest middle part of that shape and resizes it, "resize" squeezes the whole image; both by
-    Lanczos. The EXIF orientation is applied; transparent parts are white; of an animation the first frame is taken.
-    Raises SampleError if the bytes are no image that can be read, or one of more than 2^27 pixels.
+    "center" crops the largest centred part of that aspect ratio and resizes it; "resize" resizes the whole image. Both
+    use Lanczos. The EXIF orientation is applied, transparent parts become white, and an animation gives its first
+    frame. Raises SampleError if the image cannot be read, or has more than 2^27 pixels.
     """
     with _readable():
         return _decode(data, (size, size) if isinstance(size, int) else size, crop)
@@ -96,7 +96,7 @@ def decode_moments(data: bytes, shape: tuple[int, ...]) -> Tensor:
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """A float16 array of ``shape`` from the bytes of an ``.npy`` file, not to be written to, its numbers not looked at.
+    """A read-only float16 array of ``shape`` from the bytes of an ``.npy`` file; its values are not checked.
 
     Raises SampleError for anything else; pickles are not loaded.
     """
@@ -107,7 +107,7 @@ def decode_array(data: bytes, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def decode_rows(data: bytes, what: str) -> np.ndarray:
-    """A float16 array of any shape, its numbers not looked at. Raises SampleError for anything else."""
+    """A read-only float16 array of any shape; its values are not checked. Raises SampleError for anything else."""
     array = _from_npy(data, what)
     if array.dtype != np.float16 or not array.ndim:
         raise SampleError("", "", f"{what} are {array.dtype} {array.shape}, expected float16")
@@ -126,14 +126,14 @@ def _from_npy(data: bytes, what: str) -> np.ndarray:
 
 def check_finite(array: np.ndarray, what: str) -> None:
     """Raise SampleError for float16 numbers that are not finite."""
-    # All exponent bits set; many times faster than numpy's isfinite, which converts each number.
+    # Looks for numbers whose exponent bits are all set: many times faster than numpy's isfinite, which converts each.
     if array.size and (array.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
         raise SampleError("", "", f"{what} are not finite")
 
 
 @lru_cache(maxsize=64)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and dtype; the files of a data set begin alike. Raises ValueError."""
+    """Shape, Fortran order or not, and dtype; cached, as a data set's files have equal headers. Raises ValueError."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not version 1.0 of the npy format")
@@ -145,12 +145,12 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Whatever goes wrong in here becomes a SampleError."""
+    """Turn every error inside the context into a SampleError."""
     try:
         yield
     except SampleError:
         raise
-    except Image.DecompressionBombError:  # Pillow has a limit of its own, above ours
+    except Image.DecompressionBombError:  # Pillow has its own limit, which is higher than ours
         raise SampleError("", "", f"image of more than {MAX_PIXELS} pixels (DecompressionBombError)") from None
     except Image.UnidentifiedImageError:
         formats = ", ".join(_formats())
@@ -160,7 +160,7 @@ def _readable() -> Iterator[None]:
 
 
 def _open(data: bytes) -> Image.Image:
-    """An image whose pixels are not decoded yet. Raises SampleError if there are too many."""
+    """Open an image without decoding its pixels. Raises SampleError if there are too many."""
     if data.startswith(_PNG):
         data = _without_long_text(data)
     image = Image.open(io.BytesIO(data), formats=_formats())
@@ -172,18 +172,18 @@ def _open(data: bytes) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """The formats that are read, as far as the installed Pillow has them."""
+    """Those of ``IMAGE_FORMATS`` that the installed Pillow can read."""
     Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
 def _format(image: Image.Image) -> str:
-    """The format; a JPEG of several pictures, as phones make them, counts as one."""
+    """The format; MPO, a JPEG with several images as some phones make it, counts as JPEG."""
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
 def _without_long_text(data: bytes) -> bytes:
-    """A PNG without compressed and long text, which say nothing of the pixels; all else is left to the decoder."""
+    """A PNG without its compressed and its long texts, which do not affect the pixels; nothing else is changed."""
     kept, start, end = [], 0, len(_PNG)
     kind = b""
     while kind != b"IEND" and end + 12 <= len(data):
@@ -197,7 +197,7 @@ def _without_long_text(data: bytes) -> bytes:
 
 
 def _is_compressed(data: bytes, chunk: int) -> bool:
-    """Whether an iTXt chunk is compressed: the byte behind its keyword and a zero says so."""
+    """Whether a chunk is a compressed iTXt, by the byte that follows its keyword and a zero."""
     keyword_end = data.find(b"\0", chunk + 8)
     return data[chunk + 4 : chunk + 8] == b"iTXt" and data[keyword_end + 1 : keyword_end + 2] == b"\1"
 
@@ -205,7 +205,7 @@ def _is_compressed(data: bytes, chunk: int) -> bool:
 def _decode(data: bytes, size: tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
     height, width = size
     with _open(data) as image:
-        # Where only a part is decoded at 1/2, 1/4 or 1/8, twice the pixels are left for the resize.
+        # The decoder may reduce by 2, 4 or 8, but keeps at least twice the target size for the resize.
         pixels = _decode_jpeg(data, image, 2 * max(size)) if _format(image) == "JPEG" else None
         if pixels is None:
             image.draft(None, (2 * max(size), 2 * max(size)))
@@ -217,25 +217,25 @@ def _decode(data: bytes, size: tuple[int, int], crop: Literal["center", "resize"
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels (h, w, 3) as the EXIF orientation wants them shown."""
+    """Turn pixels (h, w, 3) as the EXIF orientation requires."""
     turn = _TURNS.get(orientation)
     return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, least: int) -> np.ndarray | None:
-    """uint8 (h, w, 3), scaled down by 1, 2, 4 or 8 to no less than ``least``; None for what Pillow has to read."""
+    """Decode to uint8 (h, w, 3), reduced by 1, 2, 4 or 8 to at least ``least``; None if only Pillow can decode it."""
     if image.mode not in ("RGB", "L"):
         return None
     factor = next((f for f in (8, 4, 2) if min(image.size) // f >= least), 1)
     width, height = (-(-side // factor) for side in image.size)
     try:
         return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    except ValueError:  # also of what libjpeg only warns of
+    except ValueError:  # also raised where libjpeg only warns
         return None
 
 
 def _middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The largest middle part with the proportion height to width."""
+    """The largest centred part with the aspect ratio of height and width."""
     h, w = pixels.shape[:2]
     cut_h, cut_w = min(h, max(1, round(w * height / width))), min(w, max(1, round(h * width / height)))
     top, left = (h - cut_h) // 2, (w - cut_w) // 2
@@ -243,11 +243,11 @@ def _middle(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 (h, w, 3) -> uint8 (3, height, width), by Lanczos with antialiasing."""
+    """Resize uint8 (h, w, 3) to uint8 (3, height, width), by Lanczos with antialiasing."""
     import torch
     from torch.nn.functional import interpolate
 
-    if _torch_has_lanczos():  # vectorised; within a level of Pillow's
+    if _torch_has_lanczos():  # vectorised; differs from Pillow's result by at most one level
         planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
         return interpolate(planes, size=(height, width), mode="lanczos", antialias=True)[0].contiguous()
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -261,35 +261,35 @@ def _torch_has_lanczos() -> bool:
 
     try:
         interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), size=(2, 2), mode="lanczos", antialias=True)
-    except (NotImplementedError, ValueError, RuntimeError):  # of older versions
+    except (NotImplementedError, ValueError, RuntimeError):  # raised by older versions
         return False
     return True
 
 
 def read_orientation(data: bytes) -> int:
-    """``orientation`` of an image that is not decoded; 1 for bytes that are none."""
+    """The ``orientation`` of an image that is not decoded; 1 for bytes that are not an image."""
     try:
         with _open(data) as image:
             return orientation(image)
-    except Exception:  # whoever decodes it will tell
+    except Exception:  # decoding it reports the error
         return 1
 
 
 def orientation(image: Image.Image) -> int:
-    """How an image has still to be turned, as EXIF numbers it, 1 to 8; from 5 on height and width change places."""
+    """EXIF's number, 1 to 8, of the turn that an image still needs; from 5 on, height and width are swapped."""
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF does not spoil the pixels
+    except Exception:  # the pixels are usable without valid EXIF data
         return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip and not scale
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip instead of scale
         return _from_16_bits(image)
     if image.mode == "F":
-        raise SampleError("", "", "image of floating-point numbers: which of them is white is not known")
+        raise SampleError("", "", "image of floating-point numbers: the value of white is not known")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -297,10 +297,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8; the value that a PNG declares transparent is white."""
+    """Scale 16-bit greyscale to 8 bits; the value that a PNG declares transparent becomes white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise SampleError("", "", "image of 32-bit numbers: which of them is white is not known")
+        raise SampleError("", "", "image of 32-bit numbers: the value of white is not known")
     grey = (values >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

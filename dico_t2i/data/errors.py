@@ -1,16 +1,16 @@
-"""Errors of data: of a whole data set, of a shard, of one sample."""
+"""Errors in data: in a data set, in a shard, or in a single sample."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says what, where and what to do."""
+    """Raised for data that cannot be used; the message says what is wrong, where, and what to do."""
 
 
 class ShardError(DataError):
-    """A shard, or its index, that cannot be read."""
+    """Raised for a shard, or the index of a shard, that cannot be read."""
 
 
 class SampleError(DataError):
-    """One sample that cannot be used. ``shard`` and ``key`` are empty where only its bytes are known."""
+    """Raised for a sample that cannot be used. ``shard`` and ``key`` are empty if only its bytes are known."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(f"{shard}: sample {key!r}: {reason}" if shard else reason)
@@ -18,4 +18,4 @@ class SampleError(DataError):
 
 
 class QuarantinedError(SampleError):
-    """A sample that the quarantine list leaves out."""
+    """Raised for a sample that is on the quarantine list."""

@@ -1,8 +1,8 @@
-"""What is in the shards: where each member of each sample lies, how long it is, and its checksum.
+"""The index of a data set: the offset, size and checksum of each member of each sample.
 
-A dataset is a folder of plain tars in webdataset's layout. Beside ``shard-000000.tar`` lies
-``shard-000000.tar.index`` (safetensors), and one ``index.json`` names the shards, their sample counts and the
-dataset's meta data. With them a sample is read by position, without walking the tar.
+A data set is a folder of plain tars in webdataset's layout. Beside ``shard-000000.tar`` is its index,
+``shard-000000.tar.index`` (safetensors); ``index.json`` lists the shards, their numbers of samples and the metadata of
+the data set. With these files a sample is read by position, without reading the tar from its start.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """A folder of shards: names, samples and bytes of each, the dataset's meta data, and what it leaves out."""
+    """A folder of shards: the name, number of samples and bytes of each, the metadata, and the quarantine list."""
 
     root: Path
     kind: Kind
@@ -38,31 +38,31 @@ class DatasetIndex:
     samples: np.ndarray  # int64 (shards,)
     bytes: np.ndarray  # int64 (shards,)
     meta: dict[str, Any]
-    bucket_counts: np.ndarray | None = None  # int64 (shards, buckets): samples of each of the meta data's ``buckets``
+    bucket_counts: np.ndarray | None = None  # int64 (shards, buckets): samples in each of the metadata's ``buckets``
     quarantine: Quarantine = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Samples in all shards."""
+        """The number of samples in all shards."""
         return int(self.samples.sum())
 
     @property
     def location(self) -> str:
-        """Where the data come from, for messages."""
+        """The place of the data, for messages."""
         return str(self.root)
 
     @property
     def quarantined(self) -> int:
-        """Samples that are left out."""
+        """The number of samples in quarantine."""
         return quarantined_samples(self.quarantine, self.samples.tolist())
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of each bucket; none where they were not assigned."""
+        """The height and width in pixels of each bucket; empty if buckets were not assigned."""
         return [(int(height), int(width)) for height, width in self.meta.get("buckets", ())]
 
     @property
     def starts(self) -> list[int]:
-        """The first shard of each source; there is one."""
+        """The first shard of each source; here there is only one source."""
         return [0]
 
     def path(self, shard: int) -> Path:
@@ -73,15 +73,14 @@ class DatasetIndex:
         return ShardIndex.load(index_path(self.path(shard)))
 
     def open(self, shard: int) -> BinaryIO:
-        """The tar, unbuffered. Raises OSError or ShardError."""
+        """Open the tar, unbuffered. Raises OSError or ShardError."""
         return self.path(shard).open("rb", buffering=0)
 
 
 def load_index(root: str | Path) -> DatasetIndex:
-    """The index of a dataset folder, built first if there is none.
+    """The index of a data set's folder, which is built first if there is none.
 
-    Raises DataError if the folder is missing or holds no samples, ShardError if shards are missing or
-    changed.
+    Raises DataError if the folder is missing or holds no samples, and ShardError if shards are missing or have changed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -102,9 +101,9 @@ def write_index(
 ) -> DatasetIndex:
     """Index every shard of a folder and write ``index.json``.
 
-    Shards whose own index fits the tar's size are not read again, unless ``rebuild``. Without ``kind`` it is
-    taken from the members' names. A damaged shard is indexed as far as it can be read, with a warning; its
-    entry in ``index.json`` says where. Raises DataError if there are no samples.
+    Shards whose own index has the tar's size are not read again, unless ``rebuild`` is set. Without ``kind``, the kind
+    is derived from the members' names. A damaged shard is indexed as far as it can be read, with a warning, and its
+    entry in ``index.json`` lists the damage. Raises DataError if there are no samples.
     """
     root = Path(root)
     tars = sorted(root.glob("*.tar"))
@@ -133,7 +132,7 @@ def write_index(
 
 
 def rebuild_index(root: str | Path) -> DatasetIndex:
-    """Index every shard anew, keeping the kind and the meta data that ``index.json`` gives."""
+    """Index every shard again, and keep the kind and the metadata of ``index.json``."""
     root = Path(root)
     kind, meta = None, None
     if (root / "index.json").exists():
@@ -164,7 +163,7 @@ def _index_and_save(tar: Path) -> None:
 
 
 def _left_out(shard: ShardIndex) -> list[str]:
-    """One line for each reason why members of a tar are no part of a sample."""
+    """One line for each reason why members of a tar do not belong to a sample."""
     names: dict[str, list[str]] = {}
     for reason, name in shard.left_out:
         names.setdefault(reason, []).append(name)
@@ -175,13 +174,13 @@ def _entry(tar: Path, shard: ShardIndex, buckets: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": tar.name, "samples": len(shard), "bytes": shard.tar_bytes}
     if buckets and shard.bucket is not None:
         if shard.bucket.min(initial=0) < 0 or shard.bucket.max(initial=0) >= buckets:
-            raise ShardError(f"{index_path(tar)}: has buckets beyond the {buckets} of the data set; assign them anew")
+            raise ShardError(f"{index_path(tar)}: has buckets beyond the {buckets} of the data set; assign them again")
         entry["buckets"] = np.bincount(shard.bucket, minlength=buckets).tolist()
     return {**entry, "damage": list(shard.damage)} if shard.damage else entry
 
 
 def read_index(root: Path) -> DatasetIndex:
-    """What ``index.json`` of a folder says, without a look at the shards. Raises DataError."""
+    """Read ``index.json`` of a folder, without looking at the shards. Raises DataError."""
     path = root / "index.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -192,9 +191,9 @@ def read_index(root: Path) -> DatasetIndex:
         meta = dict(content["meta"])
         counts = _bucket_counts(shards, meta)
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path}: not a readable dataset index ({error!r}); {rebuild_remedy(root)}") from None
+        raise DataError(f"{path}: not a readable index of a data set ({error!r}); {rebuild_remedy(root)}") from None
     if version != VERSION or kind not in get_args(Kind):
-        raise DataError(f"{path}: version {version!r}, kind {kind!r} is not known here; {rebuild_remedy(root)}")
+        raise DataError(f"{path}: version {version!r}, kind {kind!r} is unknown; {rebuild_remedy(root)}")
     problem = _problem(names, samples, sizes, counts)
     if problem:
         raise DataError(f"{path}: {problem}; {rebuild_remedy(root)}")
@@ -206,7 +205,7 @@ def read_index(root: Path) -> DatasetIndex:
 
 
 def _bucket_counts(shards: list[dict[str, Any]], meta: dict[str, Any]) -> np.ndarray | None:
-    """int64 (shards, buckets); None unless the buckets of all shards are known. Raises ValueError for odd shapes."""
+    """int64 (shards, buckets); None unless all shards have buckets. Raises ValueError for wrong shapes."""
     shapes = [(int(height), int(width)) for height, width in meta.get("buckets", ())]
     if not shapes or not all("buckets" in shard for shard in shards):
         return None
@@ -214,16 +213,16 @@ def _bucket_counts(shards: list[dict[str, Any]], meta: dict[str, Any]) -> np.nda
 
 
 def _problem(names: tuple[str, ...], samples: np.ndarray, sizes: np.ndarray, counts: np.ndarray | None) -> str | None:
-    """What cannot be in an index."""
+    """The first impossible content of an index; None if there is none."""
     outside = next((name for name in names if Path(name).name != name), None)
     if outside is not None:
-        return f"shard name {outside!r}"
+        return f"the shard name {outside!r} is not a plain file name"
     if len(set(names)) != len(names):
-        return "a shard name stands there twice"
+        return "a shard name is listed twice"
     if min(samples.min(initial=0), sizes.min(initial=0)) < 0 or (samples > sizes).any():
         return "impossible numbers of samples or bytes"
     if counts is not None and not (counts.min(initial=0) >= 0 and np.array_equal(counts.sum(1), samples)):
-        return "numbers of samples in buckets that do not add up"
+        return "the numbers of samples in the buckets do not add up"
     return None if samples.sum() else "no samples"
 
 
@@ -240,7 +239,7 @@ def _check_sizes(index: DatasetIndex) -> None:
 
 
 def show_progress(work: Iterable[None], total: int, what: str) -> None:
-    """Wait for all of ``work``, with a progress bar if there is more than one piece."""
+    """Wait for all of ``work``, with a progress bar if there is more than one item."""
     from rich.progress import track
 
     for _ in track(work, what, total=total, transient=True, disable=total < 2):

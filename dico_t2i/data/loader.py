@@ -1,4 +1,4 @@
-"""Endless micro-batches, from any step on, the same for any number of ranks and workers."""
+"""Makes the loader of a rank's micro-batches, with data workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_OPEN_SHARDS = 256
 
 
 class Share(NamedTuple):
-    """What a rank makes of each step: its positions of the global batch, in micro-batches."""
+    """A rank's share of each step: its positions of the global batch, cut into micro-batches."""
 
     global_batch: int
     micro_batch: int
@@ -44,11 +44,11 @@ def make_loader(
     start_step: int = 0,
     timeout_s: float = 0.0,
 ) -> Iterable[Batch]:
-    """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut evenly.
+    """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut into equal parts.
 
-    timeout_s: the longest wait for a worker's micro-batch; 0 is for ever.
-    Raises DataError if sizes do not divide, or the latents in the index are not those of the config. While
-    iterating, raises DataError that names the worker if one died or is late.
+    timeout_s: the longest wait for a worker's micro-batch; 0 means no limit. Raises DataError if the sizes do not
+    divide, or if the latents in the index do not fit the config. The iteration raises DataError, with the worker's
+    name, if a worker has died or is late.
     """
     positions_of = partial(
         rank_positions,
@@ -60,7 +60,7 @@ def make_loader(
     per_rank = len(positions_of(start_step))
     if per_rank % share.micro_batch:
         raise DataError(f"micro-batch {share.micro_batch} does not divide the {per_rank} samples of a rank and step")
-    # A block of a stream spans a few shards; all streams' shards should stay open.
+    # A block of a stream spans a few shards; those of all streams should stay open.
     open_shards = min(_MAX_OPEN_SHARDS, 4 * order.streams // share.world)
     extensions = wanted_extensions(data, index, wanted.condition)
     reader = ShardReader(

@@ -1,12 +1,12 @@
-"""Which sample comes when: a pure function of (seed, position). No I/O.
+"""The order of the samples, as a pure function of (seed, position). There is no I/O here.
 
-An epoch permutes the shards, lays their samples end to end and cuts that sequence into equal runs, one for
-each stream. A stream walks through its run in blocks, each shuffled. Position p is entry q // streams of
+An epoch permutes the shards, concatenates their samples and cuts that sequence into equal runs, one for each
+stream. A stream reads its run in blocks, each of which is shuffled. Position p is entry q // streams of
 stream q % streams, with q = p % epoch_length. A rank owns whole streams, so it reads few shards, nearly in
 sequence, and any number of ranks that divides the streams sees the same global batches.
 
-Two more orders are made of this one: ``BucketOrder``, where every global batch has one shape, and ``MixtureOrder``
-of several data sets. For both, too, the position is one integer.
+Two more orders are built from this one: ``BucketOrder``, where every global batch has one shape, and ``MixtureOrder``
+for several data sets. Their position is one integer, too.
 """
 
 from __future__ import annotations
@@ -23,42 +23,43 @@ import torch
 from dico_t2i import randomness
 from dico_t2i.data.errors import DataError
 
-NEIGHBOURS = 8  # of the replacements so many are the next ones of the stream, the others lie anywhere in the epoch
-MIXTURE_BLOCK = 256  # entries, at least, over which the weights of a mixture are exact
+NEIGHBOURS = 8  # first replacements, from the same stream; further ones come from anywhere in the epoch
+MIXTURE_BLOCK = 256  # the least number of entries over which the weights of a mixture are exact
 MAX_MIXTURE_BLOCK = 1 << 16
 
 Value = TypeVar("Value")
-Place = tuple[int, int]  # shard, and member in it (of a bucket: the how-manieth of it in the shard)
+Place = tuple[int, int]  # a shard, and the index of a member in it; with buckets, among the bucket's members in it
 
 
 class SampleOrder(Protocol):
-    """What the loader asks of an order."""
+    """The properties and methods of an order that the loader uses."""
 
     seed: int
     streams: int
 
     @property
     def epoch_length(self) -> int:
-        """Positions of an epoch."""
+        """The number of positions in an epoch."""
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard and the member in it at each position. int64 (n,) -> int64 (n,), int64 (n,)."""
+        """The shard and the member in it for each position: int64 (n,) -> int64 (n,), int64 (n,)."""
 
     def replacement(self, position: int, attempt: int) -> Place:
-        """Where to look for a sample instead of a bad one, the ``attempt``-th time (from 1)."""
+        """The place of the ``attempt``-th replacement (from 1) of a bad sample."""
 
     def bucket(self, position: int) -> int | None:
-        """The bucket of the global batch of a position; None where there are none."""
+        """The bucket of the global batch of a position; None without buckets."""
 
     def sources(self, positions: np.ndarray) -> np.ndarray | None:
-        """The number of the data set of each position, int64 (n,); None where there is only one."""
+        """The index of each position's data set, int64 (n,); None if there is only one data set."""
 
 
 class Order:
     """The order of the samples of shards with ``shard_sizes`` samples each, for all epochs.
 
-    streams: number of runs read side by side. shuffle_block: entries of a run shuffled together. name: makes the
-    shuffles of several orders with one seed independent. Raises DataError if there are fewer samples than streams.
+    streams: the number of runs read in parallel. shuffle_block: the entries of a run that are shuffled together. name:
+    makes the shuffles of several orders with one seed independent. Raises DataError if there are fewer samples than
+    streams.
     """
 
     def __init__(
@@ -84,17 +85,17 @@ class Order:
 
     @property
     def epoch_length(self) -> int:
-        """Positions of an epoch, a multiple of the streams; the few samples left over differ by epoch."""
+        """The positions in an epoch, a multiple of the streams; each epoch leaves out a few different samples."""
         return self._run * self.streams
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard and the member in it at each position. int64 (n,) -> int64 (n,), int64 (n,)."""
+        """The shard and the member in it for each position: int64 (n,) -> int64 (n,), int64 (n,)."""
         epoch, within = np.divmod(positions, self.epoch_length)
         entry, stream = np.divmod(within, self.streams)
         block, offset = np.divmod(entry, self.shuffle_block)
         blocks = -(-self._run // self.shuffle_block)
         names = ((epoch * self.streams + stream) * blocks + block).tolist()
-        # A micro-batch has few entries of each block: one lookup each costs less than sorting them.
+        # A micro-batch has few entries in each block, so that single lookups cost less than sorting.
         entries = [self._block(name, name % blocks)[at] for name, at in zip(names, offset.tolist(), strict=True)]
         shuffled = np.array(entries, dtype=np.int64)
         sample = stream * self._run + block * self.shuffle_block + shuffled
@@ -107,12 +108,12 @@ class Order:
         return shard, member
 
     def successor(self, position: int, count: int) -> int:
-        """The position ``count`` entries on in the same stream, wrapping within the epoch."""
+        """The position ``count`` entries later in the same stream; it wraps around within the epoch."""
         epoch, within = divmod(position, self.epoch_length)
         return epoch * self.epoch_length + (within + count * self.streams) % self.epoch_length
 
     def replacement(self, position: int, attempt: int) -> Place:
-        """Neighbours in the stream first; where they fail too the shard may be gone, so then any place of the epoch."""
+        """First the next entries of the stream; if they fail, the shard may be lost, so then any place in the epoch."""
         if attempt <= NEIGHBOURS:
             other = self.successor(position, attempt)
         else:
@@ -129,7 +130,7 @@ class Order:
         return None
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's permutation of the shards, and where each begins in the sequence of samples."""
+        """The epoch's permutation of the shards, and the start of each in the sequence of samples."""
         if epoch not in self._epochs:
             permuted = randomness.permutation(self.seed, "shards" + self.name, epoch, len(self._sizes))
             ends = np.cumsum(self._sizes[permuted])
@@ -137,7 +138,7 @@ class Order:
         return _recent(self._epochs, epoch, keep=2)
 
     def _block(self, name: int, block: int) -> np.ndarray:
-        """The shuffle of one block of one stream in one epoch; ``name`` numbers all of them."""
+        """The shuffle of one block of one stream in one epoch; ``name`` is a number that is unique to these three."""
         if name not in self._blocks:
             size = min(self.shuffle_block, self._run - block * self.shuffle_block)
             self._blocks[name] = randomness.permutation(self.seed, "samples" + self.name, name, size).astype(np.int32)
@@ -145,11 +146,12 @@ class Order:
 
 
 class BucketOrder:
-    """Global batches of one bucket each, visited in a shuffled sequence in proportion to their samples.
+    """An order in which each global batch is from one bucket; the buckets alternate in a shuffled sequence.
 
-    counts: int (shards, buckets), the samples of each bucket in each shard. Every bucket has an ``Order`` of its own;
-    an epoch holds as many whole batches of a bucket as its samples fill, and what is left over (``dropped`` samples)
-    differs by epoch. A member is counted within its bucket and shard. Raises DataError if no bucket fills a batch.
+    counts: int (shards, buckets), the number of samples of each bucket in each shard. Every bucket has its own
+    ``Order``. An epoch has as many batches of a bucket as its samples fill completely; it leaves out the remaining
+    ``dropped`` samples, different ones in each epoch. A member's index counts the samples of its bucket in its shard.
+    Raises DataError if no bucket fills a batch.
     """
 
     def __init__(self, seed: int, counts: np.ndarray, streams: int, shuffle_block: int, global_batch: int) -> None:
@@ -162,11 +164,11 @@ class BucketOrder:
         self.steps = {bucket: order.epoch_length // global_batch for bucket, order in self._orders.items()}
         if not self.steps:
             raise DataError(
-                f"no bucket has the {global_batch} samples of a global batch, the largest {totals.max()};"
+                f"no bucket has the {global_batch} samples of a global batch (the largest has {totals.max()});"
                 " use fewer buckets, a smaller train.global_batch or more data"
             )
         self.dropped = int(totals.sum()) - self.epoch_length
-        self.unused = int(totals[totals < global_batch].sum())  # in buckets too small for a batch
+        self.unused = int(totals[totals < global_batch].sum())  # in buckets that are too small for a batch
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     @property
@@ -195,7 +197,7 @@ class BucketOrder:
         return None
 
     def _batch(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and the first of the step's positions in the bucket's order."""
+        """The bucket of a step, and the step's first position in the order of the bucket."""
         epoch, within = divmod(step, sum(self.steps.values()))
         if epoch not in self._epochs:
             self._epochs[epoch] = self._sequence(epoch)
@@ -204,18 +206,18 @@ class BucketOrder:
         return bucket, epoch * self._orders[bucket].epoch_length + int(turns[within]) * self.global_batch
 
     def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The bucket of each step of an epoch, and how many steps of that bucket come before it."""
+        """The bucket of each step of an epoch, and the number of earlier steps of that bucket."""
         buckets = np.repeat(list(self.steps), list(self.steps.values()))
         buckets = buckets[randomness.permutation(self.seed, "buckets", epoch, len(buckets))]
         return buckets, _turns(buckets)
 
 
 class MixtureOrder:
-    """Several orders as one, in proportion to weights that are exact over every block of ``block`` entries.
+    """Several orders combined with weights that are exact over every block of ``block`` entries.
 
-    starts: the first shard of each source in the numbering of the whole. Each stream shuffles which source comes
-    when, block by block; a source goes through its own epochs in its own order, in the same stream. Raises DataError
-    if the weights are no simple proportion.
+    starts: the index of each source's first shard among the shards of all sources. Each stream shuffles the sequence of
+    sources in each block. Each source goes through its own epochs in its own order, in the same stream. Raises
+    DataError if the weights are not in a simple proportion.
     """
 
     def __init__(self, seed: int, orders: Sequence[Order], starts: Sequence[int], weights: Sequence[float]) -> None:
@@ -227,7 +229,7 @@ class MixtureOrder:
 
     @property
     def epoch_length(self) -> int:
-        """Samples of all sources; in as many positions each source gets its weight, not its size."""
+        """The number of samples of all sources; in an epoch a source's share follows its weight, not its size."""
         return sum(order.epoch_length for order in self._orders)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +253,7 @@ class MixtureOrder:
         return self._split(positions)[0]
 
     def counts(self, position: int) -> np.ndarray:
-        """Samples of each source at positions below ``position``, a multiple of the streams: int64 (sources,)."""
+        """The number of samples of each source before ``position``, a multiple of the streams: int64 (sources,)."""
         blocks, rest = divmod(position // self.streams, self.block)
         counts = blocks * self.streams * self.per_block
         for stream in range(self.streams if rest else 0):
@@ -260,7 +262,7 @@ class MixtureOrder:
         return counts
 
     def _split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each position, and the position in the source's own order."""
+        """The source of each position, and its position in the source's own order."""
         entry, stream = np.divmod(positions, self.streams)
         block, offset = np.divmod(entry, self.block)
         source, turn = np.empty_like(offset), np.empty_like(offset)
@@ -272,7 +274,7 @@ class MixtureOrder:
         return source, (block * self.per_block[source] + turn) * self.streams + stream
 
     def _pattern(self, name: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each entry of one block of one stream, and how many of that source come before it."""
+        """The source of each entry of one block of one stream, and the number of its earlier entries in the block."""
         if name not in self._patterns:
             sources = np.repeat(np.arange(len(self.per_block)), self.per_block)
             sources = sources[randomness.permutation(self.seed, "sources", name, self.block)]
@@ -281,10 +283,11 @@ class MixtureOrder:
 
 
 def rank_positions(step: int, global_batch: int, streams: int, rank: int, world: int) -> np.ndarray:
-    """The positions of a step's global batch that a rank takes, in order: int64 (global_batch // world,).
+    """The positions of a step's global batch that a rank reads, in order: int64 (global_batch // world,).
 
-    The global batch of step k is [k * global_batch, (k + 1) * global_batch). The rank takes the positions of
-    its streams, [rank * streams / world, (rank + 1) * streams / world). Raises DataError if that is uneven.
+    The global batch of step k has positions k * global_batch to (k + 1) * global_batch - 1. The rank reads those of its
+    streams, which are rank * streams / world to (rank + 1) * streams / world - 1. Raises DataError if the ranks do not
+    divide the streams, or the streams the global batch.
     """
     if global_batch % streams or streams % world or not 0 <= rank < world:
         raise DataError(
@@ -297,7 +300,7 @@ def rank_positions(step: int, global_batch: int, streams: int, rank: int, world:
 
 
 def _recent(cache: OrderedDict[int, Value], key: int, keep: int) -> Value:
-    """The value of ``key``, now the newest of the ``keep`` that stay."""
+    """The value of ``key``, which becomes the most recent of the ``keep`` values that stay in the cache."""
     cache.move_to_end(key)
     while len(cache) > keep:
         cache.popitem(last=False)
@@ -305,20 +308,20 @@ def _recent(cache: OrderedDict[int, Value], key: int, keep: int) -> Value:
 
 
 def _proportion(weights: Sequence[float]) -> np.ndarray:
-    """Whole numbers in the proportion of the weights, as decimal fractions, that add up to a block."""
+    """Integers in the exact proportion of the weights as decimal fractions, which add up to a block."""
     exact = [Fraction(str(weight)) for weight in weights]
     whole = [int(value * lcm(*(v.denominator for v in exact))) for value in exact]
     whole = [value // gcd(*whole) for value in whole]
     if sum(whole) > MAX_MIXTURE_BLOCK:
         raise DataError(
-            f"weights {', '.join(map(str, weights))} are exact over {sum(whole)} entries only, more than"
+            f"weights {', '.join(map(str, weights))} are exact only over {sum(whole)} entries, more than"
             f" {MAX_MIXTURE_BLOCK}; use rounder numbers"
         )
     return np.array(whole) * ceil(MIXTURE_BLOCK / sum(whole))
 
 
 def _turns(values: np.ndarray) -> np.ndarray:
-    """How many equal values stand before each one."""
+    """For each value, the number of equal values before it."""
     turns = np.empty_like(values)
     for value in np.unique(values):
         rows = values == value

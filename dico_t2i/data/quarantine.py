@@ -1,4 +1,4 @@
-"""Samples to leave out, as ``quarantine.jsonl`` beside the shards lists them; data_prep/verify.py writes it."""
+"""Reads the list of samples to leave out, ``quarantine.jsonl`` beside the shards; data_prep/verify.py writes it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Quarantine = Mapping[int, frozenset[str] | None]  # shard -> keys; None is the w
 
 
 def read_quarantine(folder: Path, names: Sequence[str]) -> Quarantine:
-    """The quarantine of a folder of shards; empty without the file. Shards that are not in the index are passed over.
+    """The quarantine of a folder of shards; empty without the file. Shards that are not in the index are ignored.
 
     Each line is ``{"shard": name, "key": key or null for the whole shard, "reason": text}``. Raises ValueError with
-    the line that is not.
+    the number and content of a line that has a different form.
     """
     path = folder / FILE
     try:
@@ -40,7 +40,7 @@ def read_quarantine(folder: Path, names: Sequence[str]) -> Quarantine:
 
 
 def quarantined_samples(quarantine: Quarantine, samples: Sequence[int]) -> int:
-    """How many samples are left out, of shards with so many samples each."""
+    """The number of samples in quarantine; ``samples`` are the numbers of samples of all shards."""
     return sum(samples[shard] if keys is None else len(keys) for shard, keys in quarantine.items())
 
 

@@ -1,4 +1,4 @@
-"""Samples by position: checked bytes out of the shards, images and latents out of the bytes."""
+"""Reads the members of samples from shards by position, and compares them with their checksums."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dico_t2i.data.errors import QuarantinedError, SampleError, ShardError
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.shard import ShardIndex
 
-LOOK_AGAIN_S = 60.0  # before a shard that was lost is tried again
+LOOK_AGAIN_S = 60.0  # until a lost shard is tried again
 
 
-_MAX_GAP = 4096  # bytes between the members of a sample that are read along; a tar header takes 512
+_MAX_GAP = 4096  # bytes between members that are read as well, to save a read; a tar header has 512
 
 
 class _ByteRange(NamedTuple):
-    """Where a member of a sample lies in the tar."""
+    """The place of a member in the tar, and its checksum."""
 
     extension: str
     offset: int
@@ -31,22 +31,22 @@ class _ByteRange(NamedTuple):
 
 
 class _Open:
-    """A shard that is being read, and where the members that are wanted lie in it."""
+    """An open shard, and the places of the wanted members in it."""
 
     def __init__(self, file: BinaryIO, table: ShardIndex, wanted: Collection[str] | None) -> None:
         self.file, self.table = file, table
         columns = [c for c, name in enumerate(table.extensions) if wanted is None or name in wanted]
         self._names = [table.extensions[column] for column in columns]
         self._table_rows = np.stack((table.offsets, table.sizes, table.crc32), axis=-1)[:, columns]
-        self._rows: dict[int, np.ndarray] = {}  # of each bucket asked for
+        self._rows: dict[int, np.ndarray] = {}  # of each bucket that was read from
 
     def ranges(self, row: int) -> list[_ByteRange]:
-        """Where the wanted members of a sample lie."""
+        """The places of the wanted members of a sample."""
         found = zip(self._names, self._table_rows[row].tolist(), strict=True)
         return [_ByteRange(name, *part) for name, part in found if part[0] >= 0]
 
     def row(self, member: int, bucket: int | None) -> int:
-        """The row in the table of a member of the shard, or of a bucket in it. Raises IndexError."""
+        """The row of the table for a member of the shard, or of a bucket in the shard. Raises IndexError."""
         rows: range | np.ndarray = range(len(self.table))
         if bucket is not None:
             if bucket not in self._rows:
@@ -60,13 +60,13 @@ class _Open:
 
 
 class ShardReader:
-    """Reads samples by (shard, member), keeping the ``open_shards`` last used shards open.
+    """Reads samples by (shard, member), and keeps the ``open_shards`` most recently used shards open.
 
-    What the file system refuses is tried ``retries`` more times, the shard opened anew, after retry_wait_s, twice
-    that, four times that, ... seconds. A shard that stays out of reach is *lost*: its samples fail at once, and one
-    look a minute finds out whether it came back. Reads are positional, so processes forked from one another may
-    share a reader. extensions: the members to read, where not all are wanted. obey_quarantine: whether samples on the
-    data set's quarantine list fail, as ``QuarantinedError``.
+    If the file system fails, the shard is opened again and the read is repeated up to ``retries`` times, after
+    retry_wait_s, twice that, four times that, ... seconds. A shard that still cannot be read is *lost*: its samples
+    fail at once, and it is tried again once a minute. Reads are positional, so that forked processes can share one
+    reader. extensions: the extensions of the members to read; None reads all. obey_quarantine: whether samples on the
+    data set's quarantine list raise ``QuarantinedError``.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class ShardReader:
         self.extensions = extensions
         self._quarantine = index.quarantine if obey_quarantine else {}
         self._open: OrderedDict[int, _Open] = OrderedDict()
-        self._lost: dict[int, tuple[float, str]] = {}  # when to look again, and what was wrong
+        self._lost: dict[int, tuple[float, str]] = {}  # when to try again, and the error
 
     def read(self, shard: int, member: int, patient: bool = True, bucket: int | None = None) -> dict[str, Any]:
-        """The members of a sample by extension, and its key as ``__key__``.
+        """Read the members of a sample: a dictionary by extension, with the key as ``__key__``.
 
-        patient: whether to retry. bucket: ``member`` counts the samples of this bucket only. Raises SampleError if
-        the shard cannot be read, or a checksum is wrong.
+        patient: whether to retry. bucket: if given, ``member`` counts only the samples of this bucket. Raises
+        SampleError if the shard cannot be read, or if a checksum is wrong.
         """
         if self._quarantine.get(shard, ()) is None:
             raise QuarantinedError(self.index.names[shard], "", "the shard is in quarantine")
@@ -112,7 +112,7 @@ class ShardReader:
         raise SampleError(self.index.names[shard], "", f"cannot be read: {reason}")
 
     def is_lost(self, shard: int) -> bool:
-        """Whether all samples of the shard would fail for now."""
+        """Whether every sample of the shard fails at present."""
         return shard in self._lost and time.monotonic() < self._lost[shard][0]
 
     def _read(self, shard: int, member: int, bucket: int | None) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class ShardReader:
         ranges = opened.ranges(row)
         for part, data in zip(ranges, _read_ranges(opened.file, ranges), strict=True):
             if len(data) != part.size or zlib.crc32(data) != part.crc32:
-                self._forget(shard)  # the next read opens what has this name then
+                self._forget(shard)  # so that the next read opens the file again, which may have been replaced
                 raise SampleError(name, key, f"checksum of {part.extension} at byte {part.offset} is wrong")
             sample[part.extension] = data
         return sample
@@ -143,7 +143,7 @@ class ShardReader:
                 self._forget(next(iter(self._open)))
             table = self.index.shard(shard)
             if table.tar_bytes > self.index.bytes[shard]:
-                raise ShardError(f"{self.index.names[shard]}: has the index of a larger shard")
+                raise ShardError(f"{self.index.names[shard]}: its index is that of a larger shard")
             self._open[shard] = _Open(self.index.open(shard), table, self.extensions)
         self._open.move_to_end(shard)
         return self._open[shard]
@@ -154,7 +154,7 @@ class ShardReader:
 
 
 def _read_ranges(file: BinaryIO, ranges: list[_ByteRange]) -> list[bytes]:
-    """The bytes of each, in one read where they lie close together."""
+    """The bytes of each range, in one read if the ranges are close together."""
     if not ranges:
         return []
     low = min(part.offset for part in ranges)

@@ -1,4 +1,4 @@
-"""Files at a URL: the one way to fetch them, with the server's status kept in the error."""
+"""Downloads files from URLs, and keeps the server's status in the errors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from urllib.parse import urlsplit
 
 from dico_t2i.data.errors import DataError
 
-_CONNECT_S, _SILENCE_S = 30.0, 60.0  # of a web server, after which a download has failed
+_CONNECT_S, _SILENCE_S = 30.0, 60.0  # limits for connecting to a web server, and for its silence during a download
 _GONE = (404, 410)
-_PASSING = (408, 425, 429)  # of the statuses below 500; with the others asking again is of no use
+_PASSING = (408, 425, 429)  # statuses below 500 for which a retry may help
 
 Result = TypeVar("Result")
 
 
 class RefusedError(OSError):
-    """A server that answers, but does not give a file, and will not if it is asked again at once."""
+    """Raised if a server answers but refuses to send a file, so that a retry does not help."""
 
 
 def is_url(place: str) -> bool:
@@ -27,7 +27,7 @@ def is_url(place: str) -> bool:
 
 
 def without_query(url: str) -> str:
-    """A URL without what follows "?" or "#": a signature is renewed, and is nobody else's business."""
+    """A URL without the part after "?" or "#", which may hold a signature: these change, and are secret."""
     return url.partition("?")[0].partition("#")[0] if is_url(url) else url
 
 
@@ -37,7 +37,7 @@ def base_name(place: str) -> str:
 
 
 def read(url: str) -> bytes:
-    """A file's content. Raises OSError, FileNotFoundError if the server says that it is not there."""
+    """A file's content. Raises OSError, which is FileNotFoundError if the server has no such file."""
     with _remote_errors(url):
         system, path = file_system(url)
         content: bytes = system.cat_file(path)
@@ -45,14 +45,14 @@ def read(url: str) -> bytes:
 
 
 def download(url: str, to: Path) -> None:
-    """Write a file's content to ``to``, from its first byte to its last in one request. Raises OSError as ``read``."""
+    """Write a file's whole content to ``to``, in a single request. Raises OSError as ``read`` does."""
     with _remote_errors(url):
         system, path = file_system(url)
         system.get_file(path, str(to))
 
 
 def describe(url: str) -> dict[str, Any]:
-    """Size in bytes and ETag of a file, as far as its server gives them. Raises OSError as ``read``."""
+    """A file's size in bytes and ETag, if its server provides them. Raises OSError as ``read`` does."""
     with _remote_errors(url):
         system, path = file_system(url)
         about = system.info(path)
@@ -60,9 +60,9 @@ def describe(url: str) -> dict[str, Any]:
 
 
 def patiently(work: Callable[[], Result], retries: int, wait_s: float) -> Result:
-    """The result of ``work``, tried again where it raises OSError after wait_s, twice that, ... seconds.
+    """The result of ``work``, which is repeated after an OSError, wait_s, twice that, ... seconds later.
 
-    FileNotFoundError and RefusedError are raised at once, any other when the last try fails.
+    FileNotFoundError and RefusedError are raised at once, and other errors if the last attempt fails.
     """
     for attempt in range(retries):
         try:
@@ -75,7 +75,7 @@ def patiently(work: Callable[[], Result], retries: int, wait_s: float) -> Result
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, as fsspec has it, and the path there. Raises DataError if a package is missing."""
+    """fsspec's file system of a URL, and the path in it. Raises DataError if a package is missing."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -89,14 +89,14 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         scheme = urlsplit(url).scheme
         remedy = "pip install dico_t2i[s3]" if scheme in ("s3", "s3a") else str(error)
-        raise DataError(f"{url}: {scheme}:// needs another package: {remedy}") from None
+        raise DataError(f"{url}: {scheme}:// needs a further package: {remedy}") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}") from None
 
 
 @contextmanager
 def _remote_errors(url: str) -> Iterator[None]:
-    """File systems of fsspec raise errors of their own kinds; here they become OSError."""
+    """Turn the errors of fsspec's file systems into OSError."""
     try:
         yield
     except PermissionError as error:
@@ -112,7 +112,7 @@ def _remote_errors(url: str) -> Iterator[None]:
 
 
 def _of_status(url: str, error: Any) -> OSError:
-    """The error of an HTTP status."""
+    """The error for an HTTP status."""
     text = f"{without_query(url)}: HTTP {error.status} {getattr(error, 'message', '')}".rstrip()
     if error.status in _GONE:
         return FileNotFoundError(text)

@@ -1,4 +1,4 @@
-"""The meaning of a sample's members: its captions, label and stored text features."""
+"""Reads a sample's captions, label and stored text features from its members."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def member_of(sample: dict[str, Any], *extensions: str) -> bytes:
-    """The first of these members that a sample has. Raises SampleError."""
+    """The first of these members that a sample has. Raises SampleError if it has none."""
     for extension in extensions:
         if extension in sample:
             return sample[extension]
@@ -30,7 +30,7 @@ def member_of(sample: dict[str, Any], *extensions: str) -> bytes:
 
 
 class Caption(NamedTuple):
-    """A caption with its source, such as "alt" or "short", as the sample's json names it; "" where it does not."""
+    """A caption with its source, such as "alt" or "short", as named in the sample's json; "" without a name."""
 
     text: str
     source: str = ""
@@ -42,9 +42,9 @@ def captions_of(sample: dict[str, Any]) -> list[str]:
 
 
 def sourced_captions(sample: dict[str, Any]) -> list[Caption]:
-    """The captions of a sample that are not blank: those of its json, or else its txt. Raises SampleError if none are.
+    """The captions of a sample that are not blank, from its json or else its txt. Raises SampleError if there is none.
 
-    ``captions_in`` says what counts as a caption; ``caption_sources`` of the json, a list as long, names their sources.
+    ``captions_in`` decides what is a caption. ``caption_sources`` in the json, an equally long list, names sources.
     """
     try:
         about = json.loads(sample.get("json", b"{}"))
@@ -62,11 +62,11 @@ def sourced_captions(sample: dict[str, Any]) -> list[Caption]:
 def captions_in(
     value: Any, sources: Any = None, txt: bytes | None = None, encoding: str | None = None
 ) -> tuple[list[Caption], list[str]]:
-    """The captions in a value of unknown origin, and in words what else there is in it.
+    """The captions in a value of unknown origin, and descriptions of everything else in it.
 
-    A text is a caption, and so is each text of a list. Null, numbers, objects and lists in lists are none and never
-    become text. If no caption is left that is not blank, txt is the caption, decoded as ``decode_caption`` does.
-    Training, data preparation and evaluations all decide by this function. Raises ValueError for txt that is no text.
+    A text is a caption, and so is each text in a list. Null, numbers, objects and nested lists are not captions and are
+    never converted to text. If all captions are blank, the caption is txt, decoded by ``decode_caption``. Training,
+    data preparation and evaluations all use this function. Raises ValueError if txt is not text.
     """
     items = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     named = sources if isinstance(sources, list | tuple) and len(sources) == len(items) else [""] * len(items)
@@ -79,8 +79,8 @@ def captions_in(
 
 
 def _kind(value: Any) -> str:
-    """What a value of JSON or of a table is, in words."""
-    if value is None or value != value:  # NaN is how tables of numbers say that there is none
+    """A description of a value from JSON or from a table."""
+    if value is None or value != value:  # tables of numbers mark a missing value by NaN
         return "null"
     if isinstance(value, bool | int | float):
         return "a number"
@@ -88,9 +88,9 @@ def _kind(value: Any) -> str:
 
 
 def decode_caption(data: bytes, encoding: str | None = None) -> str:
-    """Text by its byte-order mark, else in ``encoding``, else in UTF-8 or Windows-1252, Latin-1's superset.
+    """Decode text by its byte-order mark, else in ``encoding``, else in UTF-8 or Windows-1252.
 
-    Raises ValueError for other bytes.
+    Windows-1252 includes Latin-1. Raises ValueError for other bytes.
     """
     try:
         text = decode_text(data, "txt", encoding or "utf-8")
@@ -104,27 +104,27 @@ def decode_caption(data: bytes, encoding: str | None = None) -> str:
 
 
 def _well_formed(text: str) -> str:
-    """The text without lone surrogates, which JSON can hold and no tokenizer takes."""
+    """Replace lone surrogates, which JSON can contain but no tokenizer accepts."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def stored_features(sample: dict[str, Any], captions: int) -> tuple[np.ndarray, ...]:
-    """The stored text features, one row a caption. Raises SampleError."""
+    """The stored text features, with one row for each caption. Raises SampleError."""
     parts = tuple(decode_rows(member_of(sample, name), name) for name in (TEXT, POOLED))
     for part, name, axes in zip(parts, (TEXT, POOLED), (3, 2), strict=True):
         if part.ndim != axes or len(part) != captions:
-            raise SampleError("", "", f"{name} is of shape {part.shape}, for {captions} captions")
+            raise SampleError("", "", f"{name} has shape {part.shape}, but there are {captions} captions")
         check_finite(part, name)
     return parts
 
 
 def label_of(sample: dict[str, Any], classes: int | None) -> int:
-    """The class in the sample's cls member; 0 of every sample where there are no classes. Raises SampleError."""
+    """The class in the sample's cls member; always 0 if there are no classes. Raises SampleError."""
     if classes == 0:
         return 0
     digits = member_of(sample, "cls").strip()
     if not digits.isdigit() or len(digits) > _MAX_LABEL_DIGITS:
-        raise SampleError("", "", f"cls is no class number: {digits[:20]!r}")
+        raise SampleError("", "", f"cls is not a class number: {digits[:20]!r}")
     if classes is not None and int(digits) >= classes:
         raise SampleError("", "", f"cls is {int(digits)}, but model.num_classes ends at {classes - 1}")
     return int(digits)

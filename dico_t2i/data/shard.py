@@ -1,7 +1,7 @@
-"""One shard: where each member of each sample lies, how long it is, and its checksum.
+"""The index of one shard: the offset, size and checksum of each member of each sample.
 
-Beside ``shard-000000.tar`` lies ``shard-000000.tar.index`` (safetensors). With it a sample is read by position, without
-walking the tar.
+Beside ``shard-000000.tar`` is its index, ``shard-000000.tar.index`` (safetensors). With it a sample is read by
+position, without reading the tar from its start.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Sample = tuple[str, dict[str, _Place]]  # key, and places by extension
 
 
 class _Member(NamedTuple):
-    """A member by its key and extension; place: None if it is cut."""
+    """A member with its key and extension; place is None if its data is incomplete."""
 
     name: tuple[str, str]
     place: _Place | None
@@ -44,11 +44,11 @@ VERSION = 1  # of indexes
 class ShardIndex:
     """The members of one shard of n samples.
 
-    extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two
-    in bytes; -1 where a sample lacks that extension. key_bytes: uint8, all keys joined; key_bounds: int64
-    (n + 1,). tar_bytes: size of the tar. damage: one line for each place of the tar that could not be read. bucket:
-    int16 (n,), the number of each sample's shape in the dataset's ``buckets``, if they were assigned. left_out: why
-    members are no part of a sample, with the name of each; known when the tar was walked, not saved.
+    extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two in bytes;
+    -1 if a sample lacks that extension. key_bytes: uint8, all keys concatenated. key_bounds: int64 (n + 1,), the bounds
+    of the keys. tar_bytes: the size of the tar. damage: one line for each place of the tar that cannot be read. bucket:
+    int16 (n,), the index of each sample's shape in the data set's ``buckets``, if they were assigned. left_out: the
+    reason and name of each member that does not belong to a sample; known after indexing, but not saved.
     """
 
     extensions: tuple[str, ...]
@@ -116,7 +116,7 @@ class ShardIndex:
         lowest, bounds = -1 if self.offsets.size else 0, self.key_bounds
         low = all(a.min(initial=0) >= lowest for a in (self.offsets, self.sizes))
         inside = low and self.sizes.max(initial=0) <= self.tar_bytes
-        inside = inside and bool(np.all(self.offsets <= self.tar_bytes - self.sizes))  # a sum could wrap
+        inside = inside and bool(np.all(self.offsets <= self.tar_bytes - self.sizes))  # a sum could overflow
         keys = bounds[0] == 0 and bounds[-1] == len(self.key_bytes) and bool(np.all(bounds[1:] >= bounds[:-1]))
         buckets = self.bucket is None or (self.bucket.shape == (len(self),) and self.bucket.dtype == np.int16)
         return inside and keys and buckets
@@ -126,12 +126,12 @@ _ARRAYS = ("offsets", "sizes", "crc32", "key_bytes", "key_bounds")
 
 
 def index_shard(tar_path: str | Path) -> ShardIndex:
-    """Read a tar once and index its samples; only regular files with plain relative names count.
+    """Read a tar once and index its samples; only regular files with plain relative names are members of samples.
 
-    A member's key is its name up to the first dot of the base name, its extension the rest, in lower case;
-    neighbours with one key make a sample (webdataset's rule), unless ``divide_again`` finds dots in their keys.
-    Unreadable stretches are skipped and listed in ``damage``, members that are no part of a sample in ``left_out``;
-    a sample with a cut member is left out. Raises ShardError if the file cannot be opened or is compressed.
+    A member's key is its name up to the first dot of the base name, and its extension is the rest, in lower case.
+    Neighbours with the same key make a sample (webdataset's rule), unless ``divide_again`` finds dots in their keys.
+    Unreadable parts are skipped and listed in ``damage``, and members that do not belong to a sample in ``left_out``. A
+    sample with an incomplete member is left out. Raises ShardError if the file cannot be opened or is compressed.
     """
     tar_path = Path(tar_path)
     damage: list[str] = []
@@ -141,7 +141,7 @@ def index_shard(tar_path: str | Path) -> ShardIndex:
     try:
         with tar_path.open("rb") as file:
             if program := compression(file):
-                raise ShardError(f"{tar_path}: is compressed ({program}); unpack it, for shards are read by position")
+                raise ShardError(f"{tar_path}: is compressed ({program}); unpack it, since shards are read by position")
             for info, whole in tar_members(file, damage):
                 reason, name = why_left_out(info), split_name(info.name)
                 if reason is not None or name is None:
@@ -159,7 +159,7 @@ def index_shard(tar_path: str | Path) -> ShardIndex:
 
 
 def _samples_of(neighbours: Sequence[_Member]) -> list[_Sample]:
-    """The samples of members with one key; a repeated extension starts a new one, a cut member ends its own."""
+    """The samples of members with one key; a repeated extension starts a new one, an incomplete member removes its."""
     samples: list[_Sample] = []
     names = divide_again([member.name for member in neighbours])
     for (key, extension), member in zip(names, neighbours, strict=True):
@@ -202,4 +202,4 @@ def _crc32(file: BinaryIO, offset: int, size: int) -> int:
 
 
 def rebuild_remedy(root: Path) -> str:
-    return f"index the folder anew: python -m dico_t2i.data {root}"
+    return f"index the folder again: python -m dico_t2i.data {root}"

@@ -1,4 +1,4 @@
-"""The data of a config: one folder or URL, or a mixture of several, as one index and one order."""
+"""Loads the data of a config (a folder, a URL, or a mixture of several) as one index and one order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dico_t2i.data.index import DatasetIndex, load_index
 from dico_t2i.data.order import BucketOrder, MixtureOrder, Order, SampleOrder
 from dico_t2i.data.shard import ShardIndex
 
-MULTIPLE = 32  # pixels: of heights and widths, which an autoencoder divides by 8 and the network by 4
+MULTIPLE = 32  # heights and widths in pixels are divisible by it: by 8 for an autoencoder, times 4 for the network
 
-# Of latents, what all data sets of a mixture must have in common.
+# Metadata of latents that must be equal in all data sets of a mixture.
 _LATENTS = ("latent_channels", "latent_size", "image_size", "crop", "mirrored")
-_PLACES = ("name", "model", "path", "scale")  # parts of an encoder's identity that do not change what it gives
+_PLACES = ("name", "model", "path", "scale")  # parts of an encoder's identity that do not affect its output
 
 
 @dataclass(frozen=True)
 class MixedIndex(DatasetIndex):
-    """Several data sets as one: the shards of the first, of the second, ...; names are ``source/shard``."""
+    """Several data sets as one: the shards of the first, then of the second, ...; their names are ``source/shard``."""
 
     sources: tuple[tuple[str, DatasetIndex], ...] = ()
 
@@ -59,9 +59,9 @@ class MixedIndex(DatasetIndex):
 
 
 def load_data(data: DataConfig) -> DatasetIndex:
-    """The index of a config's data; that of a local folder is built first if there is none.
+    """The index of a config's data; a local folder without an index gets one first.
 
-    Raises DataError if data cannot be used, or cannot be mixed.
+    Raises DataError if data cannot be used or mixed.
     """
     indexes = [_load(path, data) for path in data.paths]
     if not data.mixture:
@@ -86,7 +86,7 @@ def load_data(data: DataConfig) -> DatasetIndex:
 
 
 def make_order(data: DataConfig, index: DatasetIndex, seed: int, global_batch: int) -> SampleOrder:
-    """The order of a config's samples. Raises DataError if there are too few, or buckets are wanted and missing."""
+    """The order of a config's samples. Raises DataError for too few samples or missing buckets."""
     if data.buckets:
         return BucketOrder(seed, _bucket_counts(index, data.image_size), data.streams, data.shuffle_block, global_batch)
     if not isinstance(index, MixedIndex):
@@ -105,12 +105,12 @@ def _load(path: str, data: DataConfig) -> DatasetIndex:
     if data.cache is None:
         return load_index(local)
     if "://" not in local and not (Path(local) / "index.json").exists():
-        load_index(local)  # makes the index where the shards lie
+        load_index(local)  # builds the index beside the shards
     return cached_index(path, data.cache, data.retries, data.retry_wait_s)
 
 
 def same_encoder(made: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether two identities are of encoders that give the same; the folder may be another."""
+    """Whether two identities are of encoders with equal outputs; their folders may differ."""
     return _without_place(made) == _without_place(ours)
 
 
@@ -119,7 +119,7 @@ def _without_place(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_alike(sources: tuple[tuple[str, DatasetIndex], ...], cached_text: bool) -> None:
-    """Raise DataError if data sets are of different kinds, or their latents of different encoders."""
+    """Raise DataError if data sets differ in kind, or if their latents come from different encoders."""
     first_name, first = sources[0]
     encoders = ("autoencoder", "text_encoder") if cached_text else ("autoencoder",)
     for name, index in sources[1:]:
@@ -140,9 +140,9 @@ def _bucket_counts(index: DatasetIndex, size: int) -> np.ndarray:
     if index.bucket_counts is None:
         raise DataError(
             f"{index.location}: data.buckets is set, but its samples have no buckets;"
-            f" python -m dico_t2i.data {index.location} --buckets {size} assigns them"
+            f" run python -m dico_t2i.data {index.location} --buckets {size} to assign them"
         )
     odd = next((shape for shape in index.buckets if any(side < MULTIPLE or side % MULTIPLE for side in shape)), None)
     if odd is not None:
-        raise DataError(f"{index.location}: bucket {odd[0]} x {odd[1]}: {MULTIPLE} must divide both")
+        raise DataError(f"{index.location}: bucket {odd[0]} x {odd[1]}: both must be divisible by {MULTIPLE}")
     return index.bucket_counts

@@ -1,4 +1,4 @@
-"""Walking a tar, also a damaged one."""
+"""Reads the members of a tar, which may be damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 from dico_t2i.data.decode import IMAGE_EXTENSIONS
 
 CHUNK = 1 << 24
-_MAX_EXTRA_HEADER = 1 << 20  # bytes of a long name or of PAX fields; more is no name
+_MAX_EXTRA_HEADER = 1 << 20  # the most bytes of a long name or of PAX fields
 
 
 _PIXELS = {*IMAGE_EXTENSIONS, "moments.npy"}
@@ -31,7 +31,7 @@ _EXTRA_HEADERS = (
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses long names and PAX fields that claim too much, before they are read into memory."""
+    """Refuses long names and PAX fields of excessive size before they are read into memory."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTRA_HEADERS and not 0 <= self.size <= _MAX_EXTRA_HEADER:
@@ -42,11 +42,11 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def tar_members(file: BinaryIO, damage: list[str]) -> Iterator[tuple[tarfile.TarInfo, bool]]:
-    """The tar's members with whether their data is whole. Appends to ``damage`` what could not be read."""
+    """The tar's members, each with whether its data is complete. Unreadable places are appended to ``damage``."""
     size = os.fstat(file.fileno()).st_size
     end = 0
     try:
-        # Reading on behind zeros and bad headers finds what lies beyond a damaged stretch.
+        # Reading continues after zeros and bad headers, to find the members after a damaged part.
         tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, tarinfo=_TarInfo)  # noqa: SIM115
         while (info := tar.next()) is not None:
             if info.size < 0 or info.offset < end:
@@ -55,24 +55,24 @@ def tar_members(file: BinaryIO, damage: list[str]) -> Iterator[tuple[tarfile.Tar
                 damage.append(f"bytes {end} to {info.offset}: no tar members")
             whole = info.offset_data + info.size <= size
             if not whole:
-                damage.append(f"byte {info.offset}: {info.name!r} is cut")
+                damage.append(f"byte {info.offset}: {info.name!r} is incomplete")
             yield info, whole
             if not whole:
                 return
             end = tar.offset
     except OSError:
         raise
-    except Exception as error:  # a hostile header makes tarfile raise nearly anything
+    except Exception as error:  # on hostile headers tarfile raises nearly anything
         damage.append(f"byte {end}: {error}")
         return
     if size < end + tarfile.BLOCKSIZE:
-        damage.append(f"byte {end}: no end mark; the file may be cut")
+        damage.append(f"byte {end}: no end mark; the file may be incomplete")
     elif _any_nonzero(file, end, size):
         damage.append(f"bytes {end} to {size}: no tar members")
 
 
 def why_left_out(info: tarfile.TarInfo) -> str | None:
-    """Why a member, no folder, can be no part of a sample; None if it can."""
+    """Why a member that is not a folder cannot belong to a sample; None if it can."""
     if info.islnk():
         return "hard links (tar them with --hard-dereference)"
     if info.issym():
@@ -89,7 +89,7 @@ def why_left_out(info: tarfile.TarInfo) -> str | None:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a member's name; None if it is no sample's, or reaches out of the folder."""
+    """The key and extension in a member's name; None if it lacks one of them, or points out of the folder."""
     name = name.removeprefix("./")
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
@@ -99,10 +99,10 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def divide_again(members: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Key and extension of neighbours that webdataset's rule gives one key, where their keys have dots in them.
+    """Divide the names of neighbours with the same key again, for keys that contain dots.
 
-    "a.1.jpg" and "a.1.txt" are a sample "a.1" if the neighbours hold nothing that is named as a member of a sample "a".
-    All are returned as they are where that is not so.
+    "a.1.jpg" and "a.1.txt" are a sample "a.1" if no neighbour has the name of a member of a sample "a", such as
+    "a.jpg". Otherwise all names are returned unchanged.
     """
     if any(extension in _KNOWN for _, extension in members):
         return list(members)
@@ -119,13 +119,13 @@ def _at_known_extension(key: str, extension: str) -> tuple[str, str]:
 
 
 def key_without_dots(key: str) -> str:
-    """A key that any reader of webdataset finds again: dots of its last part written as %2E. Different keys differ."""
+    """A key that all webdataset readers read back: dots in its last part become %2E. Different keys stay different."""
     folder, slash, base = key.rpartition("/")
     return folder + slash + re.sub("%(?=2E|25)", "%25", base).replace(".", "%2E")
 
 
 def compression(file: BinaryIO) -> str | None:
-    """The program that compressed a file; None if it is not known to be compressed."""
+    """The program that compressed a file; None if the file does not start like a compressed one."""
     start = os.pread(file.fileno(), 8, 0)
     return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
 

@@ -1,4 +1,4 @@
-"""Data workers: how they start and end, and which of them is named when one dies or is late."""
+"""Starts and ends data workers, and names the one that has died or is late."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 from dico_t2i.data.batches import Batch, MicroBatches
 from dico_t2i.data.errors import DataError
 
-POLL_S = 1.0  # between two looks at the workers while a micro-batch is late
+POLL_S = 1.0  # between two checks of the workers while a micro-batch is late
 _MAX_NAMED_SHARDS = 4
-_ORPHAN_POLL_S = 5.0  # between two looks of a worker at its parent
+_ORPHAN_POLL_S = 5.0  # between a worker's checks of its parent
 
 
 @dataclass
 class SupervisedLoader(Iterable[Batch]):
-    """A DataLoader whose workers are named when they die or are late."""
+    """A DataLoader that names the worker in its error if one has died or is late."""
 
     loader: DataLoader[Batch]
     plan: MicroBatches
@@ -36,14 +36,14 @@ class SupervisedLoader(Iterable[Batch]):
 class _Supervision(Iterator[Batch]):
     def __init__(self, source: SupervisedLoader) -> None:
         self.source, self.plan = source, source.plan
-        self.number = 0  # of the micro-batch that is next
+        self.number = 0  # of the next micro-batch
         before = signal.getsignal(signal.SIGCHLD)
-        # Held back while workers are made: what libraries start in them right after the fork must not take it either.
+        # Blocked while workers are forked, so that threads that libraries start in them do not receive it either.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.batches: Any = iter(source.loader)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         if threading.current_thread() is threading.main_thread():
-            # torch's own handler would raise in the middle of a step or a save; here a death shows when data are due.
+            # torch's own handler would raise during a step or a save; here a dead worker is found when its data is due.
             signal.signal(signal.SIGCHLD, before)
 
     def __next__(self) -> Batch:
@@ -61,7 +61,7 @@ class _Supervision(Iterator[Batch]):
             waited = time.monotonic() - started
             if self.source.timeout_s and waited >= self.source.timeout_s:
                 worker = self.number % len(self.batches._workers)
-                # A stopped process would keep this one from leaving.
+                # A worker that is stopped would keep this process from ending.
                 self.batches._workers[worker].kill()
                 raise DataError(f"{self._name(worker)} gave no data for {waited:.0f} s; {self._owed(worker)}")
 
@@ -75,34 +75,35 @@ class _Supervision(Iterator[Batch]):
         return f"data worker {worker} (pid {self.batches._workers[worker].pid}) of rank {self.source.rank}"
 
     def _owed(self, worker: int) -> str:
-        """The step and shards of the micro-batch that a worker has to give next."""
+        """The step and shards of the micro-batch that a worker has to send next."""
         number = self.number + (worker - self.number) % len(self.batches._workers)
         shards = self.plan.shards(number)
         more = f" and {len(shards) - _MAX_NAMED_SHARDS} more" if len(shards) > _MAX_NAMED_SHARDS else ""
         root = self.plan.samples.reader.index.location
-        return f"step {self.plan.step(number)} needs of it {', '.join(shards[:_MAX_NAMED_SHARDS])}{more} in {root}"
+        return f"step {self.plan.step(number)} waits for {', '.join(shards[:_MAX_NAMED_SHARDS])}{more} in {root}"
 
 
 def _ending(code: int) -> str:
     if code >= 0:
-        return f"left with exit code {code}"
+        return f"ended with exit code {code}"
     name = signal.Signals(-code).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
 def set_up_worker(parent: int, worker: int) -> None:
-    """Leave signals to the training process: its own SIGTERM, sent at its exit, ends a worker, or its death.
+    """Make a worker ignore signals, except for the SIGTERM that the training process sends when it ends.
 
-    A scheduler signals all processes of a job, and the trainer still wants its data to finish and save.
+    A scheduler signals all processes of a job, but the training process still needs data to finish its step and save.
+    A worker also ends if the training process has died.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # SIGTERM is blocked since the fork, in all threads: it reaches nobody but the waiting one.
+    # SIGTERM has been blocked in all threads since the fork, so that only the waiting thread receives it.
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
 def _exit_with(parent: int) -> None:
-    """A parent that was killed sends nothing: the worker then has another one."""
+    """Exit on the parent's SIGTERM, or if the parent was killed: the process then has a different parent."""
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_POLL_S)
         if received is not None and received.si_pid == parent:

@@ -22,9 +22,9 @@ from dico_t2i.files import flush, temporary
 
 
 class ShardFile:
-    """One shard being written: a temporary file until ``commit``, then the tar and its index, both complete.
+    """A shard that is being written: a temporary file until ``commit``, which makes the complete tar and its index.
 
-    The bytes depend on the samples alone (no times, users or groups).
+    Its bytes depend only on the samples (there are no times, users or groups).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,8 +42,8 @@ class ShardFile:
     def write(self, sample: Mapping[str, Any]) -> None:
         """Add a sample: ``__key__`` and, by extension, bytes, text, integers, arrays or JSON objects.
 
-        ``__bucket__``, if given for all samples, goes to the index. Raises DataError for a key or extension that
-        would not be read back as given.
+        ``__bucket__``, if all samples have it, goes to the index. Raises DataError for a key or extension that would
+        not be read back unchanged.
         """
         members = {name: _encode(value) for name, value in sample.items() if not name.startswith("__")}
         key = str(sample.get("__key__", ""))
@@ -60,14 +60,14 @@ class ShardFile:
         self.bytes += sum(map(len, members.values()))
 
     def commit(self) -> ShardIndex:
-        """Finish the tar, index it, and give both their names."""
+        """Finish the tar, index it, and rename both to their final names."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         index = index_shard(self._part)
         if index.damage or len(index) != self.samples:
-            raise ShardError(f"{self.path}: not read back as written; {'; '.join(index.damage)}")
+            raise ShardError(f"{self.path}: cannot be read back as written; {'; '.join(index.damage)}")
         if self._buckets:
             if len(self._buckets) != self.samples:
                 raise DataError(f"{self.path}: {len(self._buckets)} of {self.samples} samples have a __bucket__")
@@ -78,8 +78,8 @@ class ShardFile:
         return index
 
     def discard(self) -> None:
-        """Throw away what was written."""
-        with suppress(OSError):  # a full disk, for one
+        """Delete the unfinished shard."""
+        with suppress(OSError):  # for example, if the disk is full
             self._tar.close()
         self._file.close()
         self._part.unlink(missing_ok=True)
@@ -88,8 +88,8 @@ class ShardFile:
 class ShardWriter:
     """Writes samples into numbered shards of a new folder, and ``index.json`` at the end.
 
-    A context manager: after an exception the unfinished shard is dropped and there is no ``index.json``.
-    Raises DataError if the folder holds shards already.
+    As a context manager, after an exception it deletes the unfinished shard and writes no ``index.json``. Raises
+    DataError if the folder already holds shards.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ShardWriter:
         self.root = Path(root)
         self.root.mkdir(parents=True, exist_ok=True)
         if any(self.root.glob("*.tar")) or (self.root / "index.json").exists():
-            raise DataError(f"{self.root}: holds shards already; choose another folder or remove this one")
+            raise DataError(f"{self.root}: holds shards already; choose a different folder or remove this one")
         self.samples_per_shard, self.kind, self.max_bytes = samples_per_shard, kind, max_bytes
         self.meta = dict(meta or {})
         self.samples = 0

@@ -1,1 +1,1 @@
-"""A run as it lies on disk: its folder, log, checkpoints, weights and evaluations."""
+"""The files of a run: its folder, log, checkpoints, weights and evaluations."""

@@ -1,15 +1,15 @@
-"""Checkpoints: parameter-keyed fp32 pieces in safetensors, valid once their manifest is there.
+"""Checkpoints: fp32 pieces of parameters in safetensors files; a checkpoint is valid once it has a manifest.
 
     checkpoints/
       step-00001000/
-        shard-00000.safetensors   what rank 0 owned: "<kind>:<parameter>:<start>" -> (numel,) fp32
-        shard-00000.json          its size and hash, written after it
-        manifest.json             written last, by rank 0: the mark that makes the checkpoint valid
-      latest                      the name of the newest complete one, switched by atomic rename: for people and tools;
-                                  resuming tries the folders themselves, newest first
+        shard-00000.safetensors   the pieces of rank 0: "<kind>:<parameter>:<start>" -> (numel,) fp32
+        shard-00000.json          the size and hash of that file, written after it
+        manifest.json             written last, by rank 0; makes the checkpoint valid
+      latest                      the name of the newest complete checkpoint, replaced atomically; for people and tools,
+                                  since a resume tries the folders themselves, newest first
 
-Any number of ranks under any ZeRO stage reads the ranges it needs. Saving copies the pieces to host memory and
-writes them in a thread while training goes on.
+Any number of ranks with any ZeRO stage reads the ranges that it needs. A save copies the pieces to host memory and
+writes them in a thread while training continues.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from dico_t2i.runs.kinds import WEIGHT
 VERSION = 1
 
 
-PROJECTOR = "alignment"  # parameters below this name train with the network and are no part of it
+PROJECTOR = "alignment"  # parameters below this name train with the network, but do not belong to it
 
 
 LATEST = "latest"
@@ -41,7 +41,7 @@ _MANIFEST_KEYS = {"version", "step", "position", "optimizer_steps", "world", "sh
 
 @dataclass(frozen=True)
 class Piece:
-    """The range [start, start + numel) of a flattened parameter, in fp32, as views of what this rank holds."""
+    """The range [start, start + numel) of a flattened parameter, in fp32, as views of this rank's tensors."""
 
     name: str
     start: int
@@ -57,7 +57,7 @@ class Piece:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file and why."""
+    """Raised for a checkpoint that cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Checkpoint:
     """A checkpoint whose manifest has been read."""
 
     path: Path
-    step: int  # optimizer steps tried, skipped ones included
-    position: int  # samples consumed: where the data goes on
-    optimizer_steps: int  # updates made
-    state: dict[str, Any]  # the rest of what was given to ``save``
+    step: int  # optimizer steps, including skipped ones
+    position: int  # samples consumed; the data resumes here
+    optimizer_steps: int  # updates of the weights
+    state: dict[str, Any]  # the other values given to ``save``
     world: int
     shapes: dict[str, tuple[int, ...]]
     kinds: tuple[str, ...]
@@ -77,12 +77,12 @@ class Checkpoint:
 
     @property
     def network_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the network alone."""
+        """The shapes of the network's own parameters."""
         return {name: shape for name, shape in self.shapes.items() if not name.startswith(f"{PROJECTOR}.")}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a manifest. Raises CheckpointError if it is missing, damaged, or of a newer version than this code."""
+    """Read a manifest. Raises CheckpointError if it is missing, damaged, or from a newer version of this package."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         digest = manifest.pop("sha256")
@@ -113,7 +113,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
-    """Compare sizes and hashes of some or all files. Raises CheckpointError naming the first that differs."""
+    """Compare sizes and hashes of some or all files. Raises CheckpointError that names the first different file."""
     for file in checkpoint.files if files is None else files:
         expected, path = checkpoint.files[file], checkpoint.path / file
         if not path.exists():
@@ -139,15 +139,15 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
 
 
 def ever_saved(folder: Path) -> bool:
-    """Whether a save was ever completed here."""
+    """Whether a save was ever completed in this folder."""
     return (folder / LATEST).exists()
 
 
 def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
-    """Read into each piece what the checkpoint holds of its range.
+    """Read the range of each piece from the checkpoint.
 
-    Raises CheckpointError when a parameter, a range or a kind is missing. An average that was not kept before
-    starts from the checkpoint's weights.
+    Raises CheckpointError if a parameter, a range or a kind is missing. An average that the checkpoint does not have
+    starts from its weights.
     """
     with _Shards(checkpoint) as shards:
         for piece in pieces:
@@ -159,7 +159,7 @@ def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> None:
-    """Raise CheckpointError when the checkpoint is not one of this model, naming the first differences."""
+    """Raise CheckpointError, with the first differences, if the checkpoint belongs to a different model."""
     ours = {name: tuple(shape) for name, shape in shapes.items()}
     differences = [
         f"{name}: {checkpoint.shapes.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the config"
@@ -168,15 +168,15 @@ def check_shapes(checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> None:
     ]
     if differences:
         raise CheckpointError(
-            f"{checkpoint.path} is of another model ({len(differences)} parameters differ):"
-            f" {'; '.join(differences[:3])}. Use the config it was trained with, or another run name"
+            f"{checkpoint.path} belongs to a different model ({len(differences)} parameters differ):"
+            f" {'; '.join(differences[:3])}. Use the config that it was trained with, or a different run name"
         )
 
 
 def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """The network's whole fp32 parameters of one kind ("weight", "ema_0.9999"), one at a time.
+    """The network's parameters of one kind ("weight", "ema_0.9999"), in fp32, one whole parameter at a time.
 
-    Raises CheckpointError when the kind is not there, naming those that are.
+    Raises CheckpointError, with the existing kinds, if the checkpoint does not have this one.
     """
     if kind not in checkpoint.kinds:
         raise CheckpointError(f"{checkpoint.path}: no {kind}; it holds {', '.join(checkpoint.kinds)}")
@@ -192,7 +192,7 @@ def _whole_parameters(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, 
 
 
 class _Shards:
-    """Open shard files of a checkpoint, and reading ranges that may span several."""
+    """The open shard files of a checkpoint; reads ranges that may span several of them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

@@ -1,16 +1,16 @@
-"""Results of evaluations in a run folder, as the scripts of evals/ write them."""
+"""Reads the results of evaluations that the scripts of evals/ write to a run folder."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_FOLDERS = ("evals", "evaluations")  # by hand, and by a job that follows the run
+_FOLDERS = ("evals", "evaluations")  # written by hand-started evaluations, and by jobs that follow the run
 _NEEDED = {"step": int, "protocol": dict, "protocol_hash": str, "comparable": bool, "numbers": dict}
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """All results, by protocol and step; of the same one in two places, the newer. What is no result is passed over."""
+    """All results, sorted by protocol and step; of duplicates the newest. Files that are not results are skipped."""
     files = [file for folder in _FOLDERS for file in (run / folder).rglob("*.json")]
     found = {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
@@ -21,17 +21,17 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def protocol_name(result: Mapping[str, Any]) -> str:
-    """With the hash, which numbers that compare share."""
+    """The protocol's name and hash; results with the same hash can be compared."""
     return f"{result['protocol']['name']} {result['protocol_hash']}"
 
 
 def shown_numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Without the spreads of parts, which stand beside some metrics."""
+    """The numbers of a result, without the standard deviations that accompany some metrics."""
     return {k: v for k, v in result["numbers"].items() if isinstance(v, int | float) and not k.endswith("_std")}
 
 
 def measured(result: Mapping[str, Any], name: str) -> str:
-    """A metric with its standard error; empty if it is not there."""
+    """A metric with its standard error, as text; empty if the result does not have it."""
     value, error = result["numbers"].get(name), result.get("standard_errors", {}).get(name)
     if not isinstance(value, int | float):
         return ""
@@ -39,7 +39,7 @@ def measured(result: Mapping[str, Any], name: str) -> str:
 
 
 def doubts(result: Mapping[str, Any]) -> list[str]:
-    """What makes it not comparable with others of the protocol."""
+    """The reasons why a result may not be comparable with others of its protocol."""
     return [str(why) for why in (*result.get("changes", ()), *result.get("doubts", ()))]
 
 

@@ -1,12 +1,12 @@
-"""The run folder: what is in it, who may use it, and which changes of config it allows.
+"""The run folder: its contents, its lock, and the changes of the config that it allows.
 
 runs/<name>/
-  config.yaml        resolved; the previous ones are kept as config.1.yaml, ...
-  checkpoints/       see training.checkpoint
+  config.yaml        the resolved config; earlier ones are kept as config.1.yaml, ...
+  checkpoints/       see runs.checkpoint
   metrics.jsonl      one line for each report and event
-  samples/           grids made during training
+  samples/           grids of samples made during training
   profile/           traces of some steps, with train.profile
-  starts/            command, commit, changes, packages and machine of each start
+  starts/            the command, commit, uncommitted changes, packages and machine of each start
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_config
 
-# What must not change within a run: the weights, the data order or the noise would no longer be the run's own.
+# Keys that must not change within a run, since the weights, the order of the data or the noise depend on them.
 FIXED = (
     "seed",
     "model",
@@ -44,7 +44,7 @@ FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixtur
 
 
 LOCK = ".lock"
-MANIFEST = "manifest.json"  # of a checkpoint; it is complete when this file is there
+MANIFEST = "manifest.json"  # of a checkpoint, which is complete if it has this file
 
 
 class RunFolder:
@@ -61,10 +61,10 @@ class RunFolder:
         self.starts = self.path / "starts"
 
     def changes(self, config: Config) -> list[str]:
-        """What differs from the config the run was last started with, one line a key.
+        """The differences from the config of the run's last start, with one line for each key.
 
-        A run that has no checkpoint may change everything, and one whose folder was copied or renamed has its name.
-        Raises ConfigError when something may not change.
+        A run without a checkpoint may change every key, and the name may always change, since a folder may be copied or
+        renamed. Raises ConfigError if a key must not change.
         """
         if not self.config.exists():
             return []
@@ -75,20 +75,20 @@ class RunFolder:
         if forbidden and any(self.checkpoints.glob(f"*/{MANIFEST}")):
             shown = "\n  ".join(line for line in lines if line.split(":")[0] in forbidden)
             raise ConfigError(
-                f"{self.path} holds a run with another config; these keys cannot change within a run:\n  {shown}\n"
-                "Give the new run another name (name=...), or set these keys back to go on with the old one"
+                f"{self.path} holds a run with a different config; these keys cannot change within a run:\n  {shown}\n"
+                "Give the new run a different name (name=...), or restore these keys to resume the old run"
             )
         return lines
 
     def write_config(self, config: Config) -> None:
-        """Save the resolved config; a different one that was there is kept under a number."""
+        """Save the resolved config; an earlier, different one is kept under a number."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = dump_config(config)
         if self.config.exists():
             if self.config.read_text() == text:
                 return
             if load_config(self.config).name != config.name and (self.path / "wandb_id").exists():
-                # The folder was copied, or renamed: the tracked run of the old name is left as it is.
+                # The folder was copied or renamed: tracking must not continue the run of the old name.
                 (self.path / "wandb_id").rename(self.path / "wandb_id.before")
             number = 1 + len(list(self.path.glob("config.*.yaml")))
             self.config.rename(self.path / f"config.{number}.yaml")
@@ -98,9 +98,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Hold the folder for one job. Raises ConfigError, naming the holder, if another keeps it for longer.
+        """Lock the folder for one job. Raises ConfigError, with the holder, if a different job holds it for longer.
 
-        A folder in which nothing but the lock has been written meanwhile is removed with it.
+        A folder that contains only the lock at the end is removed.
         """
         file = self._acquire(time.monotonic() + patience_s)
         try:
@@ -125,13 +125,13 @@ class RunFolder:
             file.close()
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"{self.path}: in use by another job ({holder}); stop it, or give this run another name"
+                    f"{self.path}: in use by another job ({holder}); stop it, or give this run a different name"
                 )
             time.sleep(0.5)
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file is the one at this path: its holder before may have removed it."""
+    """Whether the open file is still the one at this path, since its previous holder may have removed it."""
     return path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing the logs of a run, metrics.jsonl and failures.jsonl: one JSON object in each line."""
+"""Reads and writes the logs of a run, metrics.jsonl and failures.jsonl, which have one JSON object in each line."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LogWriter:
-    """Appends JSON lines to a file, each at once; a torn line that a crash left is ended first."""
+    """Appends JSON lines to a file without buffering; an incomplete line left by a crash is ended first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -18,7 +18,7 @@ class LogWriter:
         self._torn = self._file.read(1) not in (b"", b"\n")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Raises OSError if the line could not be written."""
+        """Append one line. Raises OSError if it cannot be written."""
         content = (b"\n" if self._torn else b"") + json.dumps(line).encode() + b"\n"
         start = self._file.seek(0, os.SEEK_END)
         written = self._file.write(content)
@@ -32,7 +32,7 @@ class LogWriter:
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Append one line. Raises OSError if it could not be written."""
+    """Append one line. Raises OSError if it cannot be written."""
     writer = LogWriter(path)
     try:
         writer.write(line)
@@ -41,9 +41,9 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def json_lines(path: Path, on_unreadable: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, in order; none if the file is not there.
+    """The objects of a file of JSON lines, in order; none if the file does not exist.
 
-    A line that holds no object, such as one being written, is passed over, and ``on_unreadable`` is called for it.
+    A line that is not an object, such as one that is being written, is skipped, and ``on_unreadable`` is called.
     """
     if not path.exists():
         return
@@ -65,7 +65,7 @@ def reports(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_report(path: Path, step: int) -> dict[str, Any]:
-    """The newest report of metrics.jsonl up to a step; empty without one."""
+    """The newest report of metrics.jsonl up to a step; empty if there is none."""
     last: dict[str, Any] = {}
     for line in reports(path):
         if line.get("step", step + 1) <= step:

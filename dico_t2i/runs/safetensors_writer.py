@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time, so that no second copy of them is held in memory."""
+"""Writes safetensors files one tensor at a time, so that memory holds no second copy of all tensors."""
 
 import hashlib
 import itertools
@@ -13,11 +13,11 @@ import numpy as np
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]) -> str:
-    """Write fp32 arrays, in the order of ``shapes``, force them to disk and return the file's SHA-256.
+    """Write fp32 arrays, in the order of ``shapes``, flush them to disk and return the SHA-256 of the file.
 
-    The hash is of what was given, not of what the disk took: reading the file again tells whether it is whole.
+    The hash is computed from the arrays, not from the file, so that reading the file later shows whether it is intact.
     """
-    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
@@ -31,7 +31,7 @@ def write_safetensors(path: Path, shapes: Mapping[str, Sequence[int]], arrays: I
             file.write(part)
             digest.update(part)
         if file.tell() != 8 + len(header) + end:
-            raise ValueError(f"{path}: the arrays are not those of the shapes")
+            raise ValueError(f"{path}: the sizes of the arrays differ from the shapes")
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The kinds of weights that a run keeps, and where a path to a run leads."""
+"""Finds the checkpoint and the kind of weights for a path to a run, a checkpoint or an export."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError, newest_checkpo
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT, ema_name
 
 WEIGHTS_FILE = "model.safetensors"
-TRANSFORMER_WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")  # what it is a link to
+TRANSFORMER_WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")  # WEIGHTS_FILE is a link to it
 
 
 def exported_weights(path: Path) -> Path | None:
-    """The file of weights of an exported folder, also of one that was copied without its link; None if it is no export.
+    """The weights file of an exported folder, even if it was copied without its link; None if it is not an export.
 
     Raises ValueError for an export without weights.
     """
@@ -19,16 +19,16 @@ def exported_weights(path: Path) -> Path | None:
         return None
     found = next((file for file in (path / WEIGHTS_FILE, path / TRANSFORMER_WEIGHTS) if file.is_file()), None)
     if found is None:
-        raise ValueError(f"{path}: an exported folder without its weights ({TRANSFORMER_WEIGHTS}); copy it again")
+        raise ValueError(f"{path}: this exported folder lacks its weights ({TRANSFORMER_WEIGHTS}); copy it again")
     return found
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
-    """The run folder and the checkpoint that a path stands for: itself, or the newest complete one of a run."""
+    """The run folder and the checkpoint of a path to a checkpoint, or to a run (its newest complete checkpoint)."""
     if not path.exists():
         raise ValueError(f"{path}: no such run or exported folder")
     is_checkpoint = path.parent.name == "checkpoints"
-    if is_checkpoint and path.is_file():  # latest, which holds a name
+    if is_checkpoint and path.is_file():  # the file latest, which contains a name
         path = path.with_name(path.read_text().strip())
     run = path.parent.parent if is_checkpoint else path
     if not (run / "config.yaml").exists():
@@ -37,12 +37,12 @@ def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
 
 
 def default_weights(config: Config) -> str:
-    """The first average of the weights, or the weights themselves where none is kept."""
+    """The first average of the weights, or the weights themselves if the run keeps no average."""
     return ema_name(config.optimizer.ema[0]) if config.optimizer.ema else WEIGHT
 
 
 def chosen_weights(weights: str | None, config: Config, checkpoint: Checkpoint) -> str:
-    """The kind that is asked for, or the default. Raises CheckpointError for one that is no weights or is not there."""
+    """The given kind of weights, or the default. Raises CheckpointError if the checkpoint has no such weights."""
     kind = weights or default_weights(config)
     usable = [name for name in checkpoint.kinds if name not in MOMENTS]
     if kind not in usable:

@@ -155,7 +155,7 @@ def test_the_log_says_what_slurm_did(slurm, workplace):
     assert "cancelled" not in log.read_text()
     subprocess.run(["scancel", job], check=True)
     until(lambda: not next(iter(commands.jobs([job]))).active, "the end")
-    assert "cancelled (scancel); launch again to go on" in log.read_text()
+    assert "cancelled (scancel); launch again to resume" in log.read_text()
     assert not (run / "failures.jsonl").exists()
 
 
@@ -198,7 +198,7 @@ def test_a_failing_program_is_shown_and_given_up_after_the_same_step_twice(slurm
         (("cluster.python=/nowhere/python",), "cluster.python: /nowhere/python: No such file or directory"),
         (("cluster.python=/usr/bin/false",), "cluster.python: /usr/bin/false cannot run this"),
         (("--local",), "--local: one run on one node"),
-        (("--signal-lead", "99999"), "--signal-lead 99999: not shorter than the time limit"),
+        (("--signal-lead", "99999"), "--signal-lead 99999: must be shorter than the time limit"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_queued(slurm, workplace, arguments, message):
@@ -226,7 +226,7 @@ def test_a_dry_run_for_sixteen_nodes_passes_sbatch(large_slurm, workplace):
     script = Path(re.search(r"^sbatch script: (.*)$", output, re.MULTILINE)[1])
     subprocess.run(["sbatch", "--test-only", str(script)], check=True)
     assert "#SBATCH --gpus-per-node=8" in script.read_text()
-    assert "SLURM would take it" in output
+    assert "SLURM would accept it" in output
     assert subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout == ""
     refused = workplace.call("launch.py", *arguments, "--sbatch", "gpus-per-node=9", code=2)
     assert "SLURM refuses the job" in refused

@@ -49,7 +49,7 @@ def test_one_run_that_cannot_be_read_is_a_row_and_nothing_that_matters_is_cut(ru
     assert LONG in name
     assert "unreadable" in shown
     assert "locked: last failure at step ?: Permission denied" in shown
-    assert "not shown for want of width" in shown
+    assert "not shown in this narrow terminal" in shown
 
 
 def test_without_a_terminal_all_columns_are_there(runs, monkeypatch, capsys):
@@ -62,7 +62,7 @@ def test_a_run_that_is_not_there_does_not_hide_the_others(runs, capsys):
     assert status.main(["--json", str(runs / "short"), str(runs / "absent"), str(runs / "broken")]) == 2
     out, err = capsys.readouterr()
     assert [(run["name"], run["word"]) for run in json.loads(out)] == [("short", "cut off"), ("broken", "unreadable")]
-    assert "absent: no run is there" in err
+    assert "absent: no such run" in err
 
 
 def test_the_holder_of_a_lock_is_seen_without_the_right_to_write(tmp_path):

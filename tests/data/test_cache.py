@@ -178,7 +178,7 @@ def test_a_shard_that_never_comes_whole_is_lost_and_replaced(server, tmp_path):
     found = batches(server.url, {"path": str(tmp_path / "cache"), "max_gb": 1}, retries=1)
     bad = [entry for *_, entries in found for entry in entries]
     assert {entry.shard for entry in bad} == {"shard-000001.tar"}
-    assert all("bytes came" in entry.reason or "cannot be read" in entry.reason for entry in bad)
+    assert all("but the index has" in entry.reason or "cannot be read" in entry.reason for entry in bad)
     assert not {int(key) // SHARD for keys, *_ in found for key in keys} & {1}
 
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_used_is_told(folder, server, tmp_path):
     with pytest.raises(DataError, match=r"there is no index\.json.*python -m dico_t2i\.data DIR"):
         open_cached(server, tmp_path)
     config = CacheConfig(path=str(tmp_path), max_gb=1)
-    with pytest.raises(DataError, match=r"s3:// needs another package: pip install dico_t2i\[s3\]"):
+    with pytest.raises(DataError, match=r"s3:// needs a further package: pip install dico_t2i\[s3\]"):
         cached_index("s3://bucket/set", config)
     with pytest.raises(DataError, match="Protocol not known: nonsense"):
         cached_index("nonsense://set", config)

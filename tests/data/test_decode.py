@@ -90,7 +90,7 @@ def test_sixteen_bits_are_scaled(form):
 
 def test_numbers_without_a_white_are_refused():
     for values in (np.linspace(0, 1, 64, dtype=np.float32), np.linspace(0, 1e6, 64).astype(np.int32)):
-        with pytest.raises(SampleError, match="which of them is white is not known"):
+        with pytest.raises(SampleError, match="the value of white is not known"):
             decode_whole(encoded(Image.fromarray(values.reshape(8, 8)), "TIFF"))
 
 

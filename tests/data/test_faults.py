@@ -224,9 +224,7 @@ def test_a_worker_that_was_killed_is_named(index, number):
     victim = worker_pids(batches)[1]
     os.kill(victim, number)
     time.sleep(0.2)  # torch would raise RuntimeError here, wherever the main thread is
-    pattern = (
-        rf"data worker 1 \(pid {victim}\) of rank 0 was killed by {number.name}.*; step (\d+) needs of it (.*) in "
-    )
+    pattern = rf"data worker 1 \(pid {victim}\) of rank 0 was killed by {number.name}.*; step (\d+) waits for (.*) in "
     with pytest.raises(DataError, match=pattern) as caught:
         list(islice(batches, 20))
     step, shards = re.search(pattern, str(caught.value)).groups()
@@ -248,7 +246,7 @@ def test_a_worker_that_stalls_is_named_with_what_it_owes(index, monkeypatch):
     pids = worker_pids(batches)
     next(batches)
     taken = [1]
-    pattern = rf"data worker 1 \(pid {pids[1]}\) of rank 0 gave no data for 2 s; step (\d+) needs of it (.*) in "
+    pattern = rf"data worker 1 \(pid {pids[1]}\) of rank 0 gave no data for 2 s; step (\d+) waits for (.*) in "
     with pytest.raises(DataError, match=pattern) as caught:
         taken.extend(1 for _ in batches)
     step, shards = re.search(pattern, str(caught.value)).groups()

@@ -299,7 +299,7 @@ def test_an_index_json_that_cannot_be_used_is_refused(tmp_path, change):
     write(tmp_path)
     path = tmp_path / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(DataError, match=r"index\.json.*index the folder anew"):
+    with pytest.raises(DataError, match=r"index\.json.*index the folder again"):
         load_index(tmp_path)
 
 
@@ -309,7 +309,7 @@ def test_a_broken_shard_index_is_refused(tmp_path):
     content = path.read_bytes()
     for broken in (b"", content[:100], content[:-8], content.replace(b'"version":"1"', b'"version":"2"')):
         path.write_bytes(broken)
-        with pytest.raises(ShardError, match="index the folder anew"):
+        with pytest.raises(ShardError, match="index the folder again"):
             index.shard(0)
 
 

@@ -188,7 +188,7 @@ def test_latents_and_buckets_are_refused(runs):
     config = load_config(runs.config, [ALIGNED])
     index = load_data(config.data)
     check_data(config, index)
-    with pytest.raises(ConfigError, match=r"alignment: its encoder sees the images, but .* holds latents"):
+    with pytest.raises(ConfigError, match=r"alignment: its encoder needs the images, but .* holds latents"):
         check_data(config, replace(index, kind="latents"))
     with pytest.raises(ConfigError, match=r"leave out data.buckets"):
         load_config(runs.config, [ALIGNED, "data.buckets=true"])

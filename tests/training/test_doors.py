@@ -118,7 +118,7 @@ def test_an_export_copied_without_its_link(trained, tmp_path):
     for ours, theirs in zip(whole.model.parameters(), same.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     (tmp_path / "export" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="an exported folder without its weights"):
+    with pytest.raises(ValueError, match="this exported folder lacks its weights"):
         load(tmp_path / "export")
 
 

@@ -15,7 +15,7 @@ from dico_t2i.export.portable.transformer import DiCoTransformer
 def load_portable(folder: Path, dtype: torch.dtype | None, parts: Mapping[str, Any]) -> DiCoPipeline:
     """See ``dico_t2i.pipeline.DiCoPipeline.from_pretrained``."""
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder}: not a folder of dico export (no model_index.json)")
+        raise ValueError(f"{folder}: not a folder that dico export wrote (no model_index.json)")
     index = DiCoPipeline.load_config(folder)
     options = {"dtype": dtype or torch.float32, "use_safetensors": True}
     found: dict[str, Any] = {

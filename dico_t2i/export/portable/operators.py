@@ -1,6 +1,7 @@
-"""The operators of ``dico_t2i.ops`` as an exported folder has them: through torch, whatever the device.
+"""The operators of ``dico_t2i.ops`` in an exported folder: in plain torch on every device.
 
-Inputs are made contiguous, as ``dico_t2i.ops`` does it: torch picks convolutions, and so last bits, by layout.
+Inputs are made contiguous, as in ``dico_t2i.ops``, because torch chooses its convolutions, and with them the last bits
+of results, by memory layout.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The pipeline as diffusers users expect one."""
+"""The pipeline for users of diffusers."""
 
 import inspect
 import math
@@ -37,15 +37,15 @@ Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class DiCoPipeline(DiffusionPipeline):
-    """Images from prompts or classes.
+    """Makes images from prompts or classes.
 
-    Noise is a function of an image's seed alone, the same numbers on every device. The samplers are DiCo's own, in
-    float32; ``scheduler`` describes the noise schedule to diffusers, and another one put in its place is used instead.
-    A model of pixels has no vae, one of classes neither text encoder nor tokenizer.
+    The noise depends only on an image's seed and is the same on every device. The samplers are DiCo's own, in float32.
+    ``scheduler`` describes the noise schedule to diffusers; a different scheduler in its place is used for sampling.
+    A model of pixels has no vae, and a model of classes has neither text encoder nor tokenizer.
 
-    diffusion, sampler: the fields of DiffusionConfig and of SamplerConfig, which hold the defaults of a call.
-    image_size: pixels trained on. downscale: pixels to one of the network's, 1 without a vae. latent_scale: what the
-    vae's latents are multiplied by for the network. id2label: names of the classes, by number.
+    diffusion, sampler: the fields of DiffusionConfig and SamplerConfig, which are the defaults of a call. image_size:
+    the image size of training, in pixels. downscale: the ratio of image size to latent size, 1 without a vae.
+    latent_scale: the factor between the vae's latents and the network's input. id2label: names of classes by number.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -100,18 +100,19 @@ class DiCoPipeline(DiffusionPipeline):
     ) -> Any:
         """Make images of prompts, or of class_labels (numbers or names).
 
-        seed: of the first image, from which the others count up, or one for each image. Without, each image's seed is
-        drawn from ``generator``, one or one for each image, or from torch's own. sampler: iddpm, ddim or dpm++; of a
-        flow euler, heun, dpm++ or euler_sde. output_type: pil, np (N, H, W, 3) or pt (N, 3, H, W) in 0..1, or latent.
-        guidance_scale: w of uncond + w (cond - uncond); 1 is none. callback_on_step_end(pipeline, step, timestep,
-        {"latents": ...}) may return other latents. Raises ValueError for arguments that do not fit the model.
+        seed: the seed of the first image, from which the others count up, or a list with one for each image. Without
+        it, seeds are drawn from ``generator`` (one, or a list with one for each image), or from torch's default one.
+        sampler: iddpm, ddim or dpm++; for a flow euler, heun, dpm++ or euler_sde. output_type: pil, latent, or np
+        (N, H, W, 3) or pt (N, 3, H, W) in 0..1. guidance_scale: w in uncond + w (cond - uncond); 1 means no guidance.
+        callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return different latents. Raises ValueError
+        for arguments that do not fit the model.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         unknown = sorted({*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs})
         if unknown:
             known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} unknown; there is {known}")
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} unknown; use {known}")
         given = self._given(prompt, class_labels)
         each = _whole("num_images_per_prompt", num_images_per_prompt, 1)
         repeated = [one for one in given for _ in range(each)]
@@ -126,7 +127,7 @@ class DiCoPipeline(DiffusionPipeline):
         cond = self._conditioning(repeated, device)
         null = self._null(negatives, device) if config.guidance != 1 else {}
         steps = DiffusionConfig(**self.config.diffusion).steps
-        interval = (config.guidance_interval[0], config.guidance_interval[1])  # a list, out of JSON
+        interval = (config.guidance_interval[0], config.guidance_interval[1])  # JSON made it a list
         model_fn = guided(self.transformer, cond, null, config.guidance, config.guidance_channels, interval, steps)
         self._num_timesteps = config.steps
         with self.progress_bar(total=config.steps) as bar:
@@ -159,7 +160,7 @@ class DiCoPipeline(DiffusionPipeline):
     def _sample_by_scheduler(
         self, model_fn: ModelFn, config: SamplerConfig, index: Tensor, shape: Sequence[int], on_step: StepHook
     ) -> Tensor:
-        """With a scheduler of diffusers, on the prediction channels; its own noise comes from the images' seeds."""
+        """Sample by a scheduler of diffusers, from the prediction channels; its noise comes from the images' seeds."""
         scheduler = self.scheduler
         scheduler.set_timesteps(config.steps, device=index.device)
         options: dict[str, Any] = {}
@@ -172,20 +173,20 @@ class DiCoPipeline(DiffusionPipeline):
         return x
 
     def _given(self, prompt: str | Sequence[str] | None, labels: Any) -> list[str] | list[int]:
-        """The prompts, or the numbers of the classes."""
+        """The prompts, or the class numbers."""
         if self.transformer.config.condition == "text":
             if prompt is None or labels is not None:
-                raise ValueError("this model takes prompt, and no class_labels")
+                raise ValueError("this model needs prompt, not class_labels")
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError(
-                    "no text encoder: give from_pretrained text_encoder=... and tokenizer=...; see README.md"
+                    "no text encoder: pass text_encoder=... and tokenizer=... to from_pretrained; see README.md"
                 )
             return _texts("prompt", prompt)
         if labels is None or prompt is not None:
-            raise ValueError("this model takes class_labels, and no prompt")
+            raise ValueError("this model needs class_labels, not prompt")
         listed = _listed(labels)
         if not listed:
-            raise ValueError("class_labels: none are given")
+            raise ValueError("class_labels: the list is empty")
         return [self._class(one) for one in listed]
 
     def _class(self, label: Any) -> int:
@@ -194,24 +195,24 @@ class DiCoPipeline(DiffusionPipeline):
         found = [int(n) for n, name in names.items() if str(label).lower() == name.lower()]
         if isinstance(label, str) and not label.isdecimal():
             if len(found) != 1:
-                several = f"several classes ({', '.join(map(str, found))}); give a number" if found else "no class here"
+                several = f"several classes ({', '.join(map(str, found))}); give a number" if found else "not a class"
                 raise ValueError(f"class_labels: {label!r} is {several}; names are in pipeline.config.id2label")
             return found[0]
         number = _whole("class_labels", int(label) if isinstance(label, str) else label, 0)
         if number >= classes:
-            raise ValueError(f"class_labels: {label} must lie in 0..{classes - 1}")
+            raise ValueError(f"class_labels: {label} must be in 0..{classes - 1}")
         return number
 
     def _negatives(self, negative: str | Sequence[str] | None, prompts: int, each: int) -> list[str] | None:
-        """One for each image, or None."""
+        """The negative prompt of each image, or None."""
         if negative is None:
             return None
         if self.transformer.config.condition == "class":
-            raise ValueError("negative_prompt: a model of classes has none")
+            raise ValueError("negative_prompt: this model takes classes, which have no negative prompt")
         listed = _texts("negative_prompt", negative)
         listed = listed * prompts if isinstance(negative, str) else listed
         if len(listed) != prompts:
-            raise ValueError(f"negative_prompt: {len(listed)} for {prompts} prompts; give one, or as many")
+            raise ValueError(f"negative_prompt: {len(listed)} for {prompts} prompts; give one, or one for each prompt")
         return [one for one in listed for _ in range(each)]
 
     def _sampler(self, kind: str | None, steps: int | None, guidance: float | None) -> SamplerConfig:
@@ -235,7 +236,7 @@ class DiCoPipeline(DiffusionPipeline):
         return height // downscale, width // downscale
 
     def _conditioning(self, given: list[str | int], device: torch.device) -> dict[str, Any]:
-        """Each different prompt is encoded, and its kernels are made, once."""
+        """The network's conditioning; each distinct prompt is encoded, and its kernels are computed, only once."""
         if self.transformer.config.condition == "class":
             return {"cond": torch.tensor(given, device=device)}
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, given)))}
@@ -246,17 +247,17 @@ class DiCoPipeline(DiffusionPipeline):
         return tree_map(lambda values: values[rows], prepared)
 
     def _null(self, negatives: list[str] | None, device: torch.device) -> dict[str, Any]:
-        """Of one sample, for all of them, or of each one's negative prompt."""
+        """The null conditioning: one for all samples, or that of each sample's negative prompt."""
         if self.transformer.config.condition == "class":
             if not self.transformer.config.dropout_prob:
-                raise ValueError("guidance_scale: must be 1, this model has no null class (dropout_prob: 0)")
+                raise ValueError("guidance_scale: must be 1, since this model has no null class (dropout_prob: 0)")
             return {"cond": torch.full((1,), self.transformer.config.num_classes, device=device)}
         return self._conditioning(list(negatives or [""]), device)
 
     def _prepared(self, features: TextFeatures) -> dict[str, Any]:
-        """With all work on the text done that is the same at every step.
+        """Compute everything from the text that is the same at every step.
 
-        An offloaded network is on the device in its forward only, and does that work there, each time.
+        An offloaded network is on the device only in its forward pass, which then computes this at each step.
         """
         offloaded = hasattr(self.transformer, "_hf_hook")
         cond = features.tokens if offloaded else self.transformer.text_kernels(features.tokens)
@@ -270,14 +271,14 @@ class DiCoPipeline(DiffusionPipeline):
         network = self.transformer.config
         if features.tokens.shape[1:] != (network.text_tokens, network.text_dim):
             raise ValueError(
-                f"this network takes {network.text_tokens} tokens of width {network.text_dim}, the text encoder gives"
-                f" {tuple(features.tokens.shape[1:])}; models of several text encoders are sampled by dico sample"
+                f"this network needs {network.text_tokens} tokens of width {network.text_dim}, but the encoder has"
+                f" {tuple(features.tokens.shape[1:])}; use dico sample for models of several text encoders"
             )
         return features
 
     def _images(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is None and self.config.downscale != 1:
-            raise ValueError("no vae: give from_pretrained vae=...; see README.md. output_type='latent' needs none")
+            raise ValueError("no vae: pass vae=... to from_pretrained, see README.md; output_type='latent' needs none")
         images = torch.cat([self._decode(part) for part in latents.split(DECODE_CHUNK)]).cpu().float() / 255
         return VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
 
@@ -290,7 +291,7 @@ class DiCoPipeline(DiffusionPipeline):
 def _seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> list[int]:
-    """One for each image."""
+    """The seed of each image."""
     if seed is not None:
         seeds = check_seeds(_listed(seed))
         if not _is_several(seed):
@@ -300,12 +301,12 @@ def _seeds(
     else:
         seeds = _draw(generator, count)
     if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds or generators for {count} images; give one, or as many")
+        raise ValueError(f"{len(seeds)} seeds or generators for {count} images; give one, or one for each image")
     return seeds
 
 
 def _is_several(value: Any) -> bool:
-    """Whether it is a list, or an array with an axis; a text is one."""
+    """Whether a value is a list, or an array with an axis. A text is a single value."""
     return not isinstance(value, str) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
 
 
@@ -314,19 +315,19 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _texts(name: str, given: Any) -> list[str]:
-    """One text, or several. Raises ValueError for none and for what is no text."""
+    """A list of one or more texts. Raises ValueError if it is empty or contains anything else."""
     listed = _listed(given)
     if not listed:
-        raise ValueError(f"{name}: none are given")
+        raise ValueError(f"{name}: the list is empty")
     for number, text in enumerate(listed):
         if not isinstance(text, str):
-            raise ValueError(f"{name}: number {number} is {text!r}, which is no text")
+            raise ValueError(f"{name}: number {number} is {text!r}, not a text")
         check_text(text, f"{name} {number}")
     return listed
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    """A whole number, of whatever integer type. Raises ValueError."""
+    """A whole number from any integer type. Raises ValueError if it is not one, or below ``least``."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -10,7 +10,7 @@ from dico_t2i.models.dico import DiCo
 
 
 class DiCoTransformer(DiCo, ModelMixin, ConfigMixin):
-    """``DiCo``, with the same parameters under the same names; network: the fields of ``DiCoConfig``."""
+    """``DiCo`` with the same parameters under the same names. network: the fields of ``DiCoConfig``."""
 
     @register_to_config
     def __init__(self, network: dict[str, Any]) -> None:
@@ -18,7 +18,7 @@ class DiCoTransformer(DiCo, ModelMixin, ConfigMixin):
 
     @property  # type: ignore[override]
     def config(self) -> DiCoConfig:
-        """The network's own config; what diffusers has registered stays where it is."""
+        """The network's own config; diffusers keeps its registered config elsewhere."""
         return self._network_config
 
     @config.setter
