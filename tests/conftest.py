@@ -19,7 +19,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, each has its share of t
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 PLACE_AMONG_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LONGEST_FIRST = ("cluster", "faults", "training", "test_plan.py", "test_tutorial.py", "evals")
+LONGEST_FIRST = (
+    *(f"cluster/test_{name}.py" for name in ("stops", "launch", "chains", "sbatch_example")),
+    *("faults/test_kills.py", "test_plan.py", "test_tutorial.py", "training/test_trainer.py", "faults/test_disk.py"),
+    *("cluster", "faults", "training", "evals"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +39,12 @@ def long(pytestconfig: pytest.Config) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that side by side (pytest -n, file by file) all end at about the same time."""
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).parts[0], len(rank)))
+
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(TESTS)
+        return rank.get(file.as_posix(), rank.get(file.parts[0], len(rank)))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.sandbox import Sandbox, missing_programs
+from tests.cluster.workplace import Workplace
 from tests.training.conftest import shapes_data
 
 __all__ = ["shapes_data"]
@@ -46,3 +47,8 @@ def large_slurm(short_folder, monkeypatch) -> Iterator[Sandbox]:
     monkeypatch.setenv("SLURM_CONF", str(sandbox.conf))
     yield sandbox
     sandbox.stop()
+
+
+@pytest.fixture
+def workplace(tmp_path, shapes_data) -> Workplace:
+    return Workplace(tmp_path, shapes_data)

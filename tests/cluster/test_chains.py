@@ -13,8 +13,7 @@ from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.writer import ShardWriter
 from tests.small_models import save_autoencoder
 
-from .test_launch import Workplace, job_id, state_of, until
-from .test_launch import workplace as workplace  # a fixture
+from .workplace import Workplace, job_id, state_of, until
 
 RECORD = """
 import pathlib, sys

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dico_t2i.runs.log import json_lines
-from tests.cluster.test_launch import ROOT, state_of, until, workplace
+from tests.cluster.workplace import ROOT, state_of, until
 
 __all__ = ["workplace"]
 SCRIPT = ROOT / "cluster" / "sbatch_example.sh"
