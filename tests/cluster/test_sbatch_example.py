@@ -8,7 +8,6 @@ from pathlib import Path
 from dico_t2i.runs.log import json_lines
 from tests.cluster.workplace import ROOT, state_of, until
 
-__all__ = ["workplace"]
 SCRIPT = ROOT / "cluster" / "sbatch_example.sh"
 
 
