@@ -74,6 +74,7 @@ class Checkpoint:
     kinds: tuple[str, ...]
     files: dict[str, dict[str, Any]]
     pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
+    sha256: str  # of the manifest, which has the hashes of all files
 
     @property
     def network_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,6 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         kinds=tuple(manifest["kinds"]),
         files={file: {"size": e["size"], "sha256": e["sha256"]} for file, e in manifest["files"].items()},
         pieces=dict(pieces),
+        sha256=digest,
     )
 
 
