@@ -1,5 +1,6 @@
 """The typed config tree. One object, ``Config``, describes a run and is checked as a whole before anything starts."""
 
+from dico_t2i.config.adapter import AdapterConfig
 from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Span
 from dico_t2i.config.cluster import ClusterConfig, HardwareConfig
 from dico_t2i.config.data import CacheConfig, DataConfig
@@ -47,6 +48,7 @@ __all__ = [
     "SAMPLER_NAMES",
     "UVIT_VARIANTS",
     "VARIANTS",
+    "AdapterConfig",
     "AnyText",
     "AutoencoderConfig",
     "CacheConfig",

@@ -7,11 +7,12 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from dico_t2i.config.adapter import AdapterConfig
 from dico_t2i.config.base import ConfigError, Section, Seed
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.data import DataConfig
 from dico_t2i.config.encoders import AlignmentConfig, AutoencoderConfig, TextEncoderConfig
-from dico_t2i.config.networks import ModelConfig, SizedConfig
+from dico_t2i.config.networks import DiCoConfig, ModelConfig, SizedConfig
 from dico_t2i.config.process import DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import (
     CheckpointConfig,
@@ -38,6 +39,8 @@ class Config(Section):
     # Alignment of features with an image encoder (REPA); with none the run trains on the diffusion loss alone.
     alignment: AlignmentConfig | None = None
     data: DataConfig  # The training data.
+    # A low-rank adapter of weights that stay as they are; with none all weights of the network are trained.
+    adapter: AdapterConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()  # The optimizer, the learning rate and the averages of the weights.
     train: TrainConfig  # Duration, batch size, precision and other settings of the training loop.
     checkpoint: CheckpointConfig = CheckpointConfig()  # When checkpoints are written, and which are kept.
@@ -100,6 +103,12 @@ class Config(Section):
     def _alignment_sees_squares(self) -> Config:
         if self.alignment and self.data.buckets:
             raise ValueError("alignment: its image encoder takes squares only; leave out data.buckets or alignment")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_of_dico(self) -> Config:
+        if self.adapter and not isinstance(self.model, DiCoConfig):
+            raise ValueError(f"adapter: it is for kind: dico, not for kind: {self.model.kind}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ FIXED = (
     "autoencoder",
     "text_encoder",
     "alignment",
+    "adapter",
     "data.image_size",
     "data.crop",
     "data.flip",
@@ -40,7 +41,7 @@ FIXED = (
     "data.caption_weights",
     "train.global_batch",
 )
-FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")
+FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "adapter.from", "data.mixture.*.path")
 
 
 LOCK = ".lock"
