@@ -101,6 +101,8 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps is given")
     parser.add_argument("--guidance", type=float, help="the scale w in uncond + w (cond - uncond); 1: no guidance")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="an adapter (LoRA) to add to the weights")
+    parser.add_argument("--adapter-scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
     parser.add_argument("--batch", type=positive, default=16, help="images sampled at a time (default: 16)")
     parser.add_argument("--decode-batch", type=positive, default=16, help="images decoded at a time (default: 16)")
     parser.add_argument(
@@ -118,16 +120,32 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the folder to write; of an adapter alone, a file (.safetensors)"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FILE",
+        help="an adapter (LoRA) to add to the weights; with it --checkpoint may be an exported folder",
+    )
+    parser.add_argument("--adapter-scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
     parser.add_argument(
         "--no-encoders", action="store_true", help="leave the autoencoder and the text encoder out of the folder"
     )
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from dico_t2i.export.adapter import export_adapter, export_merged, is_adapter
     from dico_t2i.export.folder import export
 
-    export(arguments.checkpoint, arguments.weights, arguments.out, not arguments.no_encoders)
+    what = arguments.checkpoint, arguments.weights, arguments.out
+    if arguments.out.suffix == ".safetensors" and not arguments.adapter:
+        export_adapter(*what)
+    elif arguments.adapter or is_adapter(arguments.checkpoint):
+        export_merged(*what, not arguments.no_encoders, arguments.adapter, arguments.adapter_scale)
+    else:
+        export(*what, not arguments.no_encoders)
     print(f"exported to {arguments.out}")
     return 0
 

@@ -149,7 +149,12 @@ class _Page:
 
     def _row(self, field: ast.AnnAssign) -> str:
         assert isinstance(field.target, ast.Name)
-        cells = (f"`{field.target.id.rstrip('_')}`", self._type(field.annotation), self._default(field), self._comment(field))
+        cells = (
+            f"`{field.target.id.rstrip('_')}`",
+            self._type(field.annotation),
+            self._default(field),
+            self._comment(field),
+        )
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
     def _type(self, node: ast.expr) -> str:

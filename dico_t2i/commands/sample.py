@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 
 from dico_t2i.config import SamplerConfig, parse_section
+from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
 from dico_t2i.ops.backend import OPERATORS
 from dico_t2i.randomness import check_seeds
@@ -37,11 +38,12 @@ def run(arguments: argparse.Namespace) -> int:
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     seeds = check_seeds(range(arguments.seed, arguments.seed + len(conditions)))
     device, dtype = choose_device(arguments.dtype)
-    record = _record(arguments, conditions, dtype)
+    record = {**_record(arguments, conditions, dtype), **_adapter(arguments)}
     missing = _missing(arguments.out, record, len(conditions))
     if arguments.exact:
         os.environ[OPERATORS] = "torch"
-    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, device, dtype)
+    adapter = arguments.adapter, arguments.adapter_scale
+    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, device, dtype, *adapter)
     _check_conditions(arguments, conditions, pipeline)
     sampler = chosen_sampler(arguments, pipeline.config.sampler)
     encoder = pipeline.conditioner.text_encoder
@@ -94,6 +96,15 @@ def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtyp
         "first seed": arguments.seed,
         "prompts": hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:16],
     }
+
+
+def _adapter(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The identity and the scale of the adapter, or None. Raises ValueError if there is no such file."""
+    if arguments.adapter is None:
+        return {"adapter": None}
+    if not arguments.adapter.is_file():
+        raise ValueError(f"--adapter {arguments.adapter}: there is no such file")
+    return {"adapter": f"{file_hash(arguments.adapter)[:16]}, scale {arguments.adapter_scale:g}"}
 
 
 def _weights_identity(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from dico_t2i.config.process import DiffusionConfig, SamplerConfig, check_sample
 from dico_t2i.config.training import (
     CheckpointConfig,
     GuardConfig,
+    InitConfig,
     LogConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -33,13 +34,15 @@ class Config(Section):
     name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]
     seed: Seed = 0  # The seed of all random draws: initial weights, data order, noise, timesteps, samples.
     model: ModelConfig  # The network.
+    # The weights that the run starts from; with none they are random. A checkpoint of the run itself comes first.
+    init: InitConfig | None = None
     diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process and its loss.
     autoencoder: AutoencoderConfig = AutoencoderConfig()  # The autoencoder.
     text_encoder: TextEncoderConfig = TextEncoderConfig()  # The text encoder, for a model with condition: text.
     # Alignment of features with an image encoder (REPA); with none the run trains on the diffusion loss alone.
     alignment: AlignmentConfig | None = None
     data: DataConfig  # The training data.
-    # A low-rank adapter of weights that stay as they are; with none all weights of the network are trained.
+    # A low-rank adapter of the weights of init, which stay as they are; with none all weights are trained.
     adapter: AdapterConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()  # The optimizer, the learning rate and the averages of the weights.
     train: TrainConfig  # Duration, batch size, precision and other settings of the training loop.
@@ -106,9 +109,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _adapter_of_dico(self) -> Config:
-        if self.adapter and not isinstance(self.model, DiCoConfig):
+    def _adapter_has_a_base(self) -> Config:
+        if self.adapter is None:
+            return self
+        if not isinstance(self.model, DiCoConfig):
             raise ValueError(f"adapter: it is for kind: dico, not for kind: {self.model.kind}; leave it out")
+        if self.init is None or self.init.ignore:
+            raise ValueError("adapter: it is added to all weights of a network; name it in init.from, without ignore")
+        if self.alignment:
+            raise ValueError("adapter: alignment would train a projector beside it; leave one of the two out")
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ from dico_t2i.runs.weights import (
     locate_checkpoint,
 )
 from dico_t2i.sampling.labels import CLASSES, class_names
-from dico_t2i.sampling.pipeline import exported_config
+from dico_t2i.sampling.source import exported_config
 
 _SOURCE_NOTE = (
     "{what} of DiCo, as one file that needs only diffusers, transformers and torch.\n\n"
@@ -60,11 +60,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
         raise ValueError(f"{path}: it is an exported folder already")
     run, checkpoint = locate_checkpoint(path)
     config = load_config(run / "config.yaml")
-    if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
-        raise ValueError(
-            "text_encoder: an exported pipeline takes a single CLIP; export with --no-encoders, and sample the folder"
-            " with dico sample, which loads the text encoders that its config.yaml names"
-        )
+    check_encoders(config, encoders)
     kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
@@ -85,6 +81,15 @@ def check_new(out: Path) -> None:
     """Raise ValueError if the folder exists."""
     if out.exists():
         raise ValueError(f"--out {out}: it exists, and nothing is overwritten; give a new folder")
+
+
+def check_encoders(config: Config, encoders: bool) -> None:
+    """Raise ValueError if encoders are to be copied that an exported pipeline cannot take."""
+    if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
+        raise ValueError(
+            "text_encoder: an exported pipeline takes a single CLIP; export with --no-encoders, and sample the folder"
+            " with dico sample, which loads the text encoders that its config.yaml names"
+        )
 
 
 def write_folder(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dico_t2i.config import NetworkConfig
+from dico_t2i.config import AdapterConfig, NetworkConfig
+from dico_t2i.models.adapter import add_adapter
 from dico_t2i.models.build import build_network
 from dico_t2i.ops import SCANS
 
@@ -16,6 +17,16 @@ def count_parameters(config: NetworkConfig) -> int:
     """The number of parameters of the network that a config describes."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_network(config).parameters())
+
+
+def count_trained(config: NetworkConfig, adapter: AdapterConfig | None) -> int:
+    """The number of parameters that are trained: those of an adapter, or all."""
+    if adapter is None:
+        return count_parameters(config)
+    with torch.device("meta"):
+        network = build_network(config)
+        add_adapter(network, adapter)
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:

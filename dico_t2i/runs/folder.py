@@ -25,6 +25,7 @@ from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_conf
 FIXED = (
     "seed",
     "model",
+    "init",
     "diffusion",
     "autoencoder",
     "text_encoder",
@@ -41,7 +42,7 @@ FIXED = (
     "data.caption_weights",
     "train.global_batch",
 )
-FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "adapter.from", "data.mixture.*.path")
+FREE_WITHIN_FIXED = ("model.checkpoint_stages", "init.from", "alignment.weight", "data.mixture.*.path")
 
 
 LOCK = ".lock"

@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dico_t2i import randomness
-from dico_t2i.config import Config, SamplerConfig, load_config
+from dico_t2i.config import Config, SamplerConfig
 from dico_t2i.diffusion import ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder
 from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.encoders.identity import KEY, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
-from dico_t2i.encoders.local import read_json
 from dico_t2i.memory import keep_freed_memory
-from dico_t2i.models import Network, build_network
-from dico_t2i.runs.checkpoint import read_weights
-from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.models import Network, build_network, merge_adapter, read_adapter
+from dico_t2i.sampling.source import find_source
 
 Progress = Callable[[int, int], None]
 
@@ -145,83 +142,31 @@ def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
     return replay
 
 
-def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def load_pipeline(
+    path: Path,
+    weights: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
+) -> Pipeline:
     """Load the pipeline of a run, of one of its checkpoints, or of an exported folder.
 
     weights: "weight" or an average such as "ema_0.9999"; None stands for the first average of the config, or for the
-    weights if there is none. Raises ValueError (CheckpointError, ConfigError, MissingModelError) that says what is
-    missing.
+    weights if there is none. adapter: the file of an adapter, which is added to the weights with this scale. Raises
+    ValueError (CheckpointError, ConfigError, MissingModelError) that says what is missing.
     """
     if device.type == "cpu":
         keep_freed_memory()
-    source = _find_weights(path, weights)
+    source = find_source(path, weights)
+    added = read_adapter(adapter) if adapter else {}
     config = source.config
     autoencoder, conditioner = load_encoders(config, device, dtype)
-    if source.encoders is None:
+    if source.record.get(KEY) is None:
         print(f"note: {path} does not say which encoders it was trained with; they are not checked", file=sys.stderr)
     else:
-        check_identities(source.encoders, identities(autoencoder, conditioner.text_encoder), str(path))
+        check_identities(source.record[KEY], identities(autoencoder, conditioner.text_encoder), str(path))
     model = build_network(config.model)
     source.fill(model)
+    merge_adapter(dict(model.named_parameters()), added, adapter_scale)
     return Pipeline(config, model.to(device, dtype).eval().requires_grad_(False), autoencoder, conditioner, device)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The origin of a network. encoders: the identities of the encoders it was trained with, or None if not recorded.
-
-    fill: loads the weights into the network.
-    """
-
-    config: Config
-    encoders: Mapping[str, Any] | None
-    fill: Callable[[Network], None]
-
-
-def _find_weights(path: Path, weights: str | None) -> _Source:
-    file = exported_weights(path)
-    if file is not None:
-        origin = _origin(path)
-        if weights not in (None, origin.get("weights")):
-            held = origin.get("weights")
-            raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
-        return _Source(exported_config(path), origin.get(KEY), lambda model: _fill(model, load_file(file), path))
-    run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
-    kind = chosen_weights(weights, config, checkpoint)
-    return _Source(
-        config,
-        checkpoint.state.get(KEY),
-        lambda model: _fill(model, dict(read_weights(checkpoint, kind)), checkpoint.path),
-    )
-
-
-def _origin(folder: Path) -> dict[str, Any]:
-    """The content of export.json in an exported folder; empty without the file."""
-    file = folder / "export.json"
-    return read_json(file) if file.exists() else {}
-
-
-def exported_config(folder: Path) -> Config:
-    """The config of an exported folder, with the paths of the encoders in that folder."""
-    config = load_config(folder / "config.yaml")
-    vae, text = folder / "vae", folder / "text_encoder"
-    changes: dict[str, Any] = {}
-    if vae.is_dir():
-        changes["autoencoder"] = config.autoencoder.model_copy(update={"path": str(vae)})
-    if text.is_dir():
-        own = {"model": str(text), "weights": "pretrained"}
-        changes["text_encoder"] = config.text_encoder.model_copy(update=own)
-    return config.model_copy(update=changes)
-
-
-def _fill(model: Network, state: dict[str, Tensor], source: Path) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source}: the weights do not fit the model of the config: {str(error).splitlines()[1]}"
-        ) from None
-    broken = next((name for name, values in state.items() if not values.isfinite().all()), None)
-    if broken:
-        raise ValueError(f"{source}: {broken} is not finite, so training diverged; use an earlier checkpoint")

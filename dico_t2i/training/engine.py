@@ -42,11 +42,11 @@ class Engine:
     ) -> None:
         """batching: samples per rank and pass, and passes per step."""
         self.world, self.stage = world, train.zero_stage
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         model.to(world.device)
         if train.compile == "blocks":
             model.compile_blocks()
-        self.adam = AdamWEMA(model.parameters(), optimizer)
+        self.adam = AdamWEMA([p for p in model.parameters() if p.requires_grad], optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -111,7 +111,7 @@ class Engine:
 
     def pieces(self) -> Iterator[Piece]:
         """All fp32 state that this rank holds, as views in the model's order, after ``materialize`` or a first step."""
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self._trained():
             located = self._locate(parameter)
             if located is not None:
                 flat, offset, start, numel = located
@@ -165,6 +165,13 @@ class Engine:
             dist.all_reduce(whole)
             yield name, whole.view(shape)
 
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole parameters that are not trained, as the forward pass uses them, one at a time; collective."""
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    yield name, parameter.data
+
     def distance(self, kind: str) -> float:
         """The distance of an average ("ema_0.9999") from the weights, ||weight - average|| / ||weight||; collective."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.world.device)
@@ -175,9 +182,13 @@ class Engine:
         dist.all_reduce(squares)
         return math.sqrt(squares[0].item() / squares[1].item())
 
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are trained: all, or those of an adapter."""
+        return ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
+
     def _flat_weights(self) -> list[Tensor]:
         if self.stage == 0:
-            return list(self.engine.module.parameters())
+            return [parameter for _, parameter in self._trained()]
         if self.stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)

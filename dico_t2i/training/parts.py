@@ -1,7 +1,9 @@
 """Builds the parts of a run on one rank, in the order in which they depend on each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +15,10 @@ from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
 from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
-from dico_t2i.models import build_network
 from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
 from dico_t2i.runs.folder import RunFolder
+from dico_t2i.sampling.source import Source
+from dico_t2i.training.adapted import build_adapted, find_base
 from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
@@ -48,6 +51,7 @@ class Parts:
     validation: Validation | None
     micro_batch: int
     accumulation: int
+    base: Source | None  # the weights that an adapter is added to
 
 
 def build_parts(
@@ -66,14 +70,15 @@ def build_parts(
     validation = Validation(config, world, micro_batch, inputs) if config.validation else None
     if validation:
         check_cached(config.data, validation.index, inputs.autoencoder, text_encoder)
+    base = find_base(config, run)
     torch.manual_seed(config.seed)
-    network = build_network(config.model)
+    network = build_adapted(config, base)
     if inputs.alignment:
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
     order = make_order(config.data, index, config.seed, config.train.global_batch)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
-    note = _check_encoders(run, encoders, world)
+    note = _check_encoders(run, base, encoders, world)
     if world.is_main:  # all checks have passed
         run.write_config(config)
         write_snapshot(run.starts, world)
@@ -98,29 +103,38 @@ def build_parts(
         validation=validation,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        base=base,
     )
 
 
-def _check_encoders(run: RunFolder, encoders: Identities, world: World) -> str:
-    """Raise ConfigError on all ranks if the run has been trained with other encoders; collective.
+def _check_encoders(run: RunFolder, base: Source | None, encoders: Identities, world: World) -> str:
+    """Raise ConfigError on all ranks if the run, or its base, has been trained with other encoders; collective.
 
-    Returns a note where the newest checkpoint does not tell.
+    Returns a note where the newest checkpoint, or the base, does not tell.
     """
-    try:
-        checkpoint = newest_checkpoint(run.checkpoints)
-    except CheckpointError:  # none, or a damaged one, of which the restoring tells
+    path, state = _trained_so_far(run, base)
+    trained, problem = state.get(KEY), ""
+    if path is None:
         return ""
-    trained, problem = checkpoint.state.get(KEY), ""
     if trained is None:
-        return f"note: {checkpoint.path} does not say which encoders it was trained with; they are not checked"
+        return f"note: {path} does not say which encoders it was trained with; they are not checked"
     try:
-        check_identities(trained, encoders, str(checkpoint.path))
+        check_identities(trained, encoders, str(path))
     except ConfigError as error:
         problem = str(error)
     problem = first_message(problem, world.device)
     if problem:
         raise ConfigError(problem)
     return ""
+
+
+def _trained_so_far(run: RunFolder, base: Source | None) -> tuple[Path | None, Mapping[str, Any]]:
+    """The run's newest checkpoint, or else its base, and what is recorded of its training."""
+    try:
+        checkpoint = newest_checkpoint(run.checkpoints)
+    except CheckpointError:  # none, or a damaged one, of which the restoring tells
+        return (base.path, base.record) if base else (None, {})
+    return checkpoint.path, checkpoint.state
 
 
 def span_in_steps(config: Config, index: DatasetIndex, span: Span) -> int:

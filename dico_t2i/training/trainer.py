@@ -239,6 +239,8 @@ class Trainer:
         encoder = inputs.conditioner.text_encoder
         parameters = sum(shape.numel() for shape in self.engine.shapes.values())
         text = f"; text: {encoder.description}" if encoder else ""
+        if config.adapter and config.init:
+            text += f"; an adapter of rank {config.adapter.rank} of {config.init.from_}"
         if inputs.alignment:
             text += f"; aligned with: {inputs.alignment.encoder.description}"
         self.report.event(
@@ -319,6 +321,8 @@ class Trainer:
         found = self.saver.restore(self.guard)
         if found is None:
             self.engine.materialize(0)
+            if self.parts.base:
+                self.saver.lineage = self.parts.base.lineage()
             return 0, 0
         return found
 

@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dico_t2i.diffusion.samplers import sample
 from dico_t2i.encoders.autoencoders import DECODE_CHUNK, to_uint8
 from dico_t2i.encoders.text.clip import TOKENS, clip_features
 from dico_t2i.encoders.text.features import TextFeatures
+from dico_t2i.models.adapter import merge_adapter, read_adapter
 from dico_t2i.randomness import check_seeds, normal
 from dico_t2i.text_lines import check_text
 
@@ -78,6 +80,14 @@ class DiCoPipeline(DiffusionPipeline):
             latent_scale=latent_scale,
             id2label=id2label,
         )
+
+    def load_adapter(self, file: str | Path, scale: float = 1.0) -> None:
+        """Add an adapter (LoRA) of the network, a file that `dico export` wrote, to the weights; peft is not needed.
+
+        scale: its strength. Several adapters may be added one after the other; load the pipeline again to be rid of
+        them. Raises ValueError if the file is no adapter, or one of another network.
+        """
+        merge_adapter(dict(self.transformer.named_parameters()), read_adapter(Path(file)), scale)
 
     @torch.no_grad()
     def __call__(
