@@ -149,7 +149,12 @@ class _Page:
 
     def _row(self, field: ast.AnnAssign) -> str:
         assert isinstance(field.target, ast.Name)
-        cells = (f"`{field.target.id}`", self._type(field.annotation), self._default(field), self._comment(field))
+        cells = (
+            f"`{field.target.id.rstrip('_')}`",
+            self._type(field.annotation),
+            self._default(field),
+            self._comment(field),
+        )
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
     def _type(self, node: ast.expr) -> str:
@@ -189,6 +194,8 @@ class _Page:
         if field.value is None:
             return ""
         match field.value:
+            case ast.Call(func=ast.Name(id="Field")):  # which gives the key its name
+                return ""
             case ast.Call(keywords=keywords):
                 inner = ", ".join(f"{k.arg}: {_yaml(k.value)}" for k in keywords)
                 return f"`{{{inner}}}`" if inner else "its defaults"

@@ -36,7 +36,7 @@ from dico_t2i.config.networks import (
     ablated,
 )
 from dico_t2i.config.process import SAMPLER_NAMES, SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
-from dico_t2i.config.training import GuardConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from dico_t2i.config.training import GuardConfig, InitConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from dico_t2i.config.tree import Config
 from dico_t2i.config.yaml12 import AnyText, Text, read_yaml
 
@@ -59,6 +59,7 @@ __all__ = [
     "DiffusionConfig",
     "GuardConfig",
     "HardwareConfig",
+    "InitConfig",
     "MMDiTConfig",
     "NetworkConfig",
     "NonNegative",

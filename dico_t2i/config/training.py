@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, StrictInt, field_validator, model_serializer, model_validator
 
 from dico_t2i.config.base import (
     BelowOne,
@@ -19,6 +19,22 @@ from dico_t2i.config.base import (
 )
 from dico_t2i.config.process import SamplerConfig
 from dico_t2i.config.yaml12 import Flag, Text
+
+
+class InitConfig(Section):
+    """The weights that a new run starts from. Its optimizer, step and data start afresh; see docs/training.md."""
+
+    # A run, one of its checkpoints, an exported folder, or a file of weights (safetensors, or a released DiCo).
+    from_: Text = Field(alias="from")
+    # For a run or a checkpoint: raw, or an average such as ema_0.9999; with none it is the first average.
+    weights: Text | None = None
+    # Patterns of the parameters that may be missing, left over or of another shape, such as [stages.*.text.*]; those
+    # of the network that are not loaded keep their initial values.
+    ignore: tuple[Text, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _from(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key.rstrip("_"): value for key, value in dump(self).items()}
 
 
 class OptimizerConfig(Section):

@@ -16,6 +16,7 @@ from dico_t2i.config.process import DiffusionConfig, SamplerConfig, check_sample
 from dico_t2i.config.training import (
     CheckpointConfig,
     GuardConfig,
+    InitConfig,
     LogConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -32,6 +33,8 @@ class Config(Section):
     name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]
     seed: Seed = 0  # The seed of all random draws: initial weights, data order, noise, timesteps, samples.
     model: ModelConfig  # The network.
+    # The weights that the run starts from; with none they are random. A checkpoint of the run itself comes first.
+    init: InitConfig | None = None
     diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process and its loss.
     autoencoder: AutoencoderConfig = AutoencoderConfig()  # The autoencoder.
     text_encoder: TextEncoderConfig = TextEncoderConfig()  # The text encoder, for a model with condition: text.

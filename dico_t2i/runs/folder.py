@@ -25,6 +25,7 @@ from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_conf
 FIXED = (
     "seed",
     "model",
+    "init",
     "diffusion",
     "autoencoder",
     "text_encoder",

@@ -19,6 +19,7 @@ from dico_t2i.runs.folder import RunFolder
 from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
+from dico_t2i.training.initial import Initial, find_initial
 from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.meter import Meter
 from dico_t2i.training.observers.profiling import Profiler
@@ -48,6 +49,7 @@ class Parts:
     validation: Validation | None
     micro_batch: int
     accumulation: int
+    initial: Initial | None  # the weights that the run starts from, if it has no checkpoint of its own
 
 
 def build_parts(
@@ -72,6 +74,7 @@ def build_parts(
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
     order = make_order(config.data, index, config.seed, config.train.global_batch)
+    initial = find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
     note = _check_encoders(run, encoders, world)
     if world.is_main:  # all checks have passed
@@ -98,6 +101,7 @@ def build_parts(
         validation=validation,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        initial=initial,
     )
 
 

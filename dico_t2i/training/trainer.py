@@ -319,8 +319,20 @@ class Trainer:
         found = self.saver.restore(self.guard)
         if found is None:
             self.engine.materialize(0)
+            self._start_from_weights()
             return 0, 0
         return found
+
+    def _start_from_weights(self) -> None:
+        """Load the weights of ``init``, if the config has it; collective."""
+        initial = self.parts.initial
+        if initial is None:
+            return
+        source = self.saver.initial = initial.load(self.engine, self.world)
+        fit = initial.fit
+        counts = f"{len(fit.copied)} parameters loaded, {len(fit.widened)} widened, {len(fit.fresh)} at initial values"
+        extra = "; starts as the unconditional class model" if fit.unconditional else ""
+        self.report.event(0, "init", f"weights of {source['from']}: {counts}{extra}", source=source)
 
     def _roll_back(self) -> None:
         """Return to the last checkpoint, but continue in the data from here, after the samples that did the damage."""
