@@ -149,25 +149,12 @@ def _training(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
         "batch": train.global_batch,
         **({"images seen": f"{origin['images']:,}"} if "images" in origin else {}),
         "weights": origin["weights"],
-        **_lineage(origin),
         "diffusion": _diffusion(config.diffusion, config.model.learn_sigma),
         "AdamW": f"lr {optimizer.lr:g} {optimizer.schedule}, betas {list(optimizer.betas)},"
         f" weight decay {optimizer.weight_decay:g}, clip {optimizer.clip:g}",
         "precision": train.precision,
         "condition dropped": config.model.dropout_prob,
     }
-
-
-def _lineage(origin: Mapping[str, Any]) -> dict[str, str]:
-    """A row for the weights that the training started from, with those that they had started from, and so on."""
-    parts = []
-    source = origin.get("init")
-    while source:
-        step = f", step {source['step']:,}" if "step" in source else ""
-        weights = f" ({source['weights']})" if "weights" in source else ""
-        parts.append(f"{source.get('run', Path(source['from']).name)}{step}{weights}, SHA-256 {source['sha256'][:12]}")
-        source = source.get("init")
-    return {"started from": ", which started from ".join(parts)} if parts else {}
 
 
 def _diffusion(diffusion: DiffusionConfig, learn_sigma: bool) -> str:

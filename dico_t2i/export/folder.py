@@ -67,14 +67,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
-    origin: dict[str, Any] = {
-        "run": config.name,
-        "step": checkpoint.step,
-        "images": checkpoint.position,
-        "weights": kind,
-    }
-    if checkpoint.state.get("init"):
-        origin["init"] = checkpoint.state["init"]
+    origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
     metrics = last_report(run / "metrics.jsonl", checkpoint.step)
     arrays = (parameter.numpy() for _, parameter in parameters)
     results = [

@@ -15,7 +15,7 @@ MARKS = 300  # most marks of a kind on the time axis
 # Kinds that may be very frequent: events with equal text are counted instead of listed one by one.
 _COUNTED = {"saved": "checkpoints", "samples": "sample grids", "skip": "steps skipped: no finite gradient, or a spike"}
 # Events that come before training continues: the time before them is a pause.
-_PAUSED = ("start", "resume", "init", "config", "bad checkpoint")
+_PAUSED = ("start", "resume", "config", "bad checkpoint")
 _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "failed": "failed", "hang": "failed"}
 
 
@@ -120,7 +120,6 @@ class History:
     newest: float = 0.0  # time of the last line
     start: dict[str, Any] = field(default_factory=dict)  # the newest start event
     unreadable: int = 0  # number of lines
-    init: dict[str, Any] = field(default_factory=dict)  # the weights that the run started from
 
     def add(self, line: dict[str, Any]) -> None:
         """Add one line of metrics.jsonl. Raises KeyError, TypeError or ValueError if it is malformed."""
@@ -133,8 +132,6 @@ class History:
             self._add_event(step, time, str(kind), str(line.get("message", "")))
             if kind == "start":
                 self.start = line
-            elif kind == "init" and isinstance(line.get("source"), dict):
-                self.init = line["source"]
             elif kind == "done" and "total_steps" in line:  # a start with nothing left to do
                 self.start = {**self.start, "total_steps": line["total_steps"]}
             return

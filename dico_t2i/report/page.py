@@ -151,7 +151,6 @@ def _card(number: int, record: Record) -> str:
         "ranks": str(start.get("ranks", "")),
         "device": str(start.get("device", "")),
         "starts": str(len(record.starts) or ""),
-        "started from": _source(history.init),
     }
     tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items() if v)
     state = history.state
@@ -161,12 +160,6 @@ def _card(number: int, record: Record) -> str:
         f'<div class="progress"><i style="width:{100 * share:.1f}%"></i></div><dl>{tiles}</dl>'
         f'<p class="path">{escape(str(record.path))}</p></article>'
     )
-
-
-def _source(init: dict[str, Any]) -> str:
-    """The weights that a run started from; empty if they were random."""
-    step = f", step {init['step']}" if "step" in init else ""
-    return f"{init.get('from', '')}{step}, SHA-256 {str(init.get('sha256', ''))[:12]}" if init else ""
 
 
 def _evaluations(records: Sequence[Record]) -> str:

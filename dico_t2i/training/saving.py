@@ -3,7 +3,6 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from dico_t2i.config import Config
 from dico_t2i.encoders.identity import KEY, Identities
@@ -12,7 +11,6 @@ from dico_t2i.runs.folder import RunFolder
 from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
-from dico_t2i.training.initial import KEY as INIT
 from dico_t2i.training.observers.reporter import Reporter
 from dico_t2i.training.ranks.distributed import World, any_rank, first_message
 
@@ -36,7 +34,6 @@ class Saver:
         encoders: on rank 0, the identities of the frozen encoders, saved with checkpoints.
         """
         self.encoders = encoders
-        self.initial: dict[str, Any] | None = None  # the record of the weights that the run started from
         self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
         retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
         self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
@@ -62,7 +59,6 @@ class Saver:
             "guard": asdict(guard.state),
             "data": self.data,
             KEY: self.encoders,
-            **({INIT: self.initial} if self.initial else {}),
         }
         self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.pause_s = time.monotonic() - started
@@ -113,7 +109,6 @@ class Saver:
             ckpt.fill(checkpoint, self.engine.pieces())
             self.engine.publish_weights()
             guard.restore(checkpoint.state.get("guard", {}))
-            self.initial = checkpoint.state.get(INIT)
             self.report.event(checkpoint.step, "resume", f"resumed from {path}", ranks=self.world.size)
             before = checkpoint.state.get("data", self.data)
             if before != self.data:
