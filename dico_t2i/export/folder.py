@@ -26,6 +26,7 @@ from dico_t2i.export.card import model_card, one_clip
 from dico_t2i.export.inline import standalone
 from dico_t2i.runs.checkpoint import read_weights, verify
 from dico_t2i.runs.evaluations import read_evaluations
+from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.log import last_report
 from dico_t2i.runs.safetensors_writer import write_safetensors
 from dico_t2i.runs.weights import (
@@ -68,6 +69,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
+    origin[LINEAGE] = checkpoint.state.get(LINEAGE, [])
     metrics = last_report(run / "metrics.jsonl", checkpoint.step)
     arrays = (parameter.numpy() for _, parameter in parameters)
     results = [

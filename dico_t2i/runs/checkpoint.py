@@ -74,7 +74,7 @@ class Checkpoint:
     kinds: tuple[str, ...]
     files: dict[str, dict[str, Any]]
     pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
-    sha256: str = ""  # of the manifest, which holds the hashes of all files
+    sha256: str  # of the manifest, which has the hashes of all files
 
     @property
     def network_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,8 @@ from dico_t2i.config import Config
 from dico_t2i.encoders.identity import KEY, Identities
 from dico_t2i.runs import checkpoint as ckpt
 from dico_t2i.runs.folder import RunFolder
+from dico_t2i.runs.lineage import KEY as LINEAGE
+from dico_t2i.runs.lineage import Lineage
 from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
@@ -34,6 +36,7 @@ class Saver:
         encoders: on rank 0, the identities of the frozen encoders, saved with checkpoints.
         """
         self.encoders = encoders
+        self.lineage: Lineage = []  # where the weights come from; saved with checkpoints, and restored from them
         self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
         retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
         self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
@@ -59,6 +62,7 @@ class Saver:
             "guard": asdict(guard.state),
             "data": self.data,
             KEY: self.encoders,
+            LINEAGE: self.lineage,
         }
         self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.pause_s = time.monotonic() - started
@@ -109,6 +113,7 @@ class Saver:
             ckpt.fill(checkpoint, self.engine.pieces())
             self.engine.publish_weights()
             guard.restore(checkpoint.state.get("guard", {}))
+            self.lineage = checkpoint.state.get(LINEAGE, [])
             self.report.event(checkpoint.step, "resume", f"resumed from {path}", ranks=self.world.size)
             before = checkpoint.state.get("data", self.data)
             if before != self.data:
