@@ -101,7 +101,10 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
 
 
 def _check_inputs(config: Config, runs: Path, after: str | None) -> None:
-    """Raise ValueError if the data, a model or the weights to start from are missing. Data that the job ``after`` makes is not checked."""
+    """Raise ValueError if data, a model or the weights to start from are missing.
+
+    Data and weights that the job ``after`` makes are not checked.
+    """
     from dico_t2i.data.checks import check_data
     from dico_t2i.data.sources import load_data
     from dico_t2i.encoders import find_autoencoder

@@ -1,4 +1,4 @@
-"""Starts a new run from the weights of a run, a checkpoint, an exported folder or a file (the section ``init``).
+"""Starts a new run from weights of another one (the section ``init``).
 
 Each rank reads only the ranges of the parameters that it holds, at every ZeRO stage. A parameter that the source does
 not have keeps the value that the network was built with: text branches and modulations are then zero, so that a new
@@ -7,55 +7,28 @@ block, or a new text branch, changes nothing at first.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from dico_t2i.config import Config, ConfigError, DiCoConfig, InitConfig, NetworkConfig, load_config
-from dico_t2i.encoders.local import file_hash, read_json
+from dico_t2i.config import Config, ConfigError, DiCoConfig, InitConfig, NetworkConfig
 from dico_t2i.models import build_network
-from dico_t2i.models.official import infer_config, official_key, read_official
 from dico_t2i.runs import checkpoint as ckpt
 from dico_t2i.runs.folder import RunFolder
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT
-from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.runs.lineage import Lineage, ancestor, descended
 from dico_t2i.training.ranks.distributed import World, first_message
+from dico_t2i.training.source import Shape, Source, open_source
 
 if TYPE_CHECKING:
     from dico_t2i.training.engine import Engine
 
-KEY = "init"  # the key of the source's record in checkpoints, exports and events
-RAW = "raw"  # the config's name of the weights themselves
-
-_RELEASED = "x_embedder.proj.weight"  # a key that only a released DiCo or DiT has
 _TABLE, _TIME = "condition_embeddings.{}.weight", "time_embeddings.{}.out.bias"
 _IMAGE_CHANNELS = ("stem.weight", "head.out.weight", "head.out.bias")
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights to start from.
-
-    record: what the run remembers of them, besides hash(), their SHA-256. read(name, start, target) fills target (numel,) with the elements of a
-    parameter from ``start`` on. verify(rank, ranks) raises CheckpointError if a rank's share of the files is damaged.
-    close() closes the files.
-    """
-
-    record: dict[str, Any]
-    shapes: dict[str, Shape]
-    model: NetworkConfig | None
-    read: Callable[[str, int, Tensor], None]
-    hash: Callable[[], str]
-    verify: Callable[[int, int], None]
-    close: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -72,6 +45,10 @@ class Fit:
     fresh: frozenset[str]
     unconditional: bool
 
+    def __str__(self) -> str:
+        counts = f"{len(self.copied)} parameters loaded, {len(self.widened)} widened, {len(self.fresh)} not loaded"
+        return counts + ("; it starts as the unconditional class model" if self.unconditional else "")
+
 
 @dataclass(frozen=True)
 class Initial:
@@ -81,10 +58,10 @@ class Initial:
     fit: Fit
     model: NetworkConfig
 
-    def load(self, engine: "Engine", world: World) -> dict[str, Any]:
-        """Fill the weights and averages of an engine whose state is materialized, and return the record; collective.
+    def load(self, engine: "Engine", world: World) -> Lineage:
+        """Fill an engine whose state is materialized, and return the lineage of its weights; collective.
 
-        Only rank 0 computes the hash in the record. Raises CheckpointError on all ranks if a file of the source is
+        Only rank 0 computes the hash in the lineage. Raises CheckpointError on all ranks if a file of the source is
         damaged.
         """
         problem = ""
@@ -95,11 +72,16 @@ class Initial:
         problem = first_message(problem, world.device)
         if problem:
             raise ckpt.CheckpointError(problem)
-        for piece in engine.pieces():
-            self._fill(piece)
+        self.fill(engine.pieces())
         self.source.close()
         engine.publish_weights()
-        return {**self.source.record, **({"sha256": self.source.hash()} if world.is_main else {})}
+        digest = self.source.hash() if world.is_main else ""
+        return descended(self.source.before, ancestor("init", self.source.name, digest, self.source.step))
+
+    def fill(self, pieces: Iterable[ckpt.Piece]) -> None:
+        """Fill the weights and the averages of pieces; what is not loaded is left as it is."""
+        for piece in pieces:
+            self._fill(piece)
 
     def _fill(self, piece: ckpt.Piece) -> None:
         weight, start = piece.tensors[WEIGHT], piece.start
@@ -114,7 +96,7 @@ class Initial:
                 tensor.copy_(weight)
 
     def _without_classes(self, piece: ckpt.Piece) -> None:
-        """Add the null class to a bias of the timestep embedding, and let a projection of the pooled text start at 0."""
+        """Add the null class to a bias of the timestep embedding; a projection of the pooled text starts at 0."""
         kind, _, rest = piece.name.partition(".")
         level = rest.partition(".")[0]
         if kind == "condition_embeddings":
@@ -158,22 +140,6 @@ def check_initial(config: Config, run: RunFolder) -> None:
         find_initial(config, run, shapes)
 
 
-def open_source(init: InitConfig) -> Source:
-    """Open the weights that ``init`` names, without reading them. Raises ValueError (CheckpointError, ConfigError)."""
-    path = Path(init.from_).expanduser()
-    if path.is_file() and path.parent.name != "checkpoints":
-        return _file(path, init, {}, None)
-    try:
-        file = exported_weights(path)
-        if file is None:
-            return _checkpoint(path, init)
-    except ValueError as error:
-        raise ConfigError(f"init.from: {error}") from None
-    origin = read_json(path / "export.json") if (path / "export.json").exists() else {}
-    known = {key: origin[key] for key in ("run", "step", "weights", KEY) if key in origin}
-    return _file(file, init, known, load_config(path / "config.yaml").model)
-
-
 def fit(source: Source, shapes: Mapping[str, Shape], model: NetworkConfig, init: InitConfig) -> Fit:
     """How the source becomes a network with these shapes. Raises ConfigError that lists all keys that do not fit."""
     theirs = source.shapes
@@ -187,7 +153,7 @@ def fit(source: Source, shapes: Mapping[str, Shape], model: NetworkConfig, init:
     if any(shown.values()):
         lines = [f"\n  {what}: {_grouped(names)}" for what, names in shown.items() if names]
         raise ConfigError(
-            f"init.from: {source.record['from']} does not fit this network. These keys differ:{''.join(lines)}\n"
+            f"init.from: {source.name} does not fit this network. These keys differ:{''.join(lines)}\n"
             "Change the model, or name the keys that may differ in init.ignore: what is missing then keeps its initial"
             " values, and what is left over is dropped"
         )
@@ -198,101 +164,6 @@ def fit(source: Source, shapes: Mapping[str, Shape], model: NetworkConfig, init:
         fresh=frozenset((missing | other) - widened),
         unconditional=_has_null_class(source) and model.condition == "text",
     )
-
-
-def _checkpoint(path: Path, init: InitConfig) -> Source:
-    run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
-    kind = chosen_weights(WEIGHT if init.weights == RAW else init.weights, config, checkpoint)
-    before = {KEY: checkpoint.state[KEY]} if checkpoint.state.get(KEY) else {}
-    shards = ckpt.Shards(checkpoint)
-    return Source(
-        record={
-            "from": str(checkpoint.path),
-            "run": config.name,
-            "step": checkpoint.step,
-            "weights": kind,
-            **before,
-        },
-        shapes=checkpoint.network_shapes,
-        model=config.model,
-        read=lambda name, start, target: shards.read(kind, name, start, target),
-        hash=lambda: checkpoint.sha256,
-        verify=lambda rank, ranks: ckpt.verify(checkpoint, sorted(checkpoint.files)[rank::ranks]),
-        close=shards.close,
-    )
-
-
-def _file(path: Path, init: InitConfig, known: Mapping[str, Any], model: NetworkConfig | None) -> Source:
-    """Weights in one file, with the names of this package or of the released DiCo."""
-    if init.weights not in (None, known.get("weights")):
-        held = f"only {known['weights']}" if "weights" in known else "one set of weights"
-        raise ConfigError(f"init.weights: {init.weights}, but {init.from_} holds {held}; leave init.weights out")
-    tensors = _Tensors(path)
-    shapes, key_of = tensors.shapes, dict(zip(tensors.shapes, tensors.shapes, strict=True))
-    if _RELEASED in shapes:
-        model, shapes, key_of = _released(tensors, path)
-    return Source(
-        record={"from": init.from_, **known},
-        shapes=shapes,
-        model=model,
-        read=lambda name, start, target: tensors.read(key_of[name], start, target),
-        hash=lambda: file_hash(path),
-        verify=lambda rank, ranks: None,
-        close=tensors.close,
-    )
-
-
-def _released(tensors: "_Tensors", path: Path) -> tuple[NetworkConfig, dict[str, Shape], dict[str, str]]:
-    """The network of a released DiCo, its shapes, and the file's key of each of its parameters."""
-    try:
-        model = infer_config({key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()})
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in build_network(model).named_parameters()}
-        keys = {name: official_key(name) for name in shapes}
-        absent = set(keys.values()) - tensors.shapes.keys()
-    except ValueError:
-        absent = {"the parameters of DiCo"}
-    if absent:
-        raise ConfigError(
-            f"init.from: {path} is not a released DiCo (it lacks {', '.join(sorted(absent)[:3])}); convert the weights"
-            " of a peer with dico import-official, and give the folder that it writes"
-        )
-    return model, shapes, keys
-
-
-class _Tensors:
-    """The tensors of a file of weights, of which ranges are read. No code in the file is executed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: Any = None
-        self._whole: dict[str, Tensor] = {}
-        if path.suffix == ".safetensors":
-            try:
-                self._file = safe_open(path, framework="pt")
-            except Exception as error:
-                raise ConfigError(f"init.from: {path}: not a safetensors file: {error}") from None
-            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
-        else:
-            self._whole = read_official(path)  # memory-mapped
-            self.shapes = {key: tuple(tensor.shape) for key, tensor in self._whole.items()}
-
-    def read(self, key: str, start: int, target: Tensor) -> None:
-        """Fill target (numel,) with the tensor's elements from ``start`` on."""
-        stop = start + target.numel()
-        if key in self._whole:
-            target.copy_(self._whole[key].reshape(-1)[start:stop])
-            return
-        if not self.shapes[key]:
-            target.copy_(self._file.get_tensor(key).view(1))
-            return
-        row = torch.Size(self.shapes[key][1:]).numel()  # elements of each row
-        first, last = start // row, -(-stop // row)
-        part = self._file.get_slice(key)[first:last].reshape(-1)
-        target.copy_(part[start - first * row : stop - first * row])
-
-    def close(self) -> None:
-        self._file, self._whole = None, {}
 
 
 def _ignored(name: str, init: InitConfig) -> bool:

@@ -328,11 +328,8 @@ class Trainer:
         initial = self.parts.initial
         if initial is None:
             return
-        source = self.saver.initial = initial.load(self.engine, self.world)
-        fit = initial.fit
-        counts = f"{len(fit.copied)} parameters loaded, {len(fit.widened)} widened, {len(fit.fresh)} at initial values"
-        extra = "; starts as the unconditional class model" if fit.unconditional else ""
-        self.report.event(0, "init", f"weights of {source['from']}: {counts}{extra}", source=source)
+        self.saver.lineage = initial.load(self.engine, self.world)
+        self.report.event(0, "init", f"weights of {initial.source.name}: {initial.fit}")
 
     def _roll_back(self) -> None:
         """Return to the last checkpoint, but continue in the data from here, after the samples that did the damage."""
