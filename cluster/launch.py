@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for config in configs:
         config.batching(config.cluster.ranks)  # raises if the ranks do not fit
         if not arguments.dry_run:
-            _check_inputs(config, arguments.after)
+            _check_inputs(config, arguments.runs, arguments.after)
     return _launch(arguments, configs)
 
 
@@ -100,17 +100,23 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
     return config.model_copy(update={"cluster": chosen_cluster(arguments, config.cluster)})
 
 
-def _check_inputs(config: Config, after: str | None) -> None:
-    """Raise ValueError if the data or a model is missing. Data that the job ``after`` makes is not checked."""
+def _check_inputs(config: Config, runs: Path, after: str | None) -> None:
+    """Raise ValueError if data, a model or the weights to start from are missing.
+
+    Data and weights that the job ``after`` makes are not checked.
+    """
     from dico_t2i.data.checks import check_data
     from dico_t2i.data.sources import load_data
     from dico_t2i.encoders import find_autoencoder
     from dico_t2i.encoders.conditioner import find_fitting_text_encoder
+    from dico_t2i.runs.folder import RunFolder
+    from dico_t2i.training.initial import check_initial
 
     find_autoencoder(config.autoencoder)
     if config.model.condition == "text":
         find_fitting_text_encoder(config)
     if after is None:
+        check_initial(config, RunFolder(runs, config.name))
         check_data(config, load_data(config.data))
 
 

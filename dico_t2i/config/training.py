@@ -24,7 +24,8 @@ from dico_t2i.config.yaml12 import Flag, Text
 class InitConfig(Section):
     """The weights that a new run starts from. Its optimizer, step and data start afresh; see docs/training.md."""
 
-    # A run, one of its checkpoints, an exported folder, or a file of weights (safetensors, or a released DiCo).
+    # A run, one of its checkpoints, an exported folder, or a file of weights (safetensors, or a released DiCo). The
+    # last two may be at a hub id or a URL.
     from_: Text = Field(alias="from")
     # For a run or a checkpoint: raw, or an average such as ema_0.9999; with none it is the first average.
     weights: Text | None = None

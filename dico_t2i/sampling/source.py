@@ -1,7 +1,7 @@
 """Finds trained weights on disk: those of a run, of one of its checkpoints, or of an exported folder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dico_t2i.config import Config, ConfigError, load_config
-from dico_t2i.encoders.local import file_hash, read_json
+from dico_t2i.encoders.local import file_hash, find_weights, read_json
 from dico_t2i.models import Network, merge_adapter
 from dico_t2i.runs.checkpoint import Checkpoint, read_weights
 from dico_t2i.runs.kinds import WEIGHT
 from dico_t2i.runs.lineage import KEY as LINEAGE
-from dico_t2i.runs.lineage import Lineage, ancestor, descended
+from dico_t2i.runs.lineage import Ancestor, Lineage, ancestor, descended
 from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
 
 RAW = "raw"  # what init.weights calls the weights themselves
@@ -24,12 +24,13 @@ RAW = "raw"  # what init.weights calls the weights themselves
 class Source:
     """The weights of a whole network.
 
-    config: that of their run; in an export, the encoders are those of the folder. record: the state in the checkpoint's
+    name: their place and kind. config: that of their run; in an export, the encoders are those of the folder. record: the state in the checkpoint's
     manifest, or the content of export.json. kind: which weights, such as "ema_0.9999". read: reads the parameters, in
     fp32, by name. hash: the SHA-256 of the checkpoint's manifest, or of the exported weights.
     """
 
     path: Path
+    name: str
     config: Config
     record: Mapping[str, Any]
     kind: str | None
@@ -52,7 +53,7 @@ class Source:
 
     def lineage(self) -> Lineage:
         """The lineage of a run that starts from these weights."""
-        return descended(self.record, ancestor("init", str(self.path), self.hash(), self.step))
+        return descended(self.record, ancestor("init", self.name, self.hash(), self.step))
 
 
 def find_source(path: Path, weights: str | None) -> Source:
@@ -72,22 +73,32 @@ def find_source(path: Path, weights: str | None) -> Source:
         return dict(read_weights(checkpoint, kind))
 
     read = _with_base(config, checkpoint, own) if config.adapter else own
-    return Source(checkpoint.path, config, checkpoint.state, kind, checkpoint.step, read, lambda: checkpoint.sha256)
+    return Source(
+        checkpoint.path,
+        f"{path} ({kind})",
+        config,
+        checkpoint.state,
+        kind,
+        checkpoint.step,
+        read,
+        lambda: checkpoint.sha256,
+    )
 
 
 def base_of(config: Config) -> Source:
-    """The weights that a run's adapter is added to. Raises ConfigError if they cannot be found or read."""
+    """The weights that a run's adapter is added to. Raises ValueError if they cannot be found or read."""
     assert config.init is not None  # the config refuses an adapter without it
-    path, weights = Path(config.init.from_).expanduser(), config.init.weights
-    if path.is_file() and path.parent.name != "checkpoints":
+    files, weights = find_weights(config.init.from_, "init.from"), config.init.weights
+    if len(files) == 1 and files[0].is_file() and files[0].parent.name != "checkpoints":
         raise ConfigError(
-            f"init.from: {path} is a file, but an adapter needs a run, a checkpoint or an exported folder; make one of"
-            " released weights with dico import-official"
+            f"init.from: {config.init.from_} is a file, but an adapter needs a run, a checkpoint or an exported folder;"
+            " make one of released weights with dico import-official"
         )
     try:
-        return find_source(path, WEIGHT if weights == RAW else weights)
+        base = find_source(files[0] if len(files) == 1 else files[0].parent, WEIGHT if weights == RAW else weights)
     except ValueError as error:
         raise ConfigError(f"init.from: {error}") from None
+    return replace(base, name=f"{config.init.from_} ({base.kind})")
 
 
 def check_base(lineage: Lineage, base: Lineage, adapter: Path) -> None:
@@ -95,9 +106,14 @@ def check_base(lineage: Lineage, base: Lineage, adapter: Path) -> None:
     trained, found = lineage[-1], base[-1]
     if trained["sha256"] != found["sha256"]:
         raise ConfigError(
-            f"init.from: {adapter} is an adapter of {trained['from']} (SHA-256 {trained['sha256'][:12]}), but"
-            f" {found['from']} has other weights (SHA-256 {found['sha256'][:12]}); set init.from to the former"
+            f"init.from: {adapter} is an adapter of {_shown(trained)}, but this is {_shown(found)}, with other weights;"
+            " set init.from to the checkpoint of the former"
         )
+
+
+def _shown(base: Ancestor) -> str:
+    step = "" if base["step"] is None else f", step {base['step']}"
+    return f"{base['from']}{step}, SHA-256 {base['sha256'][:12]}"
 
 
 def exported_config(folder: Path) -> Config:
@@ -118,8 +134,8 @@ def _export(path: Path, file: Path, weights: str | None) -> Source:
     held = record.get("weights")
     if weights not in (None, held):
         raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
-    config, step = exported_config(path), record.get("step")
-    return Source(path, config, record, held, step, lambda: load_file(file), lambda: file_hash(file))
+    config, step, name = exported_config(path), record.get("step"), f"{path} ({held})" if held else str(path)
+    return Source(path, name, config, record, held, step, lambda: load_file(file), lambda: file_hash(file))
 
 
 def _with_base(

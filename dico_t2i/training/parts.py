@@ -22,6 +22,7 @@ from dico_t2i.training.adapted import build_adapted, find_base
 from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
+from dico_t2i.training.initial import Initial, find_initial
 from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.meter import Meter
 from dico_t2i.training.observers.profiling import Profiler
@@ -52,6 +53,7 @@ class Parts:
     micro_batch: int
     accumulation: int
     base: Source | None  # the weights that an adapter is added to
+    initial: Initial | None  # the weights that the run starts from, if it has no checkpoint of its own
 
 
 def build_parts(
@@ -77,6 +79,7 @@ def build_parts(
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
     order = make_order(config.data, index, config.seed, config.train.global_batch)
+    initial = find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
     note = _check_encoders(run, base, encoders, world)
     if world.is_main:  # all checks have passed
@@ -104,6 +107,7 @@ def build_parts(
         micro_batch=micro_batch,
         accumulation=accumulation,
         base=base,
+        initial=initial,
     )
 
 

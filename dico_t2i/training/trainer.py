@@ -239,8 +239,8 @@ class Trainer:
         encoder = inputs.conditioner.text_encoder
         parameters = sum(shape.numel() for shape in self.engine.shapes.values())
         text = f"; text: {encoder.description}" if encoder else ""
-        if config.adapter and config.init:
-            text += f"; an adapter of rank {config.adapter.rank} of {config.init.from_}"
+        if self.parts.base:
+            text += f"; an adapter of {self.parts.base.name}"
         if inputs.alignment:
             text += f"; aligned with: {inputs.alignment.encoder.description}"
         self.report.event(
@@ -321,10 +321,20 @@ class Trainer:
         found = self.saver.restore(self.guard)
         if found is None:
             self.engine.materialize(0)
-            if self.parts.base:
-                self.saver.lineage = self.parts.base.lineage()
+            self._start_from_weights()
             return 0, 0
         return found
+
+    def _start_from_weights(self) -> None:
+        """Load the weights of ``init``, if the config has it; collective."""
+        initial, base = self.parts.initial, self.parts.base
+        if base:
+            self.saver.lineage = base.lineage()
+            self.report.event(0, "init", f"weights of {base.name}, to which an adapter is added")
+        if initial is None:
+            return
+        self.saver.lineage = initial.load(self.engine, self.world)
+        self.report.event(0, "init", f"weights of {initial.source.name}: {initial.fit}")
 
     def _roll_back(self) -> None:
         """Return to the last checkpoint, but continue in the data from here, after the samples that did the damage."""
