@@ -39,17 +39,22 @@ class InitConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, its learning rate, and the averages (EMA) of the weights."""
+    """The optimizer, its learning rate, and the averages (EMA) of the weights."""
 
+    # adamw, or muon, which updates the matrices of linear layers by Muon and all other weights by AdamW.
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4  # The learning rate after the warmup.
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # The decays of AdamW's two moments.
     eps: PositiveFloat = 1e-8  # The epsilon in AdamW's denominator.
+    momentum: BelowOne = 0.95  # The decay of Muon's momentum.
     weight_decay: NonNegativeFloat = 0.0  # The decoupled weight decay of all weights.
     # The largest gradient norm, to which larger ones are scaled down; 0 turns clipping off.
     clip: NonNegativeFloat = 0.0
     warmup: Span | None = None  # How long the learning rate rises linearly at the start; with none it starts at lr.
-    # The learning rate after the warmup: constant, or a cosine down to 0 at the end of the run.
-    schedule: Literal["constant", "cosine"] = "constant"
+    # The learning rate after the warmup: constant, or a cosine down to 0 at the end of the run, or wsd (warmup, stable,
+    # decay), which is constant and then falls linearly to 0.
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    decay: Span | None = None  # How long the learning rate falls at the end of the run, with schedule: wsd.
     # The decays per step of the averages of the weights; each gives a separate average.
     ema: tuple[Probability, ...] = (0.9999,)
 
@@ -59,6 +64,12 @@ class OptimizerConfig(Section):
         if len({f"{decay:g}" for decay in decays}) < len(decays):
             raise ValueError("two decays have the same first six digits, which name the averages")
         return decays
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> OptimizerConfig:
+        if (self.schedule == "wsd") != (self.decay is not None):
+            raise ValueError("decay: schedule: wsd needs it, and no other schedule has it")
+        return self
 
 
 class ProfileConfig(Section):

@@ -92,6 +92,7 @@ class Config(Section):
         spans = {
             "train.duration": self.train.duration,
             "optimizer.warmup": self.optimizer.warmup,
+            "optimizer.decay": self.optimizer.decay,
             "log.every": self.log.every,
             "preview.every": self.preview.every,
             "validation.every": self.validation and self.validation.every,
@@ -106,6 +107,14 @@ class Config(Section):
     def _alignment_sees_squares(self) -> Config:
         if self.alignment and self.data.buckets:
             raise ValueError("alignment: its image encoder takes squares only; leave out data.buckets or alignment")
+        return self
+
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> Config:
+        if self.optimizer.kind == "muon" and self.train.zero_stage == 3:
+            raise ValueError(
+                "optimizer.kind: muon needs whole matrices, which zero_stage: 3 divides; use a stage from 0 to 2"
+            )
         return self
 
     @model_validator(mode="after")

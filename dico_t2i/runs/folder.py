@@ -40,6 +40,7 @@ FIXED = (
     "data.buckets",
     "data.captions",
     "data.caption_weights",
+    "optimizer.kind",
     "train.global_batch",
 )
 FREE_WITHIN_FIXED = ("model.checkpoint_stages", "init.from", "alignment.weight", "data.mixture.*.path")

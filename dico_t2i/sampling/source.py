@@ -24,9 +24,10 @@ RAW = "raw"  # what init.weights calls the weights themselves
 class Source:
     """The weights of a whole network.
 
-    name: their place and kind. config: that of their run; in an export, the encoders are those of the folder. record: the state in the checkpoint's
-    manifest, or the content of export.json. kind: which weights, such as "ema_0.9999". read: reads the parameters, in
-    fp32, by name. hash: the SHA-256 of the checkpoint's manifest, or of the exported weights.
+    name: their place and kind. config: that of their run; in an export, the encoders are those of the folder. record:
+    the state in the checkpoint's manifest, or the content of export.json. kind: which weights, such as "ema_0.9999".
+    read: reads the parameters, in fp32, by name. hash: the SHA-256 of the checkpoint's manifest, or of the exported
+    weights.
     """
 
     path: Path

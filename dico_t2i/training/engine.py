@@ -19,7 +19,7 @@ from dico_t2i.models import Network
 from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.runs.checkpoint import Piece
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT
-from dico_t2i.training.optimizer import AdamWEMA
+from dico_t2i.training.optimizer import Matrix, MuonEMA, build_optimizer
 from dico_t2i.training.ranks.distributed import World
 
 if not torch.cuda.is_available():
@@ -46,7 +46,7 @@ class Engine:
         model.to(world.device)
         if train.compile == "blocks":
             model.compile_blocks()
-        self.adam = AdamWEMA([p for p in model.parameters() if p.requires_grad], optimizer)
+        self.adam = build_optimizer(model, optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -55,6 +55,8 @@ class Engine:
         )
         self.adam.veto = self._unusable
         self.adam.deferred = world.device.type == "cuda"
+        if isinstance(self.adam, MuonEMA):
+            self.adam.matrices, self.adam.divided = self._matrices(self.adam), self.stage > 0 and world.size > 1
         self.limit = math.inf  # steps with a larger gradient norm are skipped
         self.skipped = torch.tensor(False, device=world.device)
         self._norm = torch.tensor(math.nan, device=world.device)
@@ -116,7 +118,7 @@ class Engine:
             if located is not None:
                 flat, offset, start, numel = located
                 state = self.adam.state[flat]
-                tensors = {WEIGHT: flat.data, **{key: state[key] for key in self.adam.state_names}}
+                tensors = {WEIGHT: flat.data, **{key: state[key] for key in self.adam.state_names(flat)}}
                 yield Piece(name, start, {k: v.view(-1)[offset : offset + numel] for k, v in tensors.items()})
 
     def owned_pieces(self) -> Iterator[Piece]:
@@ -134,13 +136,12 @@ class Engine:
         """The bytes that this rank keeps between steps, by part, with the names of ``plan.Memory``."""
         parameters = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
         masters = self._flat_weights() if self.stage > 0 else []
-        states = list(self.adam.state.values())
-        averages = set(self.adam.state_names) - set(MOMENTS)
+        states = [tensor for state in self.adam.state.values() for tensor in state.items()]
         return {
             "weights": sum(p.nbytes for p in parameters),
             "master_weights": sum(m.nbytes for m in masters),
-            "moments": sum(state[name].nbytes for state in states for name in MOMENTS),
-            "averages": sum(state[name].nbytes for state in states for name in averages),
+            "moments": sum(tensor.nbytes for name, tensor in states if name in MOMENTS),
+            "averages": sum(tensor.nbytes for name, tensor in states if name not in (*MOMENTS, "step")),
         }
 
     def publish_weights(self) -> None:
@@ -185,6 +186,15 @@ class Engine:
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are trained: all, or those of an adapter."""
         return ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
+
+    def _matrices(self, optimizer: MuonEMA) -> dict[Tensor, list[Matrix]]:
+        """The matrices that Muon updates, by the flat tensor in which this rank keeps its parts of them."""
+        found = {name: p for name, p in self._trained() if name in optimizer.names}
+        if self.stage == 0:
+            return {p: [Matrix(p.shape, 0, 0, p.numel())] for p in found.values()}
+        places = {name: self._locate(p) for name, p in found.items()}
+        flat = optimizer.param_groups[-1]["params"][0]
+        return {flat: [Matrix(self.shapes[n], *(place[1:] if place else (0, 0, 0))) for n, place in places.items()]}
 
     def _flat_weights(self) -> list[Tensor]:
         if self.stage == 0:

@@ -123,8 +123,9 @@ class Initial:
 def find_initial(config: Config, run: RunFolder, shapes: Mapping[str, Sequence[int]]) -> Initial | None:
     """The weights that a run starts from; None without ``init``, or if the run has a checkpoint of its own.
 
-    None for a run that trains an adapter, too, whose base is never part of its checkpoints (see ``adapted``). shapes: those of the network. Raises ConfigError, with the keys, if the weights do not fit the network, and
-    ValueError (CheckpointError) if they cannot be read.
+    None for a run that trains an adapter, too, since its base is no part of its checkpoints (see ``adapted``). shapes:
+    those of the network. Raises ConfigError, with the keys, if the weights do not fit the network, and ValueError
+    (CheckpointError) if they cannot be read.
     """
     if config.init is None or config.adapter or ckpt.ever_saved(run.checkpoints):
         return None

@@ -1,7 +1,7 @@
 """Saves a run, reports on its saves, and restores it from a checkpoint."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dico_t2i.config import Config
@@ -14,6 +14,7 @@ from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
 from dico_t2i.training.observers.reporter import Reporter
+from dico_t2i.training.prolonging import KEY as DECAY
 from dico_t2i.training.ranks.distributed import World, any_rank, first_message
 
 
@@ -37,6 +38,7 @@ class Saver:
         """
         self.encoders = encoders
         self.lineage: Lineage = []  # where the weights come from; saved with checkpoints, and restored from them
+        self.decay_from: int | None = None  # the step at which the learning rate begins to fall, with schedule: wsd
         self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
         retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
         self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
@@ -63,7 +65,9 @@ class Saver:
             "data": self.data,
             KEY: self.encoders,
             LINEAGE: self.lineage,
+            **({} if self.decay_from is None else {DECAY: self.decay_from}),
         }
+        self.writer.retention = replace(self.writer.retention, pinned=self.decay_from)
         self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.pause_s = time.monotonic() - started
 

@@ -33,6 +33,7 @@ from dico_t2i.training.observers.preview import sample_preview
 from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
+from dico_t2i.training.prolonging import prolong
 from dico_t2i.training.ranks.distributed import World, any_rank, join_world
 from dico_t2i.training.ranks.signals import StopFlag
 from dico_t2i.training.ranks.watchdog import Watchdog
@@ -82,6 +83,9 @@ class Trainer:
         self.guard, self.saver = self.parts.guard, self.parts.saver
         self.total_steps = self._steps(config.train.duration)
         self.warmup = self._steps(config.optimizer.warmup) if config.optimizer.warmup else 0
+        self.decay = self._steps(config.optimizer.decay) if config.optimizer.decay else 0
+        if self.decay:
+            self.saver.decay_from = self.total_steps - self.decay
         self.step, self.position = self._resume()
 
     def fit(self) -> int:
@@ -147,7 +151,7 @@ class Trainer:
         self.engine.limit = self.guard.limit
         names, accumulation = self.meter.loss_names, self.parts.accumulation
         total = torch.zeros(len(names), device=self.world.device)
-        rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
+        rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup, self.decay)
         for number in range(accumulation):
             batch, inputs = ahead.take()
             losses = self._losses(inputs)
@@ -307,6 +311,7 @@ class Trainer:
         every = self.config.checkpoint.every
         minutes = (time.monotonic() - self.saver.saved_at) / 60
         save = self._due(every) if every.minutes is None else minutes >= every.minutes
+        save = save or self.step == self.saver.decay_from  # from where the run can be prolonged
         save = save and not self.guard.skipped_in_row  # else a rollback could return to damaged weights
         spoilt = self.meter.bad_samples > self.config.data.max_bad_samples
         flags = [self.stop.signal is not None, spoilt, save, self.saver.failed or self.saver.ended]
@@ -318,6 +323,10 @@ class Trainer:
 
     def _resume(self) -> tuple[int, int]:
         """The step and position to continue from."""
+        decay_from = self.saver.decay_from
+        prolonged = prolong(self.run.checkpoints, decay_from, self.world) if decay_from is not None else ""
+        if prolonged:
+            self.report.event(0, "prolong", prolonged)
         found = self.saver.restore(self.guard)
         if found is None:
             self.engine.materialize(0)

@@ -1,0 +1,51 @@
+"""Prolongs runs whose learning rate falls at the end (schedule: wsd).
+
+A checkpoint records the step at which the rate of its run begins to fall. When the run is started again with a longer
+duration, the checkpoints from after that step are set aside: they are a finished model, but no part of the longer run,
+which continues from the last checkpoint with the full rate.
+"""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dico_t2i.files import write_atomically
+from dico_t2i.runs.checkpoint import LATEST, Checkpoint, CheckpointError, checkpoint_folders, open_checkpoint
+from dico_t2i.training.ranks.distributed import World
+
+KEY = "decay_from"  # the key of that step in checkpoints
+SUFFIX = ".decayed"  # of the folders of checkpoints that are set aside, which no resume considers
+
+
+def prolong(folder: Path, decay_from: int, world: World) -> str:
+    """Set checkpoints aside if the rate now begins to fall at a later step; collective. Returns what was done."""
+    message = _prolong(folder, decay_from) if world.is_main else ""
+    dist.barrier()
+    return message
+
+
+def _prolong(folder: Path, decay_from: int) -> str:
+    complete = list(filter(None, map(_opened, checkpoint_folders(folder))))
+    fallen = [found for found in complete if found.state.get(KEY, found.step) < min(found.step, decay_from)]
+    usable = [found for found in complete if found not in fallen]
+    if not fallen:
+        return ""
+    if not usable:
+        return (
+            f"WARNING: the learning rate had begun to fall at step {fallen[-1].state[KEY]}, and there is no checkpoint"
+            f" from before; the run continues from {fallen[-1].path} with the full rate"
+        )
+    write_atomically(folder / LATEST, usable[-1].path.name.encode())
+    for found in fallen:
+        found.path.rename(found.path.with_name(found.path.name + SUFFIX))
+    return (
+        f"the run is prolonged from {usable[-1].path.name}, the last checkpoint with the full learning rate;"
+        f" {', '.join(found.path.name + SUFFIX for found in fallen)} stay as they are"
+    )
+
+
+def _opened(path: Path) -> Checkpoint | None:
+    try:
+        return open_checkpoint(path)
+    except CheckpointError:
+        return None
