@@ -12,9 +12,9 @@ class AdapterConfig(Section):
     rank: Positive = 16  # The rank of the two matrices that are added to each layer.
     # The product of a layer's two matrices is multiplied by alpha / rank.
     alpha: PositiveFloat = 16.0
-    # Patterns of the linear layers that get an adapter. The default is all pointwise layers of the blocks, except for
-    # the modulations, and all layers of the text.
-    targets: tuple[Text, ...] = ("stages.*.conv.*", "stages.*.ffn.*", "*text*")
+    # Patterns of the linear layers that get an adapter; with none it is all pointwise layers of the blocks and all
+    # layers of the text, but not the modulations.
+    targets: tuple[Text, ...] = ()
 
     @property
     def factor(self) -> float:

@@ -25,6 +25,7 @@ from dico_t2i.files import write_atomically
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the rank and alpha
 ORIGIN = "dico"  # where this package writes the run and the step
+TARGETS = ("stages.*.conv.*", "stages.*.ffn.*", "stages.*.text.*", "text_input.*", "stage_text.*", "condition_*")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -56,7 +57,7 @@ def add_adapter(network: nn.Module, config: AdapterConfig) -> None:
             examples = ", ".join(list(linear)[:: max(1, len(linear) // 8)])
             raise ConfigError(f"adapter.targets: {pattern} matches no linear layer; some of them are {examples}")
     for name, layer in linear.items():
-        if any(fnmatchcase(name, pattern) for pattern in config.targets):
+        if any(fnmatchcase(name, pattern) for pattern in config.targets or TARGETS):
             network.set_submodule(name, AdaptedLinear(layer, config.rank, config.factor))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dico_t2i.config import AdapterConfig, NetworkConfig
@@ -19,14 +19,17 @@ def count_parameters(config: NetworkConfig) -> int:
         return sum(p.numel() for p in build_network(config).parameters())
 
 
-def count_trained(config: NetworkConfig, adapter: AdapterConfig | None) -> int:
-    """The number of parameters that are trained: those of an adapter, or all."""
-    if adapter is None:
-        return count_parameters(config)
+def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool = False) -> int:
+    """The number of parameters that are trained, which are all without an adapter.
+
+    matrices: count only the weights of linear layers, which Muon updates.
+    """
     with torch.device("meta"):
         network = build_network(config)
-        add_adapter(network, adapter)
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+        if adapter:
+            add_adapter(network, adapter)
+    linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
+    return sum(p.numel() for p in network.parameters() if p.requires_grad and (not matrices or p in linear))
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:

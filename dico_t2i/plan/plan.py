@@ -133,7 +133,7 @@ def make_plan(config: Config) -> Plan:
     latents = (1, config.model.in_channels, config.latent_size, config.latent_size)
     if config.adapter:
         notes.append(f"adapter: {_trained(config):,} parameters are trained; the others stay as they are")
-    checkpoint_bytes = 4.0 * _trained(config) * (3 + len(config.optimizer.ema))
+    checkpoint_bytes = 4.0 * (_trained(config) * (3 + len(config.optimizer.ema)) - _matrices(config))
     every = (("no stage", ()), ("all stages", config.model.stages))
     stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
     return Plan(
@@ -213,7 +213,7 @@ def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
     return Memory(
         weights=working * parameters * (share if stage == 3 else 1),
         master_weights=4 * trained * share if stage > 0 else 0,
-        moments=8 * trained * share,
+        moments=(8 * trained - 4 * _matrices(config)) * share,
         averages=4 * trained * share * len(config.optimizer.ema),
         encoders=_encoder_bytes(config) or 0.0,
         **max(moments, key=sum)._asdict(),
@@ -223,6 +223,11 @@ def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
 def _trained(config: Config) -> int:
     """The number of parameters that are trained."""
     return count_trained(config.model, config.adapter)
+
+
+def _matrices(config: Config) -> int:
+    """The number of parameters that Muon updates, which have one moment instead of two."""
+    return count_trained(config.model, config.adapter, matrices=True) if config.optimizer.kind == "muon" else 0
 
 
 def _working_bytes(config: Config, stage: int) -> int:

@@ -15,7 +15,7 @@ MARKS = 300  # most marks of a kind on the time axis
 # Kinds that may be very frequent: events with equal text are counted instead of listed one by one.
 _COUNTED = {"saved": "checkpoints", "samples": "sample grids", "skip": "steps skipped: no finite gradient, or a spike"}
 # Events that come before training continues: the time before them is a pause.
-_PAUSED = ("start", "resume", "config", "bad checkpoint")
+_PAUSED = ("start", "resume", "prolong", "config", "bad checkpoint")
 _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "failed": "failed", "hang": "failed"}
 
 
