@@ -115,7 +115,8 @@ def main():
                 "weight": largest_difference(ours, weights),
                 "ema": largest_difference(ema, averages),
                 "skipped": skipped,
-                "owned": owned - sum(weight.numel() for weight in weights.values()),
+                "owned": owned,
+                "trained": sum(weight.numel() for weight in weights.values()),
                 "steps": steps,
             }
         )

@@ -3,9 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from dico_t2i.config import DiCoConfig
+from dico_t2i.models import count_parameters
+
 from .conftest import launch
 
 SCRIPT = Path(__file__).with_name("engine_parity.py")
+PARAMETERS = count_parameters(DiCoConfig(hidden_size=8, depths=(1, 1, 1, 1, 1), mlp_ratio=2.0, num_classes=10))
 
 
 def parity(ranks, *cases):
@@ -23,7 +27,7 @@ def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
         assert result["ema"] < 2e-5, result
         assert result["skipped"] == [False, False, True, False], result
         assert result["steps"] == 3, result
-        assert result["owned"] == 0, result
+        assert result["owned"] == PARAMETERS, result
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -33,13 +37,13 @@ def test_muon_is_torchs_own_although_its_matrices_are_divided(ranks):
         assert result["ema"] < 2e-5, result
         assert result["skipped"] == [False, False, True, False], result
         assert result["steps"] == 3, result
-        assert result["owned"] == 0, result
+        assert result["owned"] == result["trained"], result
 
 
 def test_an_adapter_is_trained_at_every_stage_and_nothing_else():
     for result in parity(2, *(f"{stage}:fp32:adapter" for stage in range(4)), "1:bf16:adapter", "3:bf16:adapter"):
         assert result["weight"] < (2e-5 if "fp32" in result["case"] else 8e-3), result
-        assert result["owned"] == 0, result
+        assert result["owned"] == result["trained"], result
         assert result["skipped"] == [False, False, True, False], result
 
 
