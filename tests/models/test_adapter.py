@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dico_t2i.config import AdapterConfig, ConfigError, DiCoConfig
-from dico_t2i.models import DiCo, add_adapter, adapter_origin, merge_adapter, read_adapter, write_adapter
+from dico_t2i.models import DiCo, adapter_origin, add_adapter, merge_adapter, read_adapter, write_adapter
 from dico_t2i.models.cost import count_parameters, count_trained
 
 SMALL = {"hidden_size": 8, "depths": (1, 1, 1, 1, 1), "mlp_ratio": 2.0}
