@@ -41,8 +41,9 @@ class InitConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, its learning rate, and the averages (EMA) of the weights."""
 
-    # adamw, or muon, which updates the matrices of linear layers by Muon and all other weights by AdamW.
-    kind: Literal["adamw", "muon"] = "adamw"
+    # adamw; adamw_8bit, which keeps AdamW's moments in 8 bits and needs the package torchao; or muon, which updates the
+    # matrices of linear layers by Muon and all other weights by AdamW.
+    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4  # The learning rate after the warmup.
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # The decays of AdamW's two moments.
     eps: PositiveFloat = 1e-8  # The epsilon in AdamW's denominator.

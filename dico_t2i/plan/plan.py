@@ -213,7 +213,7 @@ def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
     return Memory(
         weights=working * parameters * (share if stage == 3 else 1),
         master_weights=4 * trained * share if stage > 0 else 0,
-        moments=(8 * trained - 4 * _matrices(config)) * share,
+        moments=_moment_bytes(config) * share,
         averages=4 * trained * share * len(config.optimizer.ema),
         encoders=_encoder_bytes(config) or 0.0,
         **max(moments, key=sum)._asdict(),
@@ -223,6 +223,13 @@ def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
 def _trained(config: Config) -> int:
     """The number of parameters that are trained."""
     return count_trained(config.model, config.adapter)
+
+
+def _moment_bytes(config: Config) -> float:
+    """Bytes of the moments of all weights that are trained; 8-bit ones have a scale for each block of 256."""
+    if config.optimizer.kind == "adamw_8bit":
+        return 2 * (1 + 4 / 256) * _trained(config)
+    return 8 * _trained(config) - 4 * _matrices(config)
 
 
 def _matrices(config: Config) -> int:

@@ -19,7 +19,8 @@ from dico_t2i.models import Network
 from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.runs.checkpoint import Piece
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT
-from dico_t2i.training.optimizer import Matrix, MuonEMA, build_optimizer
+from dico_t2i.training.eight_bit import Adam8bitEMA
+from dico_t2i.training.optimizer import AdamWEMA, Matrix, MuonEMA
 from dico_t2i.training.ranks.distributed import World
 
 if not torch.cuda.is_available():
@@ -46,7 +47,7 @@ class Engine:
         model.to(world.device)
         if train.compile == "blocks":
             model.compile_blocks()
-        self.adam = build_optimizer(model, optimizer)
+        self.adam = _optimizer(model, optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -117,9 +118,8 @@ class Engine:
             located = self._locate(parameter)
             if located is not None:
                 flat, offset, start, numel = located
-                state = self.adam.state[flat]
-                tensors = {WEIGHT: flat.data, **{key: state[key] for key in self.adam.state_names(flat)}}
-                yield Piece(name, start, {k: v.view(-1)[offset : offset + numel] for k, v in tensors.items()})
+                held = {key: self.adam.part(flat, key, offset, offset + numel) for key in self.adam.state_names(flat)}
+                yield Piece(name, start, {WEIGHT: flat.data.view(-1)[offset : offset + numel], **held})
 
     def owned_pieces(self) -> Iterator[Piece]:
         """The pieces that this rank writes to a checkpoint: all ranks together hold each element exactly once."""
@@ -146,6 +146,7 @@ class Engine:
 
     def publish_weights(self) -> None:
         """Copy the fp32 pieces, after a change of their values, into the weights that the forward pass uses."""
+        self.adam.settle()
         zero = self.engine.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()
@@ -220,6 +221,14 @@ class Engine:
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         source, target = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, source.start, target.start, source.numel
+
+
+def _optimizer(network: Network, config: OptimizerConfig) -> AdamWEMA:
+    """The optimizer of the parameters that require gradients."""
+    if config.kind == "muon":
+        return MuonEMA(network, config)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return (Adam8bitEMA if config.kind == "adamw_8bit" else AdamWEMA)(trained, config)
 
 
 def _deepspeed_config(

@@ -53,6 +53,14 @@ class AdamWEMA(torch.optim.AdamW):
                 **{ema_name(decay): weight.detach().clone() for decay in self.decays},
             }
 
+    def part(self, weight: Tensor, name: str, start: int, stop: int) -> Tensor:
+        """A range of a tensor in a weight's state, flattened: a view, or a copy if it is not kept in fp32."""
+        part: Tensor = self.state[weight][name].view(-1)[start:stop]
+        return part
+
+    def settle(self) -> None:
+        """Take over the state that was written to the views after ``materialize``."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -174,13 +182,6 @@ def _changes(directions: Sequence[Tensor]) -> list[Tensor]:
     options = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
     torch.optim.Muon(changes, lr=1.0, adjust_lr_fn="match_rms_adamw", **options).step()
     return [change.detach() for change in changes]
-
-
-def build_optimizer(network: nn.Module, config: OptimizerConfig) -> AdamWEMA:
-    """The optimizer of the network's parameters that require gradients."""
-    if config.kind == "muon":
-        return MuonEMA(network, config)
-    return AdamWEMA([p for p in network.parameters() if p.requires_grad], config)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int, decay: int = 0) -> float:

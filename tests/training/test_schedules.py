@@ -36,6 +36,17 @@ def test_the_rate_rises_stays_and_falls():
     assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_8_bit_moments_go_on_where_they_stopped(tmp_path, data):
+    pytest.importorskip("torchao")
+    eight = MUON.replace("muon", "adamw_8bit")
+    whole, stopped = (Run(tmp_path, data, name, eight) for name in ("whole", "stopped"))
+    whole.train("train.duration.steps=4")
+    stopped.train("train.duration.steps=2")
+    stopped.train("train.duration.steps=4")
+    assert whole.losses() == stopped.losses()
+    assert equal(whole, stopped)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_muon_goes_on_where_it_stopped(tmp_path, data, stage):
     whole, stopped = (Run(tmp_path, data, name, MUON, f"train.zero_stage={stage}") for name in ("whole", "stopped"))
