@@ -14,7 +14,7 @@ from dico_t2i.runs.checkpoint import LATEST, Checkpoint, CheckpointError, checkp
 from dico_t2i.training.ranks.distributed import World
 
 KEY = "decay_from"  # the key of that step in checkpoints
-SUFFIX = ".decayed"  # of the folders of checkpoints that are set aside, which no resume considers
+ASIDE = "decayed-{:08d}"  # the folder of a checkpoint of this step that is set aside, which no resume considers
 
 
 def prolong(folder: Path, decay_from: int, world: World) -> str:
@@ -37,10 +37,10 @@ def _prolong(folder: Path, decay_from: int) -> str:
         )
     write_atomically(folder / LATEST, usable[-1].path.name.encode())
     for found in fallen:
-        found.path.rename(found.path.with_name(found.path.name + SUFFIX))
+        found.path.rename(folder / ASIDE.format(found.step))
     return (
         f"the run is prolonged from {usable[-1].path.name}, the last checkpoint with the full learning rate;"
-        f" {', '.join(found.path.name + SUFFIX for found in fallen)} stay as they are"
+        f" the later ones are now {', '.join(ASIDE.format(found.step) for found in fallen)}"
     )
 
 

@@ -125,7 +125,6 @@ def test_the_file_of_an_adapter_gives_the_images_of_its_run_and_of_what_it_is_me
     assert torch.equal(images(base.path, file, 0.0, weights="weight"), plain)
     assert torch.equal(images(merged), ours)
     assert torch.equal(images(scaled), images(base.path, file, 0.5, weights="weight"))
-    assert torch.equal(images(scaled, file, 0.5), ours)
     lineage = json.loads((merged / "export.json").read_text())["lineage"]
     assert [entry["what"] for entry in lineage] == ["init", "adapter"]
     (entry,) = json.loads((scaled / "export.json").read_text())["lineage"]
@@ -159,7 +158,7 @@ def test_dico_sample_takes_it_and_keeps_other_images(tmp_path, base, trained):
 
 
 def test_a_plan_counts_the_adapter(trained):
-    config = load_config(trained.path / "config.yaml")
+    config = load_config(trained.path / "config.yaml", ["cluster.gpus_per_node=0"])
     plan, whole = make_plan(config), make_plan(config.model_copy(update={"adapter": None, "init": None}))
     size = sum(t.numel() for t in read_adapter_of(trained).values())
     assert plan.parameters == whole.parameters

@@ -83,7 +83,7 @@ def test_a_prolonged_run_is_the_longer_one(tmp_path, data):
     told = prolonged.train("train.duration.steps=14")
     assert "prolonged from step-00000005" in told
     assert prolonged.valid_steps() == [10, 14]
-    assert (prolonged.checkpoints / "step-00000009.decayed" / "manifest.json").exists()
+    assert (prolonged.checkpoints / "decayed-00000009" / "manifest.json").exists()
     assert {s: loss for s, loss in prolonged.losses().items() if s > 5} == {
         s: loss for s, loss in whole.losses().items() if s > 5
     }
