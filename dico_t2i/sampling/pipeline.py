@@ -22,7 +22,7 @@ from dico_t2i.encoders.local import read_json
 from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.runs.checkpoint import read_weights
-from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
 
 Progress = Callable[[int, int], None]
 
@@ -187,7 +187,7 @@ def _find_weights(path: Path, weights: str | None) -> _Source:
             raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
         return _Source(exported_config(path), origin.get(KEY), lambda model: _fill(model, load_file(file), path))
     run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
+    config = trained_config(run, checkpoint)
     kind = chosen_weights(weights, config, checkpoint)
     return _Source(
         config,

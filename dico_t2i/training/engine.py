@@ -175,6 +175,10 @@ class Engine:
         dist.all_reduce(squares)
         return math.sqrt(squares[0].item() / squares[1].item())
 
+    def close(self) -> None:
+        """Release what DeepSpeed holds, so that another engine can follow in this process."""
+        self.engine.destroy()
+
     def _flat_weights(self) -> list[Tensor]:
         if self.stage == 0:
             return list(self.engine.module.parameters())

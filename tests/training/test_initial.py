@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     assert "left over: condition_embeddings.*.weight (3)" in str(error.value)
     assert "of another shape: head.out.bias, head.out.weight, stem.weight" in str(error.value)
     assert "decoder" not in str(error.value)
-    with pytest.raises(ConfigError, match="holds only ema_0.9"):
+    with pytest.raises(ConfigError, match=r"holds only ema_0\.9"):
         open_source(InitConfig(**{"from": str(folder), "weights": "ema_0.99"}))
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="not a safetensors file"):
@@ -162,7 +162,7 @@ def test_weights_at_a_url_and_prefetched(tmp_path, monkeypatch):
     for name in (url, f"{url}/model.safetensors"):
         model, _ = started(name, CLASSES)
         assert torch.equal(model.stem.weight, source.stem.weight)
-    with pytest.raises(ValueError, match="other.safetensors"):
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
         started(f"{url}/other.safetensors", CLASSES)
     config = load_config(tmp_path / "www" / "classes" / "config.yaml", [f"init={{from: {url}}}"])
     prefetch(config, tmp_path / "files")
