@@ -123,7 +123,7 @@ class TestOrder:
     @given(seed=st.integers(0, 2**40), weights=st.lists(st.sampled_from([1, 2, 0.1, 7]), min_size=2, max_size=3))
     def test_positions_are_a_function_and_places_exist(self, seed, weights):
         random = np.random.default_rng(seed)
-        counts = random.integers(0, 200, (3 * len(weights), 3))
+        counts = random.integers(0, 60, (3 * len(weights), 3))
         counts[::3] += 20
         sources = [Source("abc"[number], 3 * number, weight) for number, weight in enumerate(weights)]
         order = BucketOrder(seed, counts, 4, 7, 8, sources)
