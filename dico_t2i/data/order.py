@@ -276,7 +276,9 @@ class BucketOrder:
         total = np.zeros(1 + max(int(numbers.max()) for numbers in self._sources.values()), dtype=np.int64)
         for bucket, numbers in self._sources.items():
             turn = int(np.count_nonzero(before == bucket))
-            total[numbers] += self._orders[bucket].counts(epoch * self._lengths[bucket] + turn * self.global_batch)
+            own = self._orders[bucket].counts(epoch * self._lengths[bucket] + turn * self.global_batch)
+            assert own is not None
+            total[numbers] += own
         return total
 
     def _batch(self, step: int) -> tuple[int, int]:

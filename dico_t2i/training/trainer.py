@@ -331,19 +331,27 @@ class Trainer:
         if self.index.quarantined:
             yield f"{self.index.quarantined} samples are in quarantine: others replace them"
         if isinstance(order, BucketOrder):
+            batches = sum(order.steps.values())
+            buckets = f"{len(order.steps)} of {len(self.index.buckets)} buckets, {batches} batches of {size} per epoch"
             yield (
-                f"{len(order.steps)} of {len(self.index.buckets)} buckets, {sum(order.steps.values())} batches of"
-                f" {size} per epoch; each epoch leaves out {order.dropped} samples that do not fill a batch: different"
-                f" ones each time, except for {order.unused} in buckets with less than one batch"
+                f"{buckets}; {self._shares(order)}"
+                if order.shares is not None
+                else (
+                    f"{buckets}; each epoch leaves out {order.dropped} samples that do not fill a batch: different"
+                    f" ones each time, except for {order.unused} in buckets with less than one batch"
+                )
             )
-        if isinstance(order, BucketOrder) and order.shares is not None:
-            parts = zip(self.config.data.mixture, order.shares.tolist(), strict=True)
-            yield "of the samples: " + ", ".join(f"{100 * share:.2f} % {source.name}" for source, share in parts)
         if isinstance(order, MixtureOrder):
             shares = zip(self.config.data.mixture, order.per_block.tolist(), strict=True)
             yield f"of each {order.block} samples of a stream: " + ", ".join(
                 f"{n} {source.name}" for source, n in shares
             )
+
+    def _shares(self, order: BucketOrder) -> str:
+        """The share of each data set of a mixture in the samples."""
+        assert order.shares is not None
+        shares = zip(self.config.data.mixture, order.shares.tolist(), strict=True)
+        return "of the samples: " + ", ".join(f"{100 * share:.2f} % {source.name}" for source, share in shares)
 
     @property
     def _own_position(self) -> int:
