@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of the run folders (default: runs)")
+    parser.add_argument("--stage", metavar="NAME", help="begin at this stage, and leave out those before it")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
@@ -38,7 +39,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.training.ranks.distributed import leave_world
     from dico_t2i.training.trainer import train
 
-    code = train(config, arguments.runs)
+    code = train(config, arguments.runs, begin=arguments.stage)
     leave_world()
     return code
 
@@ -65,16 +66,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from dico_t2i.plan.plan import make_plan
-    from dico_t2i.plan.text import refusal, render
+    from dico_t2i.plan.plan import make_plans
+    from dico_t2i.plan.text import refusals, render
 
-    plan = make_plan(config)
-    Console().print(render(plan), highlight=False)
+    plans = make_plans(config)
+    Console().print(render(plans), highlight=False)
     if arguments.json:
-        content = {**asdict(plan), "hardware": plan.hardware.model_dump()}
+        contents = [{**asdict(plan), "hardware": plan.hardware.model_dump()} for plan in plans]
+        content = {"stages": contents} if config.stages else contents[0]
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if not plan.estimate.fits:
-        raise ValueError(refusal(plan))
+    if refused := refusals(plans):
+        raise ValueError(refused)
     return 0
 
 

@@ -110,6 +110,52 @@ class TrainConfig(Section):
         return self
 
 
+Changes = dict[str, Any]  # keys of a section of the config
+
+_FREE_OF_MODEL = ("dropout_prob", "checkpoint_stages", "latent_size")
+
+
+class StageConfig(Section):
+    """A stage of a run, which trains on from the weights, moments and averages of the stage before it.
+
+    Each section holds the keys that differ from those of the whole config; data: {image_size: 512}, for example.
+    """
+
+    name: Annotated[
+        Text, Field(pattern=r"^[\w.+= -]+$", max_length=100)
+    ]  # The name of the stage in messages and reports.
+    # The changes of the model: dropout_prob, checkpoint_stages, latent_size. All else is the same in all stages.
+    model: Changes = {}
+    diffusion: Changes = {}  # The changes of the diffusion process.
+    data: Changes = {}  # The changes of the data: other shards, another image_size, buckets.
+    optimizer: Changes = {}  # The changes of the optimizer; warmup and schedule count the steps of the stage.
+    train: Changes = {}  # The changes of the loop; its duration is that of the stage.
+    checkpoint: Changes = {}  # The changes of the checkpoints.
+    guard: Changes = {}  # The changes of the guard.
+    preview: Changes = {}  # The changes of the sample grids.
+    validation: Changes | None = {}  # The changes of the validation; null turns it off.
+    sampler: Changes = {}  # The changes of the default sampler.
+
+    @field_validator("model")
+    @classmethod
+    def _one_network(cls, changes: Changes) -> Changes:
+        fixed = sorted(changes.keys() - set(_FREE_OF_MODEL))
+        if fixed:
+            free = ", ".join(_FREE_OF_MODEL)
+            raise ValueError(f"{fixed[0]}: all stages train one network; a stage may only change {free}")
+        return changes
+
+    @property
+    def changes(self) -> Changes:
+        """Return the changes of all sections."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set - {"name"}}
+
+    @model_serializer
+    def _with_nulls(self) -> dict[str, Any]:
+        """Keep null, which turns a key of the whole config off."""
+        return {"name": self.name, **self.changes}
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and which are kept."""
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dico_t2i.config.adapter import AdapterConfig
 from dico_t2i.config.base import ConfigError, Section, Seed
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.data import DataConfig
 from dico_t2i.config.encoders import AlignmentConfig, AutoencoderConfig, TextEncoderConfig
+from dico_t2i.config.errors import explain
+from dico_t2i.config.merge import merged
 from dico_t2i.config.networks import DiCoConfig, ModelConfig, SizedConfig
 from dico_t2i.config.process import DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import (
@@ -21,6 +23,7 @@ from dico_t2i.config.training import (
     LogConfig,
     OptimizerConfig,
     PreviewConfig,
+    StageConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -53,6 +56,8 @@ class Config(Section):
     validation: ValidationConfig | None = None  # The loss on held-out data; with none it is not measured.
     sampler: SamplerConfig = SamplerConfig()  # The default sampler of `dico sample` and of evaluations.
     cluster: ClusterConfig = ClusterConfig()  # The cluster that the run is launched on and planned for.
+    # The stages of the run, one after the other, each with changes of this config; with none the run has one stage.
+    stages: tuple[StageConfig, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -160,6 +165,39 @@ class Config(Section):
                 f"data.buckets: kind: {model.kind} learns positions for squares of one size; leave buckets out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Config:
+        names = [stage.name for stage in self.stages]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"stages: two stages have the name {twice}; give them different names")
+        for name, config in zip(names, self.stage_configs, strict=False):
+            model = config.model
+            if model.condition == "class" and bool(model.dropout_prob) != bool(self.model.dropout_prob):
+                raise ValueError(f"stages.{name}.model.dropout_prob: a null class cannot come or go between stages")
+            learned = isinstance(model, SizedConfig) and model.learned_positions
+            if learned and config.latent_size != self.latent_size:
+                raise ValueError(
+                    f"stages.{name}.data.image_size: kind: {model.kind} learns positions for squares of one size; keep"
+                    f" {self.data.image_size}"
+                )
+        return self
+
+    @property
+    def stage_configs(self) -> tuple[Config, ...]:
+        """Return the config of each stage; of a run without stages, this config alone.
+
+        Raises ValueError that names the stage whose changes do not make a valid config.
+        """
+        return tuple(map(self._at, self.stages)) or (self,)
+
+    def _at(self, stage: StageConfig) -> Config:
+        tree = self.model_dump(mode="json", exclude_none=True, exclude={"stages"})
+        try:
+            return Config.model_validate(merged(tree, stage.changes))
+        except ValidationError as error:
+            raise ValueError(f"stages.{stage.name}:\n{explain(error, Config)}") from None
 
     @property
     def downscale(self) -> int:

@@ -258,11 +258,12 @@ def _fetch(url: str, file: str) -> Path | None:
 
 def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequence[str]) -> str:
     lines = [f"{key}: no usable copy of {name!r} was found. Searched in:", *(f"  {line}" for line in looked)]
+    wanted = " ".join(dict.fromkeys(names[0] for names in files))
     if is_url(name):
-        return "\n".join([*lines, f"Set {ALLOW_DOWNLOAD}=1 to let this machine download it, or use dico prefetch."])
+        lines.append(f"Set {ALLOW_DOWNLOAD}=1 to let this machine download {wanted}, or use dico prefetch.")
+        return "\n".join(lines)
     if not is_hub_id(name):
         return "\n".join([*lines, f"Set {key} to a folder with these files, to a hub id, or to a URL."])
-    wanted = " ".join(dict.fromkeys(names[0] for names in files))
     lines += [
         "On a machine with network access, run",
         f"  hf download {name} {wanted} --local-dir {name.split('/')[1]}",

@@ -10,7 +10,7 @@ from dico_t2i.models import adapter_origin, merge_adapter, read_adapter, write_a
 from dico_t2i.runs.checkpoint import read_weights, verify
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.lineage import ancestor
-from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
 from dico_t2i.sampling.source import find_source
 
 
@@ -29,7 +29,7 @@ def export_adapter(path: Path, weights: str | None, out: Path) -> None:
     """
     check_new(out)
     run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
+    config = trained_config(run, checkpoint)
     if config.adapter is None:
         raise ValueError(f"{path}: it trains all weights and no adapter; give --out a folder, not {out.name}")
     kind = chosen_weights(weights, config, checkpoint)

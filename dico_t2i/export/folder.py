@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
+from dico_t2i.config import Config, DiCoConfig, dump_config
 from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder
 from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.text import TextEncoder, load_text_encoder
@@ -35,6 +35,7 @@ from dico_t2i.runs.weights import (
     chosen_weights,
     exported_weights,
     locate_checkpoint,
+    trained_config,
 )
 from dico_t2i.sampling.labels import CLASSES, class_names
 from dico_t2i.sampling.source import exported_config
@@ -59,7 +60,7 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     if exported_weights(path) is not None:
         raise ValueError(f"{path}: it is an exported folder already")
     run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
+    config = trained_config(run, checkpoint)
     check_encoders(config, encoders)
     kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)

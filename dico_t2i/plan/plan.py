@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +115,17 @@ class Plan:
     @property
     def days(self) -> float | None:
         return self.steps * self.estimate.step_s / 86400 if self.steps else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return 24 * self.days * self.ranks if self.days else None
+
+
+def make_plans(config: Config) -> list[Plan]:
+    """Plan each stage of a run on its cluster; a run without stages has one plan. Raises as ``make_plan`` does."""
+    stages = zip(config.stages, config.stage_configs, strict=False)
+    plans = [replace(make_plan(own), name=f"{config.name}, stage {stage.name}") for stage, own in stages]
+    return plans or [make_plan(config)]
 
 
 def make_plan(config: Config) -> Plan:

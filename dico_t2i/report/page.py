@@ -125,7 +125,7 @@ def _is_band(key: str) -> bool:
 def _run_data(record: Record, curves: dict[str, Curve]) -> dict[str, Any]:
     return {
         "name": record.name,
-        "batch": record.batch,
+        "batch": record.history.images / record.history.step if record.history.images else record.batch,
         "curves": {key: curve.rows() for key, curve in curves.items()},
         "marks": record.history.marked(),
         "pictures": [asdict(picture) for picture in record.pictures],
@@ -143,7 +143,8 @@ def _card(number: int, record: Record) -> str:
     parameters = history.start.get("parameters")
     facts = {
         "steps": f"{history.step:,}{of}",
-        "images seen": f"{history.step * record.batch:,}",
+        "stage": str(history.start.get("stage", "")),
+        "images seen": f"{history.images or history.step * record.batch:,}",
         "loss": _number(loss.newest),
         "validation loss": _number(val.newest),
         "lowest so far": _number(val.lowest),

@@ -15,7 +15,7 @@ from dico_t2i.runs.checkpoint import Checkpoint, read_weights
 from dico_t2i.runs.kinds import WEIGHT
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.lineage import Ancestor, Lineage, ancestor, descended
-from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
 
 RAW = "raw"  # what init.weights calls the weights themselves
 
@@ -67,7 +67,7 @@ def find_source(path: Path, weights: str | None) -> Source:
     if file is not None:
         return _export(path, file, weights)
     run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
+    config = trained_config(run, checkpoint)
     kind = chosen_weights(weights, config, checkpoint)
 
     def own() -> dict[str, Tensor]:

@@ -184,6 +184,10 @@ class Engine:
         dist.all_reduce(squares)
         return math.sqrt(squares[0].item() / squares[1].item())
 
+    def close(self) -> None:
+        """Release what DeepSpeed holds, so that another engine can follow in this process."""
+        self.engine.destroy()
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are trained: all, or those of an adapter."""
         return ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dico_t2i.config import Config, ConfigError, Span
+from dico_t2i.config.stages import RunStage
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.order import SampleOrder
 from dico_t2i.data.sources import make_order
@@ -27,18 +28,18 @@ from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.meter import Meter
 from dico_t2i.training.observers.profiling import Profiler
 from dico_t2i.training.observers.reporter import Reporter
-from dico_t2i.training.observers.snapshot import write_snapshot
 from dico_t2i.training.observers.source_losses import SourceLosses
 from dico_t2i.training.observers.validation import Validation
 from dico_t2i.training.ranks.distributed import World, first_message
 from dico_t2i.training.saving import Saver
+from dico_t2i.training.session import Session
 
 WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All parts that a rank trains with."""
+    """All parts that a rank trains a stage with."""
 
     inputs: InputMaker
     engine: Engine
@@ -56,38 +57,31 @@ class Parts:
     initial: Initial | None  # the weights that the run starts from, if it has no checkpoint of its own
 
 
-def build_parts(
-    config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
-) -> Parts:
-    """Load the encoders, make the network, the optimizer and the data order, then record how the run was started.
+def build_parts(stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], session: Session) -> Parts:
+    """Load the encoders, make the network, the optimizer and the data order, then open the session's report.
 
-    changes: the changes of the config since the last start, to be reported.
-    Raises ConfigError, DataError or MissingModelError before training starts.
+    stages, indexes: the stages that are left, and their data. The parts are those of the first; the data of the others
+    are checked. Raises ConfigError, DataError or MissingModelError before training starts.
     """
-    dtype = WORKING_DTYPE[config.train.precision]
-    inputs = _input_maker(config, world, dtype)
+    stage, index, run, world = stages[0], indexes[0], session.run, session.world
+    config = stage.config
+    inputs = _input_maker(config, world, WORKING_DTYPE[config.train.precision])
     text_encoder = inputs.conditioner.text_encoder
-    check_cached(config.data, index, inputs.autoencoder, text_encoder)
+    for later, data in zip(stages[1:], indexes[1:], strict=True):
+        _checked_validation(later.config, data, world, inputs)
+    validation = _checked_validation(config, index, world, inputs)
     micro_batch, accumulation = config.batching(world.size)
-    validation = Validation(config, world, micro_batch, inputs) if config.validation else None
-    if validation:
-        check_cached(config.data, validation.index, inputs.autoencoder, text_encoder)
     base = find_base(config, run)
     torch.manual_seed(config.seed)
     network = build_adapted(config, base)
     if inputs.alignment:
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
-    order = make_order(config.data, index, config.seed, config.train.global_batch)
+    order = make_order(config.data, index, config.seed + stage.number, config.train.global_batch)
     initial = find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
     note = _check_encoders(run, base, encoders, world)
-    if world.is_main:  # all checks have passed
-        run.write_config(config)
-        write_snapshot(run.starts, world)
-    report = Reporter(config, run.path, span_in_steps(config, index, config.train.duration), world.is_main)
-    for line in changes:
-        report.event(0, "config", f"changed since the last start: {line}")
+    report = session.open(stage.run_steps)  # all checks have passed
     if note:
         report.event(0, "config", note)
     keep_every = config.checkpoint.keep_every
@@ -98,7 +92,7 @@ def build_parts(
         engine=engine,
         order=order,
         guard=Guard(config.guard, run.quarantine if world.is_main else None),
-        saver=Saver(config, run, world, engine, report, keep_every_steps, data, encoders),
+        saver=Saver(stage, session, engine, report, keep_every_steps, data, encoders),
         report=report,
         meter=Meter(("loss", "mse", "vb", *(["alignment"] if config.alignment else [])), world.device),
         sources=SourceLosses([source.name for source in config.data.mixture], world.device),
@@ -109,6 +103,17 @@ def build_parts(
         base=base,
         initial=initial,
     )
+
+
+def _checked_validation(config: Config, index: DatasetIndex, world: World, inputs: InputMaker) -> Validation | None:
+    """The validation, if there is one; raises ConfigError if stored features or latents are of other encoders."""
+    encoders = inputs.autoencoder, inputs.conditioner.text_encoder
+    check_cached(config.data, index, *encoders)
+    if config.validation is None:
+        return None
+    validation = Validation(config, world, config.batching(world.size)[0], inputs)
+    check_cached(config.data, validation.index, *encoders)
+    return validation
 
 
 def _check_encoders(run: RunFolder, base: Source | None, encoders: Identities, world: World) -> str:

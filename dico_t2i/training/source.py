@@ -18,7 +18,7 @@ from dico_t2i.models import build_network
 from dico_t2i.models.official import infer_config, official_key, read_official
 from dico_t2i.runs import checkpoint as ckpt
 from dico_t2i.runs.kinds import WEIGHT
-from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
 
 RAW = "raw"  # the config's name of the weights themselves
 
@@ -67,7 +67,7 @@ def open_source(init: InitConfig) -> Source:
 
 def _checkpoint(path: Path, init: InitConfig) -> Source:
     run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
+    config = trained_config(run, checkpoint)
     kind = chosen_weights(WEIGHT if init.weights == RAW else init.weights, config, checkpoint)
     shards = ckpt.Shards(checkpoint)
     return Source(
