@@ -11,7 +11,7 @@ from dico_t2i.runs.checkpoint import read_weights, verify
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.lineage import ancestor
 from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
-from dico_t2i.sampling.source import find_source
+from dico_t2i.sampling.trained import find_trained
 
 
 def is_adapter(path: Path) -> bool:
@@ -49,7 +49,7 @@ def export_merged(
     or one of its checkpoints. Raises ValueError like ``export.folder.export``, and if the adapter does not fit.
     """
     check_new(out)
-    source = find_source(path, weights)
+    source = find_trained(path, weights)
     check_encoders(source.config, encoders)
     if exported_weights(path) is None:
         verify(locate_checkpoint(path)[1])

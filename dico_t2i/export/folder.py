@@ -38,7 +38,7 @@ from dico_t2i.runs.weights import (
     trained_config,
 )
 from dico_t2i.sampling.labels import CLASSES, class_names
-from dico_t2i.sampling.source import exported_config
+from dico_t2i.sampling.trained import exported_config
 
 _SOURCE_NOTE = (
     "{what} of DiCo, as one file that needs only diffusers, transformers and torch.\n\n"

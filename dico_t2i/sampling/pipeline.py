@@ -19,7 +19,7 @@ from dico_t2i.encoders.identity import KEY, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
 from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network, merge_adapter, read_adapter
-from dico_t2i.sampling.source import find_source
+from dico_t2i.sampling.trained import find_trained
 
 Progress = Callable[[int, int], None]
 
@@ -158,7 +158,7 @@ def load_pipeline(
     """
     if device.type == "cpu":
         keep_freed_memory()
-    source = find_source(path, weights)
+    source = find_trained(path, weights)
     added = read_adapter(adapter) if adapter else {}
     config = source.config
     autoencoder, conditioner = load_encoders(config, device, dtype)

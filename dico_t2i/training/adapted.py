@@ -5,10 +5,10 @@ from dico_t2i.models import Network, add_adapter, build_network
 from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
 from dico_t2i.runs.folder import RunFolder
 from dico_t2i.runs.lineage import KEY
-from dico_t2i.sampling.source import Source, base_of, check_base
+from dico_t2i.sampling.trained import Trained, base_of, check_base
 
 
-def find_base(config: Config, run: RunFolder) -> Source | None:
+def find_base(config: Config, run: RunFolder) -> Trained | None:
     """The weights that the run's adapter is added to; None without an adapter.
 
     Raises ConfigError if they are missing, or are not those that the run's newest checkpoint was trained with.
@@ -24,7 +24,7 @@ def find_base(config: Config, run: RunFolder) -> Source | None:
     return base
 
 
-def build_adapted(config: Config, base: Source | None = None) -> Network:
+def build_adapted(config: Config, base: Trained | None = None) -> Network:
     """The network of a config, with an adapter if the config has one.
 
     The weights are those of the base, or random. Raises ValueError if the base does not fit the network.

@@ -18,7 +18,7 @@ from dico_t2i.encoders.identity import KEY, Identities, check_identities, identi
 from dico_t2i.encoders.load import load_encoders
 from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
 from dico_t2i.runs.folder import RunFolder
-from dico_t2i.sampling.source import Source
+from dico_t2i.sampling.trained import Trained
 from dico_t2i.training.adapted import build_adapted, find_base
 from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.engine import Engine
@@ -53,7 +53,7 @@ class Parts:
     validation: Validation | None
     micro_batch: int
     accumulation: int
-    base: Source | None  # the weights that an adapter is added to
+    base: Trained | None  # the weights that an adapter is added to
     initial: Initial | None  # the weights that the run starts from, if it has no checkpoint of its own
 
 
@@ -116,7 +116,7 @@ def _checked_validation(config: Config, index: DatasetIndex, world: World, input
     return validation
 
 
-def _check_encoders(run: RunFolder, base: Source | None, encoders: Identities, world: World) -> str:
+def _check_encoders(run: RunFolder, base: Trained | None, encoders: Identities, world: World) -> str:
     """Raise ConfigError on all ranks if the run, or its base, has been trained with other encoders; collective.
 
     Returns a note where the newest checkpoint, or the base, does not tell.
@@ -137,7 +137,7 @@ def _check_encoders(run: RunFolder, base: Source | None, encoders: Identities, w
     return ""
 
 
-def _trained_so_far(run: RunFolder, base: Source | None) -> tuple[Path | None, Mapping[str, Any]]:
+def _trained_so_far(run: RunFolder, base: Trained | None) -> tuple[Path | None, Mapping[str, Any]]:
     """The run's newest checkpoint, or else its base, and what is recorded of its training."""
     try:
         checkpoint = newest_checkpoint(run.checkpoints)

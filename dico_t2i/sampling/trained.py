@@ -21,7 +21,7 @@ RAW = "raw"  # what init.weights calls the weights themselves
 
 
 @dataclass(frozen=True)
-class Source:
+class Trained:
     """The weights of a whole network.
 
     name: their place and kind. config: that of their run; in an export, the encoders are those of the folder. record:
@@ -57,7 +57,7 @@ class Source:
         return descended(self.record, ancestor("init", self.name, self.hash(), self.step))
 
 
-def find_source(path: Path, weights: str | None) -> Source:
+def find_trained(path: Path, weights: str | None) -> Trained:
     """The weights in a run, a checkpoint or an exported folder; those of a run that trains an adapter include it.
 
     weights: "weight" or an average such as "ema_0.9999"; None stands for the first average. Raises ValueError that
@@ -74,7 +74,7 @@ def find_source(path: Path, weights: str | None) -> Source:
         return dict(read_weights(checkpoint, kind))
 
     read = _with_base(config, checkpoint, own) if config.adapter else own
-    return Source(
+    return Trained(
         checkpoint.path,
         f"{path} ({kind})",
         config,
@@ -86,7 +86,7 @@ def find_source(path: Path, weights: str | None) -> Source:
     )
 
 
-def base_of(config: Config) -> Source:
+def base_of(config: Config) -> Trained:
     """The weights that a run's adapter is added to. Raises ValueError if they cannot be found or read."""
     assert config.init is not None  # the config refuses an adapter without it
     files, weights = find_weights(config.init.from_, "init.from"), config.init.weights
@@ -96,7 +96,7 @@ def base_of(config: Config) -> Source:
             " make one of released weights with dico import-official"
         )
     try:
-        base = find_source(files[0] if len(files) == 1 else files[0].parent, WEIGHT if weights == RAW else weights)
+        base = find_trained(files[0] if len(files) == 1 else files[0].parent, WEIGHT if weights == RAW else weights)
     except ValueError as error:
         raise ConfigError(f"init.from: {error}") from None
     return replace(base, name=f"{config.init.from_} ({base.kind})")
@@ -130,13 +130,13 @@ def exported_config(folder: Path) -> Config:
     return config.model_copy(update=changes)
 
 
-def _export(path: Path, file: Path, weights: str | None) -> Source:
+def _export(path: Path, file: Path, weights: str | None) -> Trained:
     record = read_json(path / "export.json") if (path / "export.json").exists() else {}
     held = record.get("weights")
     if weights not in (None, held):
         raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")
     config, step, name = exported_config(path), record.get("step"), f"{path} ({held})" if held else str(path)
-    return Source(path, name, config, record, held, step, lambda: load_file(file), lambda: file_hash(file))
+    return Trained(path, name, config, record, held, step, lambda: load_file(file), lambda: file_hash(file))
 
 
 def _with_base(
