@@ -30,6 +30,13 @@ def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices
 
     matrices: count only the weights of linear layers, which Muon updates.
     """
+    if adapter is None and not matrices:
+        return count_parameters(config)
+    return _trained(config.model_copy(update={"checkpoint_stages": ()}), adapter, matrices)
+
+
+@cache
+def _trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool) -> int:
     with torch.device("meta"):
         network = build_network(config)
         if adapter:
