@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dico_t2i.config import ConfigError, OptimizerConfig, Span, parse_config
 from dico_t2i.runs.checkpoint import newest_checkpoint
-from dico_t2i.training.optimizer import learning_rate
+from dico_t2i.training.optimizer import Matrix, MuonEMA, learning_rate
 from tests.faults.harness import CONFIG, Run, write_data
 
 WSD = "optimizer={schedule: wsd, decay: {steps: 4}, warmup: {steps: 2}, lr: 0.01, ema: [0.9]}"
@@ -34,6 +34,25 @@ def test_the_rate_rises_stays_and_falls():
     config = OptimizerConfig(lr=1.0, schedule="wsd", decay=Span(steps=4), warmup=Span(steps=2))
     rates = [learning_rate(config, step, 10, 2, 4) for step in range(10)]
     assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_muon_with_equal_gradients_is_torchs_own():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 8)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = MuonEMA(ours, OptimizerConfig(kind="muon", lr=0.01, weight_decay=0.1, ema=(0.9,)))
+    optimizer.matrices = {layer.weight: [Matrix(layer.weight.shape, 0, 0, layer.weight.numel())] for layer in ours}
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    muon = torch.optim.Muon([layer.weight for layer in theirs], adjust_lr_fn="match_rms_adamw", **options)
+    adam = torch.optim.AdamW([layer.bias for layer in theirs], **options)
+    for _ in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for stepping in (optimizer, muon, adam):
+            stepping.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_8_bit_moments_go_on_where_they_stopped(tmp_path, data):
