@@ -100,6 +100,16 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="sampling steps (default: the config's sampler.steps)")
     parser.add_argument("--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps is given")
     parser.add_argument("--guidance", type=float, help="the scale w in uncond + w (cond - uncond); 1: no guidance")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="a text that guidance leads away from")
+    parser.add_argument("--height", type=positive, help="in pixels (default: the size of training)")
+    parser.add_argument("--width", type=positive, help="in pixels (default: the size of training)")
+    parser.add_argument("--init-image", type=Path, metavar="FILE", help="an image to begin with, cropped to the size")
+    parser.add_argument(
+        "--strength", type=float, help="how far results depart from --init-image, 0 to 1 (default: 0.8, with --mask 1)"
+    )
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="white where --init-image is made anew; all other pixels stay"
+    )
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     parser.add_argument("--batch", type=positive, default=16, help="images sampled at a time (default: 16)")
     parser.add_argument("--decode-batch", type=positive, default=16, help="images decoded at a time (default: 16)")

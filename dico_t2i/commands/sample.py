@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import Progress
 
 from dico_t2i.config import SamplerConfig, parse_section
+from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
 from dico_t2i.ops.backend import OPERATORS
 from dico_t2i.randomness import check_seeds
@@ -26,16 +28,19 @@ from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.weights import exported_weights, locate_checkpoint
 from dico_t2i.sampling.images import image_path, save_grid, save_image
 from dico_t2i.sampling.labels import CLASSES, class_number
+from dico_t2i.sampling.options import Options
 from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from dico_t2i.text_lines import check_text, read_lines
 
 _RECORD = "sample.json"
+_OPTIONS = ("negative_prompt", "height", "width", "init_image", "strength", "mask")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `dico sample`. Raises ValueError or OSError that says what to correct, if possible before loading."""
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     seeds = check_seeds(range(arguments.seed, arguments.seed + len(conditions)))
+    options = _options(arguments)
     device, dtype = choose_device(arguments.dtype)
     record = _record(arguments, conditions, dtype)
     missing = _missing(arguments.out, record, len(conditions))
@@ -44,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     pipeline = load_pipeline(arguments.checkpoint, arguments.weights, device, dtype)
     _check_conditions(arguments, conditions, pipeline)
     sampler = chosen_sampler(arguments, pipeline.config.sampler)
+    pipeline.check(options, sampler)
     encoder = pipeline.conditioner.text_encoder
     if encoder is not None and encoder.seeded:
         print(f"text encoder: {encoder.description}", file=sys.stderr)
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(missing) < len(conditions):
         there = len(conditions) - len(missing)
         print(f"{arguments.out} already has {there} of {len(conditions)} images", file=sys.stderr)
-    _make(pipeline, arguments, conditions, seeds, sampler, missing)
+    _make(pipeline, arguments, conditions, seeds, sampler, options, missing)
     save_grid([image_path(arguments.out, number) for number in range(len(conditions))], arguments.out)
     print(f"{len(conditions)} images and grid.png in {arguments.out}")
     return 0
@@ -63,6 +69,7 @@ def _make(
     conditions: Sequence[str | int],
     seeds: Sequence[int],
     sampler: SamplerConfig,
+    options: Options,
     missing: set[int],
 ) -> None:
     """Sample all batches with missing images completely, as the last bits of an image may depend on its batch."""
@@ -77,7 +84,9 @@ def _make(
 
             part = slice(batch.start, batch.stop)
             decode_batch = arguments.decode_batch
-            images = pipeline.generate(conditions[part], seeds[part], sampler, len(batch), report, decode_batch)
+            images = pipeline.generate(
+                conditions[part], seeds[part], sampler, len(batch), report, decode_batch, options
+            )
             for index, image in zip(batch, images, strict=True):
                 if index in missing:
                     save_image(image, str(conditions[index]), seeds[index], image_path(arguments.out, index))
@@ -93,7 +102,39 @@ def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtyp
         "images": len(conditions),
         "first seed": arguments.seed,
         "prompts": hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:16],
+        "options": _given_options(arguments),
     }
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """The options that images depend on. Raises ValueError if they do not go together, or if a file is not an image."""
+    if arguments.negative_prompt is not None:
+        check_text(arguments.negative_prompt, "--negative-prompt")
+    return Options(
+        arguments.negative_prompt,
+        arguments.height,
+        arguments.width,
+        _read_image(arguments.init_image, "--init-image"),
+        arguments.strength,
+        _read_image(arguments.mask, "--mask"),
+    )
+
+
+def _read_image(path: Path | None, option: str) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{option} {path}: cannot be read as an image: {error}") from None
+
+
+def _given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options in ``_OPTIONS`` that were given; of a file the hash of its content."""
+    given = {key: getattr(arguments, key) for key in _OPTIONS if getattr(arguments, key) is not None}
+    return {key: file_hash(value)[:16] if isinstance(value, Path) else value for key, value in given.items()}
 
 
 def _weights_identity(path: Path) -> dict[str, str]:
@@ -119,6 +160,7 @@ def _missing(out: Path, record: Mapping[str, Any], count: int) -> set[int]:
         before = None
     if not isinstance(before, dict):
         raise ValueError(f"--out {out}: it is not empty, and nothing is overwritten; give a new folder")
+    before.setdefault("options", {})  # which older records lack
     other = [key for key, value in record.items() if before.get(key) != value]
     if other:
         raise ValueError(

@@ -77,6 +77,10 @@ class Autoencoder(ABC):
         """``sample_latents`` with this autoencoder's scale."""
         return sample_latents(moments, noise, self.scale)
 
+    def mean_latents(self, images: Tensor) -> Tensor:
+        """The posterior means of images, scaled: (N, 3, H, W) uint8 -> (N, C, h, w) float32."""
+        return self.moments(images).chunk(2, dim=1)[0] * self.scale
+
     def of_batch(self, batch: Batch, position: Tensor, seed: int) -> Tensor:
         """Scaled latents (N, C, h, w), float32, of a micro-batch's images or cached moments, on the encoder's device.
 

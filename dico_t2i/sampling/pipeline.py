@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dico_t2i import randomness
 from dico_t2i.config import Config, SamplerConfig, load_config
-from dico_t2i.diffusion import ModelFn, guided, sample
+from dico_t2i.diffusion import GivenLatents, ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder
 from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.encoders.identity import KEY, check_identities, identities
@@ -23,6 +23,8 @@ from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.runs.checkpoint import read_weights
 from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
+from dico_t2i.sampling.given import fit_image, fit_mask, keep_pixels, latent_mask
+from dico_t2i.sampling.options import Options, image_size
 
 Progress = Callable[[int, int], None]
 
@@ -46,18 +48,21 @@ class Pipeline:
         batch: int = 16,
         progress: Progress | None = None,
         decode_batch: int = 16,
+        options: Options = Options(),  # noqa: B008
     ) -> Tensor:
         """Images (N, 3, H, W) uint8 on the host, one for each pair of a condition (prompt or label) and a seed.
 
         An image's noise depends only on its own seed, whatever the batch. ``progress(done, total)`` counts steps over
         all batches. decode_batch: how many images the autoencoder decodes at a time, which limits its memory.
-        Raises ValueError for seeds that are not 64-bit integers.
+        Raises ValueError for seeds that are not 64-bit integers, or for options that do not fit the model.
         """
         seeds = randomness.check_seeds(seeds)
         if not seeds or len(conditions) != len(seeds):
             raise ValueError(f"{len(conditions)} prompts or labels and {len(seeds)} seeds; give one seed for each")
+        self.check(options, sampler)
         chunks = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
-        null = self._prepared(self.conditioner.null(1)) if sampler.guidance != 1 else {}
+        canvas = self._canvas(options)
+        null = self._null(options.negative_prompt) if sampler.guidance != 1 else {}
         images = []
         for number, chunk in enumerate(chunks):
 
@@ -65,9 +70,34 @@ class Pipeline:
                 if progress:
                     progress(number * steps + done, len(chunks) * steps)
 
-            latents = self._latents(self._conditioning(conditions[chunk]), null, seeds[chunk], sampler, report)
+            latents = self._latents(self._conditioning(conditions[chunk]), null, seeds[chunk], sampler, canvas, report)
             images += [self.autoencoder.decode(part).cpu() for part in latents.split(decode_batch)]
-        return torch.cat(images)
+        return keep_pixels(torch.cat(images), *canvas.kept) if canvas.kept else torch.cat(images)
+
+    def check(self, options: Options, sampler: SamplerConfig) -> None:
+        """Raise ValueError for options that do not fit the model or the sampler, before anything is computed."""
+        image_size(self.config, options)
+        if options.negative_prompt is None:
+            return
+        if self.config.model.condition == "class":
+            raise ValueError("negative_prompt: this model takes classes, which have no negative prompt")
+        if sampler.guidance == 1:
+            raise ValueError("negative_prompt: it has no effect with guidance 1; raise the guidance, or leave it out")
+
+    def _canvas(self, options: Options) -> "_Canvas":
+        """The sizes of latents, and what is given of them."""
+        height, width = image_size(self.config, options)
+        scale = self.autoencoder.downscale
+        shape = (self.config.model.in_channels, height // scale, width // scale)
+        if options.image is None:
+            return _Canvas(shape)
+        image = fit_image(options.image, height, width)[None]
+        latents = self.autoencoder.mean_latents(image)
+        if options.mask is None:
+            return _Canvas(shape, GivenLatents(latents, options.chosen_strength))
+        mask = fit_mask(options.mask, height, width)[None]
+        anew = latent_mask(mask, scale).to(self.device)
+        return _Canvas(shape, GivenLatents(latents, options.chosen_strength, anew), (image, mask))
 
     def _latents(
         self,
@@ -75,12 +105,11 @@ class Pipeline:
         null: dict[str, Any],
         seeds: Sequence[int],
         sampler: SamplerConfig,
+        canvas: "_Canvas",
         report: Progress,
     ) -> Tensor:
         index = torch.tensor(seeds, device=self.device)
-        size = self.config.latent_size
-        shape = (self.config.model.in_channels, size, size)
-        noise = randomness.normal(0, "initial noise", index, shape)
+        noise = randomness.normal(0, "initial noise", index, canvas.shape)
         network = guided(
             self.model,
             cond,
@@ -96,10 +125,17 @@ class Pipeline:
             sampler,
             network,
             noise,
-            lambda step: randomness.normal(0, f"step noise {step}", index, shape),
+            lambda step: randomness.normal(0, f"step noise {step}", index, canvas.shape),
             self.config.model.learn_sigma,
             report,
+            given=canvas.given,
         )
+
+    def _null(self, negative_prompt: str | None) -> dict[str, Any]:
+        """The conditioning that guidance leads away from, for one sample."""
+        if negative_prompt is None:
+            return self._prepared(self.conditioner.null(1))
+        return self._prepared(self.conditioner.of_prompts([negative_prompt]))
 
     def _conditioning(self, conditions: Sequence[str | int]) -> dict[str, Any]:
         """The conditioning of prompts or labels; equal prompts are encoded only once."""
@@ -117,6 +153,19 @@ class Pipeline:
         if self.config.model.condition == "class":
             return dict(conditioning)
         return {**conditioning, "cond": self.model.text_kernels(conditioning["cond"])}
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """What the latents of all images have in common.
+
+    shape: (C, H, W). given: the latents of the image that sampling begins with. kept: that image (1, 3, H, W) uint8 and
+    the mask (1, H, W) bool of what is made anew, if there is one.
+    """
+
+    shape: tuple[int, int, int]
+    given: GivenLatents | None = None
+    kept: tuple[Tensor, Tensor] | None = None
 
 
 def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
