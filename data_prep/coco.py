@@ -2,9 +2,9 @@
 
 python data_prep/coco.py --images train2014 --captions annotations/captions_train2014.json --out data/coco
 
-Takes the 2014 and 2017 layouts; --images is the folder of the images or its parent. Images are cropped and
-resized as the loader would do it, or kept byte for byte with --crop none. What could not be used is counted,
-with examples, in report.json.
+Supports the 2014 and 2017 layouts; --images is the folder of the images or its parent. Images are cropped and resized
+as by the loader, or kept byte for byte with --crop none. Everything that is skipped is counted in report.json, with
+examples.
 """
 
 import json
@@ -28,7 +28,7 @@ Id = int | str
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of an annotation file. where: the file and the entry, for messages; about: its other fields."""
+    """An image in an annotation file. where: the file and the entry, for messages; about: its other fields."""
 
     id: Id
     file_name: str
@@ -37,7 +37,7 @@ class AnnotatedImage(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """A caption of an annotation file: any value, of which ``captions_in`` says what it is."""
+    """A caption in an annotation file. It may have any value; ``captions_in`` finds the text in it."""
 
     id: Id
     image_id: Id
@@ -45,7 +45,7 @@ class Annotation(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """An annotation file: its images by id, and its captions in order."""
+    """The content of an annotation file: images by id, and captions in order."""
 
     file: Path
     images: dict[Id, AnnotatedImage]
@@ -53,7 +53,7 @@ class Annotations(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An image with what the annotations say of it. place: its file, in the folder of images."""
+    """An image with its annotations. place: its file, in the folder of images."""
 
     key: str
     place: str
@@ -65,7 +65,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Records:
-    """The images of a shard."""
+    """The images of one shard."""
 
     root: Path = field(repr=False)
     records: tuple[Record, ...]
@@ -84,46 +84,48 @@ class Records:
 
 
 def read_annotations(file: Path) -> Annotations:
-    """A COCO caption file. Ids that are numbers, or texts of digits, are numbers.
+    """Read a COCO caption file. Ids that are numbers, or strings of digits, become numbers.
 
-    Raises ValueError, with file, entry and field, if it is not one or two of its entries have one id.
+    Raises ValueError, with file, entry and field, if it is not such a file or if two of its entries have the same id.
     """
     if not file.is_file():
         raise ValueError(f"--captions {file}: no such file")
     try:
         content = json.loads(read_text(file))
         if not isinstance(content, dict):
-            raise TypeError("no object")
+            raise TypeError("not an object")
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"--captions {file}: not a COCO annotation file: {error!r}") from None
+        raise ValueError(f"--captions {file}: it is not a COCO annotation file: {error!r}") from None
     images: dict[Id, AnnotatedImage] = {}
     for where, entry in _entries(file, content, "images"):
         image = AnnotatedImage(_id(where, entry, "id"), _text(where, entry, "file_name"), where, entry)
         earlier = images.setdefault(image.id, image)
         if earlier.file_name != image.file_name:
             raise ValueError(
-                f"{where}: id {image.id!r} of {image.file_name!r} is that of {earlier.file_name!r}, {earlier.where}"
+                f"{where}: id {image.id!r} of {image.file_name!r} is also the id of {earlier.file_name!r},"
+                f" {earlier.where}"
             )
     captions: dict[Id, Annotation] = {}
     for where, entry in _entries(file, content, "annotations"):
         note = Annotation(_id(where, entry, "id"), _id(where, entry, "image_id"), entry.get("caption"))
         if captions.setdefault(note.id, note) != note:
             raise ValueError(
-                f"{where}: id {note.id!r} is that of another annotation, of image {captions[note.id].image_id!r}"
+                f"{where}: id {note.id!r} is also the id of a different annotation, of image"
+                f" {captions[note.id].image_id!r}"
             )
     if not any("caption" in entry for _, entry in _entries(file, content, "annotations")):
-        raise ValueError(f"--captions {file}: has no captions; expected a captions_*.json")
+        raise ValueError(f"--captions {file}: it has no captions; expected a captions_*.json file")
     return Annotations(file, images, list(captions.values()))
 
 
 def _entries(file: Path, content: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The entries of a list, each with what it is called in messages."""
+    """Yield the entries of a list, each with its name for messages."""
     if not isinstance(content.get(name), list):
-        raise ValueError(f"--captions {file}: not a COCO annotation file: {name!r} is no list in it")
+        raise ValueError(f"--captions {file}: it is not a COCO annotation file, because {name!r} is not a list")
     for number, entry in enumerate(content[name]):
         where = f"--captions {file}: {name}[{number}]"
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}: is no object")
+            raise ValueError(f"{where}: it is not an object")
         yield where, entry
 
 
@@ -146,10 +148,11 @@ def _text(where: str, entry: dict[str, Any], name: str) -> str:
 
 
 def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], list[Dropped]]:
-    """The images that have a file and a caption, by id, and what was left out.
+    """The images that have a file and a caption, by id, and everything that is skipped.
 
-    Ids are looked up in their own file. An image of several files, which has one file name in all of them, has the
-    captions of all. Raises ValueError if the folder is missing, no image matches, or two images lie in one place.
+    Ids are looked up in their own annotation file. An image that has the same file name in several annotation files
+    gets the captions of all. Raises ValueError if the folder is missing, no image matches, or two images have the same
+    file.
     """
     if not images_folder.is_dir():
         raise ValueError(f"--images {images_folder}: no such folder")
@@ -185,8 +188,8 @@ def match(images_folder: Path, files: Sequence[Path]) -> tuple[list[Record], lis
         total = sum(len(content.images) for content in contents)
         example = next((image.file_name for content in contents for image in content.images.values()), "none")
         raise ValueError(
-            f"--images {images_folder}: not one of {total} annotated images is there with a caption;"
-            f" looked for names such as {example} in the folder and the folders directly in it"
+            f"--images {images_folder}: none of the {total} annotated images has a file there and a caption; names such"
+            f" as {example} were looked up in the folder and in its direct subfolders"
         )
     return records, noted
 
@@ -198,7 +201,7 @@ def _order(found: tuple[AnnotatedImage, int, list[str], list[str]]) -> tuple[int
 
 
 def _captions_by_image(content: Annotations, noted: list[Dropped]) -> dict[Id, tuple[list[str], list[str]]]:
-    """The captions of each image that are not blank, and what stands in place of others."""
+    """The captions of each image that are not blank, and what its other captions are instead of text."""
     captions: dict[Id, tuple[list[str], list[str]]] = {image: ([], []) for image in content.images}
     for note in content.captions:
         if note.image_id not in captions:
@@ -212,7 +215,7 @@ def _captions_by_image(content: Annotations, noted: list[Dropped]) -> dict[Id, t
 
 
 class Places:
-    """Where the images of annotations lie, in a folder or the folders directly in it."""
+    """Finds the images of annotations, in a folder and its direct subfolders."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -224,9 +227,9 @@ class Places:
                     self._by_name.setdefault(entry.name, []).append(place)
 
     def find(self, file_name: str, where: str) -> str | Dropped:
-        """The place of an image, relative to the folder where it is in it.
+        """The place of an image, relative to the folder if the image is inside.
 
-        ``where`` is what asks for it. Raises ValueError if several files may be meant.
+        where: the entry that names the image. Raises ValueError if several files fit.
         """
         name = file_name if "/" in file_name else file_name.replace("\\", "/")
         *folders, base = [part for part in name.split("/") if part != "."]
@@ -238,17 +241,17 @@ class Places:
         if (self.root / name).is_file():
             return "/".join([*folders, base])
         found = self._by_name.get(base, [])
-        if folders:  # the given folder may be the one in front of the name, or the one that holds that
+        if folders:  # the given folder may be the one that begins the name, or the parent of that one
             found = [place for place in found if place == base or place.split("/")[0] == folders[-1]]
         if len(found) > 1:
             raise ValueError(
                 f"{where}: {file_name!r} may be {found[0]} or {found[1]} of --images {self.root}; give the folder of"
-                " one of them, or write it in front of the name"
+                " one of them, or write the folder before the name"
             )
         return found[0] if found else Dropped("missing image files", file_name)
 
     def unused(self, used: Container[str]) -> Iterator[str]:
-        """Image files of no annotation, in the folders that were looked into."""
+        """Yield the image files in the searched folders that no annotation names."""
         for places in self._by_name.values():
             yield from (place for place in places if place not in used and is_image(place))
 
@@ -275,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, or its parent")
     add("--captions", type=Path, required=True, nargs="+", metavar="JSON", help="COCO caption annotations")
     add_options(parser)
-    parser.set_defaults(odd_captions=True)  # they were written by people who saw the image
+    parser.set_defaults(odd_captions=True)  # COCO's captions were written by people who saw the image
     args = parser.parse_args(argv)
     options_of(args)
     records, noted = match(args.images, args.captions)

@@ -1,4 +1,4 @@
-"""What the data preparation scripts share: folders that are finished or absent, parts, processes."""
+"""Shared parts of the data preparation scripts: folders that are complete or absent, parts of the work, processes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:  # it imports torch, which the scripts of cluster/ do not need
     from dico_t2i.data.index import DatasetIndex
 
-SETTINGS = "settings.json"  # of a folder that is filled shard by shard
+SETTINGS = "settings.json"  # in a folder that is filled shard by shard
 
 Result = TypeVar("Result")
 
 
 def is_finished(out: Path, meta: dict[str, Any]) -> bool:
-    """Whether ``out`` already holds the data set that ``meta`` describes; False if it is absent or empty.
+    """Whether ``out`` already contains the data set that ``meta`` describes; False if it is absent or empty.
 
-    Raises ValueError if it holds anything else: nothing is overwritten.
+    Raises ValueError if it contains anything else, because nothing is overwritten.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -35,15 +35,15 @@ def is_finished(out: Path, meta: dict[str, Any]) -> bool:
     if found == json.loads(json.dumps(meta)):
         return True
     what = f"a data set with other settings: {found}" if found else "other files"
-    raise ValueError(f"--out {out}: holds {what}; remove it or choose another folder")
+    raise ValueError(f"--out {out}: it contains {what}; delete it or choose a different folder")
 
 
 @contextmanager
 def finished_or_absent(out: Path) -> Iterator[Path]:
-    """A folder to write to that becomes ``out`` when the block ends without an error.
+    """Yield a folder to write to, which becomes ``out`` if the block ends without an error.
 
-    It is ``<out>.partial``; what an interrupted run left there is removed first. Raises ValueError if another process
-    is writing it.
+    It is named ``<out>.partial``; remains of an interrupted run are deleted first. Raises ValueError if another process
+    is writing to it.
     """
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def finished_or_absent(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(out: Path, shards: Iterable[int]) -> Iterator[None]:
-    """Keep the shards with these numbers, of a folder that was claimed, to this process.
+    """Reserve the shards with these numbers, in a claimed folder, for this process.
 
     Raises ValueError if another process is making one of them. Several processes may share a folder.
     """
@@ -71,11 +71,11 @@ def held(out: Path, shards: Iterable[int]) -> Iterator[None]:
 
 
 def _lock(file: IO[str], byte: int = 0) -> bool:
-    """Lock a byte of a file, until it is closed; False if another process has it."""
+    """Lock a byte of a file until the file is closed; False if another process has locked it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # some file systems have no locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # some file systems do not support locks
     return True
 
 
@@ -87,10 +87,11 @@ def _in_use(out: Path) -> ValueError:
 
 
 def claim(out: Path, meta: dict[str, Any], contents: Collection[str] = ()) -> None:
-    """Note in ``out``, a folder filled shard by shard, what it will hold.
+    """Record in ``out``, a folder that is filled shard by shard, what it will contain.
 
-    contents: keys of the meta data that describe the source's content and not the settings; they may have changed.
-    Raises ValueError if it holds something else already: nothing is overwritten, and restarts and parts agree.
+    contents: keys of the meta data that describe the source's content and not the settings; their values may change.
+    Raises ValueError if the folder has a different content, so that nothing is overwritten and restarts and parts
+    agree.
     """
     file, wanted = out / SETTINGS, json.loads(json.dumps(meta))
     if file.exists():
@@ -98,10 +99,12 @@ def claim(out: Path, meta: dict[str, Any], contents: Collection[str] = ()) -> No
         names = {*found, *wanted} - set(contents)
         differ = sorted(name for name in names if found.get(name) != wanted.get(name))
         if differ:
-            raise ValueError(f"--out {out}: made with another {', '.join(differ)}; choose another folder")
+            raise ValueError(
+                f"--out {out}: it was made with a different {', '.join(differ)}; choose a different folder"
+            )
         return
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: holds other files; choose another folder")
+        raise ValueError(f"--out {out}: it contains other files; choose a different folder")
     out.mkdir(parents=True, exist_ok=True)
     part = out / f".settings.{os.getpid()}.part"
     part.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -109,7 +112,7 @@ def claim(out: Path, meta: dict[str, Any], contents: Collection[str] = ()) -> No
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """What was noted in a folder that is filled shard by shard; nothing if it is new."""
+    """The recorded settings of a folder that is filled shard by shard; empty for a new folder."""
     try:
         return dict(json.loads((out / SETTINGS).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -117,27 +120,28 @@ def settings_of(out: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(out: Path, shards: Collection[str]) -> None:
-    """What killed processes left in ``out`` of the temporary files of these shards."""
+    """Delete temporary files of these shards that killed processes left in ``out``."""
     for entry in os.scandir(out):
         if entry.name.endswith(".part") and entry.name[1:].partition(".tar.")[0] + ".tar" in shards:
             Path(entry.path).unlink(missing_ok=True)
 
 
 def alone(index: DatasetIndex, shard: int) -> DatasetIndex:
-    """A data set as if it had this shard only: what a process that reads it has to know."""
+    """The index of a data set reduced to this shard, for the process that reads it."""
     one = slice(shard, shard + 1)
     return type(index)(index.root, index.kind, index.names[one], index.samples[one], index.bytes[one], index.meta)
 
 
 def in_parallel(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Result]:
-    """``work(*job)`` of every job, as they end, by so many processes; jobs are taken as they can be done.
+    """Yield the results of ``work(*job)`` as they finish, computed by ``workers`` processes.
 
-    One worker means this process. An error ends it, after the jobs that run. Raises ValueError if a process dies.
+    Jobs are taken from the iterable when a process is free. With one worker this process does the work. After an error
+    the running jobs are finished, then it is raised. Raises ValueError if a process dies.
     """
     if workers == 1:
         yield from (work(*job) for job in jobs)
         return
-    spawn = multiprocessing.get_context("spawn")  # forked threads of libraries hang
+    spawn = multiprocessing.get_context("spawn")  # forked processes can hang, because libraries run threads
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread) as pool:
         waiting: set[Future[Result]] = set()
         try:
@@ -156,7 +160,7 @@ def in_parallel(work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], wo
 
 
 def _one_thread() -> None:
-    """The processes share the cores: libraries start no threads of their own."""
+    """Keep libraries from starting threads, because the processes share the cores."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""Find images that are in a data set more than once, and list all but the first for training to leave out.
+"""Find images that occur more than once in a data set, and list all but the first, so that training skips them.
 
 python data_prep/duplicates.py data/laion --distance 3
 
-Exact duplicates have the same bytes. Near duplicates have difference hashes (64 bits: in an 8 x 9 grid of grey levels,
-whether each is brighter than its right neighbour) that differ in --distance bits or fewer; images without contrast
-have no such hash. The list is quarantine.jsonl, also for latents.py; counts go to duplicates.json and, with pictures
-of pairs, to duplicates.png. Run it on image shards, before encoding.
+Exact duplicates have the same bytes. Near duplicates have difference hashes that differ in at most --distance bits. A
+difference hash has 64 bits, which say for each cell of an 8 x 9 grid of grey levels whether it is brighter than its
+right neighbour; images without contrast have no such hash. The list is quarantine.jsonl, which latents.py also uses.
+Counts are written to duplicates.json, and pictures of pairs to duplicates.png. Run it on image shards, before encoding.
 """
 
 import json
@@ -37,14 +37,14 @@ from dico_t2i.files import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHOWN = 16  # pairs of duplicates.png
-_CONTRAST = 8.0  # grey levels between the brightest and the darkest cell, below which there is nothing to compare
+SHOWN = 16  # pairs in duplicates.png
+_CONTRAST = 8.0  # least difference in grey level of the brightest and the darkest cell, for an image to be compared
 _CELL = 8  # pixels
 _CHUNK = 1 << 22
 
 
 class Hashes(NamedTuple):
-    """Of a shard's samples: of their bytes and of what they show, uint64 (n,) each; 0 where there is none."""
+    """The hashes of a shard's samples, of their bytes and of their pictures, uint64 (n,) each; 0 if there is none."""
 
     shard: int
     exact: np.ndarray
@@ -52,7 +52,7 @@ class Hashes(NamedTuple):
 
 
 def difference_hash(image: bytes) -> int:
-    """64 bits, not 0, that survive scaling and compression; 0 for an image without contrast. Raises SampleError."""
+    """64 bits, not all 0, that survive scaling and compression; 0 for an image without contrast. Raises SampleError."""
     side = 9 * _CELL
     pixels = decode_image(image, side, "resize").float().mean(dim=0).numpy()
     grid = pixels.reshape(8, 9, 9, _CELL).mean(axis=(1, 3))
@@ -63,7 +63,7 @@ def difference_hash(image: bytes) -> int:
 
 
 def hash_shard(shard: int, index: DatasetIndex) -> Hashes:
-    """Hashes of the only shard of an index; samples that cannot be read have none."""
+    """Hash the samples of the only shard of an index; samples that cannot be read have no hashes."""
     exact, visual = np.zeros((2, int(index.samples[0])), np.uint64)
     reader = ShardReader(index)
     for member in range(len(exact)):
@@ -73,19 +73,19 @@ def hash_shard(shard: int, index: DatasetIndex) -> Hashes:
             visual[member] = difference_hash(image)
             exact[member] = int.from_bytes(blake2b(image, digest_size=8).digest(), "big")
         except SampleError:
-            continue  # verify.py says so
+            continue  # verify.py reports it
     reader.close()
     return Hashes(shard, exact, visual)
 
 
 class Duplicates:
-    """Which samples repeat an earlier one. of: for each the place of that, or its own; int64, on disk."""
+    """Finds samples that repeat an earlier one. of: the position of that one, or else their own; int64, on disk."""
 
     def __init__(self, index: DatasetIndex, workers: int) -> None:
         self.index = index
         self.exact, self.visual, own = (HashFile(index.samples, index.root) for _ in range(3))
         self.of = own.values.view(np.int64)
-        self.of -= 1  # hashes that are not known are the places, from 1
+        self.of -= 1  # samples without a hash have their position, counted from 1, in its place
         jobs = ((shard, alone(index, shard)) for shard in range(len(index.names)))
         with progress_bar() as progress:
             results = in_parallel(hash_shard, jobs, workers)
@@ -94,7 +94,7 @@ class Duplicates:
                 self.visual.put(hashes.shard, hashes.visual)
 
     def find(self, distance: int | None) -> None:
-        """Note exact duplicates, and near ones if there is a distance."""
+        """Find exact duplicates and, if a distance is given, near ones."""
         for first, later in equal(self.exact.values):
             self.of[later] = first
         if distance is None:
@@ -106,14 +106,14 @@ class Duplicates:
             np.minimum.at(self.of, later, first)
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """Places of a sample and of the earlier one it repeats, in order."""
+        """Yield the positions of a sample and of the earlier one that it repeats, in order."""
         for start in range(0, len(self.of), _CHUNK):
             places = np.arange(start, min(start + _CHUNK, len(self.of)))
             repeated = places[self.of[places] != places]
             yield from zip(repeated.tolist(), self.of[repeated].tolist(), strict=True)
 
     def entries(self, counts: Counter[str]) -> Iterator[Entry]:
-        """The list for the quarantine, counted on the way."""
+        """Yield the entries for the quarantine, and count them by kind."""
         table = lru_cache(64)(self.index.shard)
         for later, first in self.pairs():
             (shard, member), (earlier, i) = self.exact.place(later), self.exact.place(first)
@@ -123,7 +123,7 @@ class Duplicates:
             yield Entry(self.index.names[shard], table(shard).key(member), reason)
 
     def draw(self, path: Path) -> None:
-        """A PNG of the first pairs that are not exact duplicates: above the sample that stays, below the other."""
+        """Draw a PNG of the first pairs that are not exact duplicates: the kept sample above, the other one below."""
         near_ones = ((b, a) for a, b in self.pairs() if self.exact.values[a] != self.exact.values[b])
         chosen = list(islice(near_ones, SHOWN))
         if not chosen:
@@ -146,15 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder of image shards")
-    add("--distance", type=int, default=3, help="bits, 0 to 8, in which near duplicates differ (default: 3)")
-    add("--exact-only", action="store_true", help="look for equal bytes alone")
+    add("--distance", type=int, default=3, help="most bits, 0 to 8, in which near duplicates differ (default: 3)")
+    add("--exact-only", action="store_true", help="only look for equal bytes")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
     args = parser.parse_args(argv)
     if not 0 <= args.distance <= 8 or args.workers < 1:
         raise ValueError("--distance: 0 to 8; --workers: at least 1")
     index = load_index(args.folder)
     if index.kind != "images":
-        raise DataError(f"{args.folder}: holds {index.kind}, expected images")
+        raise DataError(f"{args.folder}: it contains {index.kind}, expected images")
     duplicates, counts = Duplicates(index, args.workers), Counter[str](exact=0, near=0)
     duplicates.find(None if args.exact_only else args.distance)
     quarantine.replace(index.root, duplicates.entries(counts), duplicates=True)

@@ -1,4 +1,4 @@
-"""Keeps an encoder busy: decoded batches ahead of it, writing behind it, and where the time went."""
+"""Keeps an encoder busy: reads and decodes batches ahead of it, writes in the background, and measures the time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dico_t2i.data.reader import ShardReader
 if TYPE_CHECKING:
     from torch import Tensor
 
-COPIED = ("json", "txt", "cls")  # members that go along with the features
-AHEAD = 4  # batches read and decoded while one is encoded
-BEHIND = 2  # batches that wait to be written
+COPIED = ("json", "txt", "cls")  # members that are copied
+AHEAD = 4  # batches that are read and decoded ahead of the encoder
+BEHIND = 2  # batches that may wait to be written
 
-Shape = Any  # pixels of a square, or height and width
+Shape = Any  # side of a square in pixels, or height and width
 
 
 class Image(NamedTuple):
@@ -37,8 +37,9 @@ class Image(NamedTuple):
 
 @dataclass
 class Batch:
-    """Images of one shard and one shape. samples: how many there were; first, last: of the shard.
+    """Images of one shard and one shape.
 
+    samples: their number, with those that are skipped; first, last: whether it is the first, or last, of the shard.
     bucket: the number of the shape, in a data set with buckets.
     """
 
@@ -52,7 +53,7 @@ class Batch:
 
 
 class Clock:
-    """Wall time by what the encoding thread did in it, and the thread that writes."""
+    """Measures wall time by activity of the encoding thread, and runs the thread that writes."""
 
     def __init__(self) -> None:
         self.seconds = {"waiting for images": 0.0, "encoding": 0.0, "waiting for the disk": 0.0}
@@ -67,14 +68,14 @@ class Clock:
         self.seconds[what] += time.perf_counter() - started
 
     def in_background(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do the work in the writing thread, after what it was given before. Raises what earlier work raised."""
+        """Do the work in the writing thread, after all earlier work. Raises the error of earlier work, if any."""
         with self.measure("waiting for the disk"):
             self._behind.append(self._thread.submit(work, *arguments))
             while len(self._behind) > BEHIND:
                 self._behind.popleft().result()
 
     def finish(self) -> None:
-        """Wait for all that is to be written. Raises what writing raised."""
+        """Wait until everything is written. Raises the error of the writing thread, if any."""
         with self.measure("waiting for the disk"):
             while self._behind:
                 self._behind.popleft().result()
@@ -83,7 +84,7 @@ class Clock:
         self._thread.shutdown()
 
     def line(self, samples: int) -> str:
-        """The rate, and the share of the time that each activity had."""
+        """A line with the rate and the share of each activity in the time."""
         wall = max(time.perf_counter() - self._started, 1e-9)
         rest = max(0.0, wall - sum(self.seconds.values()))
         parts = {**self.seconds, "the rest": rest}
@@ -98,9 +99,9 @@ def batches_of(
     size: int,
     crop: Literal["center", "resize"],
 ) -> Generator[Batch, None, None]:
-    """Batches of the shards in turn, AHEAD of the consumer; every shard has at least one, which may be empty.
+    """Yield batches of the shards in turn, AHEAD of the consumer; every shard has at least one, which may be empty.
 
-    The cut into batches depends on the shard alone, so that features do. With buckets, those of a bucket are together.
+    The division into batches depends on the shard alone, so that the features do, too. Batches contain one bucket each.
     """
     reader = ShardReader(source, obey_quarantine=True)
     plan = (part for shard in shards for part in _plan(source, shard, batch, size))
@@ -132,16 +133,16 @@ def batches_of(
 
 
 def _plan(source: DatasetIndex, shard: int, batch: int, size: int) -> Iterator[tuple[list[int], Shape, Batch]]:
-    """The members of each batch of a shard, the size of its images, and the batch without them."""
+    """The members of each batch of a shard, the shape of its images, and the batch without its images."""
     members, shapes = np.arange(int(source.samples[shard])), source.meta.get("buckets")
     groups: list[tuple[int | None, np.ndarray]] = [(None, members)]
     if shapes:
         try:
             buckets = source.shard(shard).bucket
         except ShardError as error:
-            raise DataError(f"{error}; the buckets of its samples are in the index") from None
+            raise DataError(f"{error}; the index is needed for the buckets of its samples") from None
         if buckets is None:
-            raise DataError(f"{source.path(shard)}: its samples have no buckets; assign them anew")
+            raise DataError(f"{source.path(shard)}: its samples have no buckets; assign them again")
         groups = [(number, members[buckets == number]) for number in np.unique(buckets).tolist()]
     parts = [
         (bucket, group[at : at + batch].tolist()) for bucket, group in groups for at in range(0, len(group), batch)
@@ -155,7 +156,7 @@ def _decode(shard: str, sample: dict[str, Any], shape: Shape, crop: Literal["cen
     key = str(sample["__key__"])
     data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
     if data is None:
-        raise SampleError(shard, key, "has no image")
+        raise SampleError(shard, key, "it has no image")
     try:
         pixels = decode_image(data, shape, crop)
     except SampleError as error:

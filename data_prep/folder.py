@@ -5,9 +5,9 @@ python data_prep/folder.py --images imagefolder --out data/photos             # 
 python data_prep/folder.py --images photos --table captions.parquet --path-column file --caption-columns short long \\
     --min-field aesthetic=5.0 --out data/photos
 
-Captions are the lines of a text file beside each image, or columns of CSV, TSV, JSON lines or parquet files. Paths
-in a table are relative to --images, in a metadata.jsonl (.csv, .parquet) to the folder it is in; a parquet column may
-hold the image itself. Other columns of numbers and text go along in each sample's json, and filters can ask for them.
+Captions are the lines of a text file beside each image, or columns of CSV, TSV, JSON lines or parquet files. Paths in a
+table are relative to --images, those in a metadata.jsonl (.csv, .parquet) to its own folder. A parquet column may also
+contain the image itself. Other columns of numbers and text are stored in each sample's json, and filters can use them.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from dico_t2i.text_lines import decode_text, split_lines
 
 PATHS = ("path", "file_name", "filename", "image", "file")
 CAPTIONS = ("captions", "caption", "text")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of an imagefolder
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # tables of an imagefolder
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files with text beside them. names: relative to root; first: number of the first in the data set."""
+    """Image files with text files beside them. names: relative to root; first: number of the first in the data set."""
 
     root: Path = field(repr=False)
     names: tuple[str, ...]
@@ -79,9 +79,9 @@ class Files:
 
 @dataclass(frozen=True)
 class Walk:
-    """The images of a folder and the folders in it, by name, but for those of metadata files.
+    """The images of a folder and its subfolders, by name, except those that metadata files describe.
 
-    described: names of those images and of the metadata files. first: number of the first in the data set.
+    described: names of the excepted images and of the metadata files. first: number of the first in the data set.
     """
 
     root: Path
@@ -105,7 +105,7 @@ class Walk:
             first += len(chunk)
 
     def noted(self) -> Iterator[Dropped]:
-        """Files that are of no use, and links that were not followed."""
+        """Yield files that are skipped, and links that were not followed."""
         for file in walk(self.root):
             if isinstance(file, Dropped):
                 yield file
@@ -115,7 +115,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that names images and their captions. prefix: of its paths, as the report and the json show them."""
+    """A table that names images and their captions. prefix: begins its paths in the report and in the json."""
 
     file: Path | str
     root: Path
@@ -126,7 +126,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Listed:
-    """Rows of a table. first: number of the first row in the data set; prefix: of the names of its images."""
+    """Rows of a table. first: number of the first row in the data set; prefix: begins the names of its images."""
 
     root: Path = field(repr=False)
     stretch: Stretch
@@ -171,7 +171,7 @@ class Listed:
         return Raw(key, image, name, texts, about={"file_name": name, **rest}, sources=sources, other=other)
 
     def _image(self, value: Any, row: str) -> tuple[bytes, str]:
-        """The bytes of a row's image and its name. Hugging Face's tables hold {"bytes", "path"}."""
+        """The bytes of a row's image, and its name. Hugging Face's tables contain {"bytes", "path"}."""
         if isinstance(value, dict):
             value, row = (value.get("bytes") or value.get("path")), str(value.get("path") or row)
         if isinstance(value, bytes):
@@ -185,7 +185,7 @@ class Listed:
 
 
 def _value(row: Row, column: str) -> Any:
-    """A column of a row, or with dots in its name what is inside: "sentences.raw" the "raw" of each sentence."""
+    """The value of a column. Dots in its name lead inside: "sentences.raw" is the "raw" of each sentence."""
     if column in row or "." not in column:
         return row.get(column)
     outer, _, inner = column.partition(".")
@@ -196,13 +196,13 @@ def _value(row: Row, column: str) -> Any:
 
 
 def _goes_along(value: Any) -> bool:
-    """Whether a value of another column is text or a number that JSON can hold."""
+    """Whether the value of another column is text or a number that JSON can represent."""
     return isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables that name images and their captions, and after them images that no table names."""
+    """Tables that name images and their captions, and then the images that no table names."""
 
     files: tuple[Table, ...]
     samples_per_shard: int
@@ -254,17 +254,17 @@ def source_of(args: argparse.Namespace) -> Walk | Tables:
 
 
 def _described_in(args: argparse.Namespace) -> Iterator[Table]:
-    """The metadata files of an imagefolder, anywhere in it; their paths are relative to the folder they are in."""
+    """Yield the metadata files anywhere in an imagefolder; their paths are relative to their own folder."""
     for file in walk(args.images):
         if isinstance(file, File) and os.path.basename(file.name) in METADATA:  # noqa: PTH119
             place = args.images / file.name
             if not {args.path_column, *PATHS} & set(columns(place, args.encoding)):
-                continue  # it is of something else
+                continue  # it does not describe images
             yield table_of(place, place.parent, file.name.removesuffix(place.name), args)
 
 
 def _names_in(tables: Sequence[Table], encoding: str) -> Iterator[str]:
-    """The images that metadata files name, and the files themselves, relative to the root of the imagefolder."""
+    """Yield the images that metadata files name, and these files, relative to the root of the imagefolder."""
     for table in tables:
         yield f"{table.prefix}{Path(table.file).name}"
         for stretch in stretches(table.file, 1 << 30, encoding):
@@ -273,7 +273,7 @@ def _names_in(tables: Sequence[Table], encoding: str) -> Iterator[str]:
 
 
 def table_of(file: Path | str, root: Path, prefix: str, args: argparse.Namespace) -> Table:
-    """A table with the columns that a command line asks for. Raises ValueError."""
+    """A table with the columns that a command line selects. Raises ValueError."""
     there = columns(file, args.encoding)
     path = columns_of("--path-column", [args.path_column] if args.path_column else None, PATHS, there)[0]
     captions = columns_of("--caption-columns", args.caption_columns, CAPTIONS, there)
@@ -281,11 +281,13 @@ def table_of(file: Path | str, root: Path, prefix: str, args: argparse.Namespace
 
 
 def columns_of(option: str, wanted: Sequence[str] | None, usual: Sequence[str], there: Sequence[str]) -> Sequence[str]:
-    """The wanted columns, or the first of the usual ones that is there. Raises ValueError."""
+    """The wanted columns, or else the first usual one that the table has. Raises ValueError."""
     chosen = wanted or [name for name in usual if name in there][:1]
     missing = [name for name in chosen if name not in there and name.partition(".")[0] not in there]
     if missing or not chosen:
-        raise ValueError(f"{option}: no {', '.join(missing or usual)} in the table; it has {', '.join(there)}")
+        raise ValueError(
+            f"{option}: the table has no {', '.join(missing or usual)}; its columns are {', '.join(there)}"
+        )
     return chosen
 
 
@@ -293,10 +295,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
-    add("--table", type=Path, nargs="+", metavar="FILE", help=".csv, .tsv, .jsonl, .parquet (default: .txt beside)")
-    add("--path-column", metavar="NAME", help=f"of the table (default: the first of {', '.join(PATHS)})")
-    add("--caption-columns", nargs="+", metavar="NAME", help=f"(default: the first of {', '.join(CAPTIONS)})")
-    add("--encoding", default="utf-8", help="of text without a byte order mark (default: utf-8)")
+    add("--table", type=Path, nargs="+", metavar="FILE", help=".csv, .tsv, .jsonl, .parquet (default: .txt files)")
+    add("--path-column", metavar="NAME", help=f"column of paths (default: the first of {', '.join(PATHS)})")
+    add(
+        "--caption-columns",
+        nargs="+",
+        metavar="NAME",
+        help=f"columns of captions (default: the first of {', '.join(CAPTIONS)})",
+    )
+    add("--encoding", default="utf-8", help="encoding of text without a byte order mark (default: utf-8)")
     add_options(parser)
     args = parser.parse_args(argv)
     options_of(args)

@@ -4,9 +4,9 @@ python data_prep/huggingface.py --data downloads/birds --out data/birds         
 python data_prep/huggingface.py --data someone/birds --split train --out data/birds      # read from the hub
 python data_prep/huggingface.py --data datasets/mine --caption-columns short long --crop none --out data/mine
 
---data is a folder of parquet files or one that datasets' save_to_disk wrote, or the name of a data set on the hub,
-of which each process reads the row groups that its shards need; nothing else is downloaded. Splits are told apart by
-the names of files and folders. The image column is the one that the files declare as such.
+--data is a folder of parquet files, a folder that datasets' save_to_disk wrote, or the name of a data set on the hub.
+From the hub each process reads only the row groups that its shards need. Splits are recognised by the names of files
+and folders. The image column is the one that the files declare as such.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from dico_t2i.data.remote import file_system, is_url
 IMAGES = ("image", "img", "picture", "jpg", "png", "webp", *PATHS)
 KINDS = (".parquet", ".arrow")
 _SPLIT = re.compile(r"(?P<split>[A-Za-z_]+?)(?:-\d+-of-\d+|-\d+|_\d+)?$")
-_NO_SPLITS = {"data", "part", "default"}  # what files are named where there are no splits
+_NO_SPLITS = {"data", "part", "default"}  # names of files that belong to no split
 
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """Files of one split, in order. name: of the data set; columns: of the image, and of the captions."""
+    """The files of one split, in order. name: of the data set; columns: of the image, and of the captions."""
 
     root: Path
     name: str
@@ -93,34 +93,34 @@ def split_of(name: str) -> str:
 
 
 def _of_split(args: argparse.Namespace, splits: dict[str, str]) -> tuple[str, list[str]]:
-    """The split that is wanted, or the only one, with the names of its files. Raises ValueError."""
+    """The requested split, or else the only one, with the names of its files. Raises ValueError."""
     if not splits:
-        raise ValueError(f"--data {args.data}: no {' or '.join(KINDS)} files there")
+        raise ValueError(f"--data {args.data}: there are no {' or '.join(KINDS)} files")
     there = sorted(set(splits.values()))
     split = args.split or there[0]
     if split not in there:
         raise ValueError(f"--split {split}: not one of {', '.join(there)}")
     if not args.split and len(there) > 1:
-        raise ValueError(f"--data {args.data}: has the splits {', '.join(there)}; choose one with --split")
+        raise ValueError(f"--data {args.data}: it has the splits {', '.join(there)}; choose one with --split")
     return split, sorted(name for name, of in splits.items() if of == split)
 
 
 def _in_folder(place: Path) -> dict[str, Path | str]:
-    """The files of a folder and the folders in it, by their names in it."""
+    """The files of a folder and its subfolders, by their names relative to it."""
     files = (file.name for file in walk(place) if isinstance(file, File))
     return {name: place / name for name in files if name.endswith(KINDS)}
 
 
 def _on_hub(name: str) -> dict[str, Path | str]:
-    """URLs of the parquet files of a data set on the hub, by their names in it. Raises ValueError."""
+    """The URLs of the parquet files of a data set on the hub, by their names in it. Raises ValueError."""
     url = name if is_url(name) else f"hf://datasets/{name}"
     try:
         system, path = file_system(url)
         found = sorted(str(file) for file in system.glob(f"{path}/**/*.parquet"))
-    except Exception as error:  # the hub's client has errors of its own
+    except Exception as error:  # the hub's client raises its own errors
         raise ValueError(
-            f"--data {name}: no such folder, and as a name on the hub it cannot be read: {type(error).__name__}:"
-            f" {str(error).splitlines()[0] if str(error) else 'no answer'}"
+            f"--data {name}: there is no such folder, and it cannot be read from the hub: {type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else 'no response'}"
         ) from None
     return {file.removeprefix(path).lstrip("/"): system.unstrip_protocol(file) for file in found}
 
@@ -129,9 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, metavar="PLACE", help="folder, or name of a data set on the hub")
-    add("--split", metavar="NAME", help="such as train (default: the only one)")
-    add("--image-column", metavar="NAME", help="(default: the one declared, or the first of the usual names)")
-    add("--caption-columns", nargs="+", metavar="NAME", help=f"(default: the first of {', '.join(CAPTIONS)})")
+    add("--split", metavar="NAME", help="split, such as train (default: the only one)")
+    add("--image-column", metavar="NAME", help="column of images (default: the declared one, or the first usual name)")
+    add(
+        "--caption-columns",
+        nargs="+",
+        metavar="NAME",
+        help=f"columns of captions (default: the first of {', '.join(CAPTIONS)})",
+    )
     add_options(parser)
     args = parser.parse_args(argv)
     options_of(args)

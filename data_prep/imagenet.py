@@ -4,9 +4,9 @@ python data_prep/imagenet.py --images ILSVRC/train --names LOC_synset_mapping.tx
 python data_prep/imagenet.py --images ILSVRC2012_img_train.tar --out data/imagenet256
 python data_prep/imagenet.py --images ILSVRC/val --val-labels LOC_val_solution.csv --out data/imagenet256_val
 
---images is a folder of class folders (n01440764/*.JPEG) or of class tars, the tar of class tars, or, with
---val-labels, a folder or tar of images. Tars are read in place. Classes are numbered by their sorted names, those in
---names or else those there. Images are in a random order, the same each time, so that every shard has all classes.
+--images is a folder of class folders (n01440764/*.JPEG) or of class tars, the tar of class tars, or, with --val-labels,
+a folder or tar of images. Tars are read in place. Classes are numbered by their sorted names, which are those in
+--names or else those of the images. Images are in a fixed random order, so that every shard has all classes.
 """
 
 import os
@@ -43,7 +43,7 @@ SYNSET = re.compile(r"n\d{8}")
 
 
 class Place(NamedTuple):
-    """Where an image lies. file: relative to the root; offset: in that file, -1 where it is the whole file."""
+    """The place of an image. file: relative to the root; offset: in that file, or -1 if the image is the whole file."""
 
     file: str
     offset: int
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """Some images of the set. words: names of the classes by synset, where known."""
+    """Some images of the set. words: names of the classes by synset, if known."""
 
     root: Path = field(repr=False)
     places: tuple[Place, ...]
@@ -89,7 +89,7 @@ class Images:
 
 
 class Listing:
-    """Images found, kept as columns: a million of them take some 100 MB."""
+    """A list of images, stored as columns: a million of them take some 100 MB."""
 
     def __init__(self) -> None:
         self.files: list[str] = []
@@ -117,7 +117,7 @@ class Listing:
 
 
 def list_training(images: Path) -> Listing:
-    """The images of class folders, class tars, or a tar of class tars. Raises ValueError if there are none."""
+    """List the images of class folders, class tars, or a tar of class tars. Raises ValueError if there are none."""
     listing = Listing()
     if images.is_file():
         with _tar(images) as outer:
@@ -129,7 +129,7 @@ def list_training(images: Path) -> Listing:
     else:
         _list_folder(images, listing)
     if not listing.names:
-        raise ValueError(f"--images {images}: no images in folders or tars named by class, such as n01440764")
+        raise ValueError(f"--images {images}: there are no images in folders or tars named by class, such as n01440764")
     return listing
 
 
@@ -150,7 +150,7 @@ def _list_folder(images: Path, listing: Listing) -> None:
 
 
 def list_validation(images: Path, labels: Path) -> Listing:
-    """Images of a folder or tar with their classes from a file. Raises ValueError if the two do not fit."""
+    """List the images of a folder or tar with their classes from a file. Raises ValueError if the two do not match."""
     listing = Listing()
     found: list[tuple[str, str, int, int]] = []  # name, place, offset, size
     if images.is_file():
@@ -187,7 +187,7 @@ def _find(name: str, place: tuple[str, int, int], found: list[tuple[str, str, in
 
 
 def _read_labels(file: Path) -> dict[str, str]:
-    """Synset by the image's name, or by its number where lines hold a synset alone."""
+    """The synset of each image, by its name, or by its number if the lines contain a synset alone."""
     found: dict[str, str] = {}
     for number, line in enumerate(read_lines(file)):
         words = [word for word in re.split(r"[,\s]+", line) if word]
@@ -200,8 +200,8 @@ def _read_labels(file: Path) -> dict[str, str]:
                 )
         elif words and number:
             raise ValueError(
-                f"--val-labels {file}: line {number + 1} names no class such as n01440764 ({line[:40]!r});"
-                " numbers alone will not do, for ILSVRC's own are not the class numbers that models use"
+                f"--val-labels {file}: line {number + 1} does not name a class such as n01440764 ({line[:40]!r});"
+                " numbers are not accepted, because ILSVRC's own numbers are not the class numbers that models use"
             )
     return found
 
@@ -209,11 +209,13 @@ def _read_labels(file: Path) -> dict[str, str]:
 def _tar(path: Path) -> tarfile.TarFile:
     with path.open("rb") as file:
         if program := compression(file):
-            raise ValueError(f"--images {path}: is compressed ({program}); unpack it, for tars are read in place")
+            raise ValueError(
+                f"--images {path}: it is compressed ({program}); unpack it, because tars are read in place"
+            )
     try:
         return tarfile.open(path, "r:")
     except tarfile.TarError as error:
-        raise ValueError(f"--images {path}: not a readable tar: {error}") from None
+        raise ValueError(f"--images {path}: it is not a readable tar: {error}") from None
 
 
 def _list_tar(file: Any, name: str, relative: str, base: int, listing: Listing, label: str) -> None:
@@ -231,10 +233,10 @@ def _list_tar(file: Any, name: str, relative: str, base: int, listing: Listing, 
 
 
 def _regular(tar: tarfile.TarFile, label: str, listing: Listing) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, as far as it can be read; the others are noted, but for folders."""
+    """Yield the regular files of a tar, as far as it can be read; its other members, except folders, are noted."""
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all
             where = f"{label}: {member.name}"
             if not member.isreg() or member.issparse():
                 if not member.isdir():
@@ -243,12 +245,12 @@ def _regular(tar: tarfile.TarFile, label: str, listing: Listing) -> Iterator[tar
                 listing.noted.append(Dropped("not image files", where))
             else:
                 yield member
-    except Exception as error:  # a hostile header makes tarfile raise nearly anything
+    except Exception as error:  # a malicious header can make tarfile raise almost any error
         listing.noted.append(Dropped("damaged archives", f"{label}: {error}"))
 
 
 def read_names(file: Path) -> dict[str, str]:
-    """Names of the classes by synset, from lines such as "n01440764 tench, Tinca tinca". Raises ValueError."""
+    """The names of the classes by synset, from lines such as "n01440764 tench, Tinca tinca". Raises ValueError."""
     found: dict[str, str] = {}
     for number, line in enumerate(read_lines(file), 1):
         synset, _, words = line.strip().partition(" ")
@@ -256,7 +258,7 @@ def read_names(file: Path) -> dict[str, str]:
             continue
         if not SYNSET.fullmatch(synset):
             raise ValueError(
-                f"--names {file}: line {number}: lines must be such as 'n01440764 tench, Tinca tinca', not"
+                f"--names {file}: line {number}: expected a line such as 'n01440764 tench, Tinca tinca', found"
                 f" {line[:40]!r}"
             )
         if found.setdefault(synset, words.strip()) != words.strip():
@@ -267,7 +269,7 @@ def read_names(file: Path) -> dict[str, str]:
 
 
 def _keys(listing: Listing) -> list[str]:
-    """A key for each image: the name of its file, with the class where two classes have one, or else its number."""
+    """A key for each image: its file's name, preceded by the class if names repeat, or else by its number."""
     stems = [Path(name).stem for name in listing.names]
     if len(set(stems)) == len(stems):
         return stems
@@ -284,7 +286,7 @@ class ImageNet:
         there = set(listing.synsets)
         unknown = sorted(there - set(names)) if names else []
         if unknown:
-            raise ValueError(f"--names: lacks {', '.join(unknown[:5])}, of which there are images")
+            raise ValueError(f"--names: it lacks {', '.join(unknown[:5])}, but there are images of them")
         self.root, self.listing, self.samples_per_shard = root, listing, samples_per_shard
         self.words = dict(names)
         self.classes = {synset: number for number, synset in enumerate(sorted(names or there))}
@@ -311,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("images", "names", "val_labels"):
         path = getattr(args, option)
         if path is not None and not path.exists():
-            raise ValueError(f"--{option.replace('_', '-')} {path}: not there")
+            raise ValueError(f"--{option.replace('_', '-')} {path}: it does not exist")
     names = read_names(args.names) if args.names else {}
     listing = list_validation(args.images, args.val_labels) if args.val_labels else list_training(args.images)
     source = ImageNet(args.images, listing, names, args.samples_per_shard)

@@ -1,12 +1,12 @@
-"""Encode image shards into latent shards, one to one, with a frozen autoencoder and, by choice, a text encoder.
+"""Encode image shards into latent shards, one to one, with a frozen autoencoder and optionally a text encoder.
 
 python data_prep/latents.py --data data/coco --out data/coco_latents --autoencoder /models/sd-vae-ft-ema
 
-Stores the posterior's moments in float16, of each image and of its mirror image. Captions and labels are copied;
-with --text-encoder the features of all captions are stored too. A shard is finished or absent: a run that was
-stopped goes on with the missing ones. Several processes share the work with --part 0/4, --part 1/4, ...; the last
-to finish writes the index. Samples in quarantine and bad images are left out, counted and listed in skipped.jsonl.
-check.png shows the first images beside what the decoder makes of their latents.
+Stores the posterior's moments in float16, of each image and of its mirror image. Captions and labels are copied; with
+--text-encoder the features of all captions are stored, too. A shard is complete or absent: a run that was stopped
+resumes with the missing ones. Several processes share the work with --part 0/4, --part 1/4, ...; the last one to finish
+writes the index. Samples in quarantine and bad images are skipped, counted and listed in skipped.jsonl. check.png shows
+the first images beside the images that the decoder makes from their latents.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # --help must not wait for them
 
     from dico_t2i.encoders import Autoencoder, TextEncoder
 
-_CHECKED = 8  # images of check.png
+_CHECKED = 8  # images in check.png
 
 
 Crop = Literal["center", "resize"]
@@ -51,7 +51,7 @@ Crop = Literal["center", "resize"]
 
 @dataclass(frozen=True)
 class Job:
-    """What is encoded, with what, and to where. meta: all that the data set made depends on."""
+    """The source, the encoders and the output folder. meta: everything that the latent data set depends on."""
 
     source: DatasetIndex
     out: Path
@@ -65,7 +65,7 @@ class Job:
 
 
 class Shard:
-    """A latent shard being made, by the thread that writes. After an error it is thrown away."""
+    """A latent shard that the writing thread is making. After an error it is discarded."""
 
     def __init__(self, path: Path) -> None:
         self._file = ShardFile(path)
@@ -73,7 +73,7 @@ class Shard:
         self._ended = False
 
     def write(self, encoded: Encoded, bucket: int | None) -> None:
-        """Add samples; those with features that float16 cannot hold are skipped."""
+        """Add samples; those with features that float16 cannot represent are skipped."""
         if self._ended:
             return
         self._skipped += encoded.skipped
@@ -107,7 +107,7 @@ class Shard:
 
 
 class Encoded(NamedTuple):
-    """Images with their features by member name, and what had none."""
+    """Images with their features by member name, and samples that were skipped."""
 
     images: list[Image]
     arrays: list[dict[str, np.ndarray]]
@@ -115,10 +115,10 @@ class Encoded(NamedTuple):
 
 
 def encode_shards(job: Job, shards: Sequence[int], advance: Callable[[int], None] = lambda samples: None) -> str:
-    """Make the latent shards of these image shards, in order; ``advance`` is told of samples done.
+    """Make the latent shards of these image shards, in order; ``advance`` gets the number of samples just done.
 
-    Reading, decoding and writing run beside the encoder, which waits for them only where they are slower. Returns a
-    line that says where the time went.
+    Reading, decoding and writing run in parallel with the encoder, which waits for them only if they are slower.
+    Returns a line that says how the time was spent.
     """
     clock, shard, done = Clock(), None, 0
     batches = batches_of(job.source, shards, job.batch, job.size, job.crop)
@@ -150,7 +150,7 @@ def _next(batches: Iterator[Batch], clock: Clock) -> Batch | None:
 
 
 def _encode(job: Job, batch: Batch) -> Encoded:
-    """Moments (2C, h, w), or (2, 2C, h, w) with the mirror image's, and with a text encoder the captions' features."""
+    """Moments (2C, h, w), or (2, 2C, h, w) with the mirror image's, and the captions' features if wanted."""
     import torch
 
     images, skipped, captions = [], list(batch.skipped), []
@@ -189,7 +189,7 @@ def _encode_text(encoder: TextEncoder, captions: list[list[str]], batch: int) ->
 
 
 def draw_check(job: Job, encoded: Encoded) -> None:
-    """check.png: columns of an image, of its latents decoded, and of its mirror image's."""
+    """Draw check.png: each column is an image, then its latents decoded, then its mirror image's latents decoded."""
     import torch
 
     images = encoded.images[:_CHECKED]
@@ -205,7 +205,7 @@ def draw_check(job: Job, encoded: Encoded) -> None:
 def describe(
     source: DatasetIndex, autoencoder: Autoencoder, text_encoder: TextEncoder | None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """The meta data of the latent data set: all that its contents depend on, and a hash of that."""
+    """The meta data of the latent data set: everything that its content depends on, and a hash of that."""
     listed = source.root / quarantine.FILE
     left_out = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
     meta = {
@@ -229,7 +229,7 @@ def describe(
 
 
 def encode_dataset(job: Job, part: tuple[int, int]) -> None:
-    """Encode the missing shards of this part; write the index once no shard of any part is missing."""
+    """Encode the missing shards of this part, and write the index once the shards of all parts exist."""
     source, out = job.source, job.out
     there = {entry.name for entry in os.scandir(out)}
     missing = [shard for shard in range(part[0], len(source.names), part[1]) if source.names[shard] not in there]
@@ -254,13 +254,13 @@ def _log_skipped(out: Path, skipped: Sequence[SampleError]) -> None:
 def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
     missing = [name for name in source.names if not (out / name).exists()]
     if missing:
-        print(f"{out}: {len(missing)} of {len(source.names)} shards are left to other parts")
+        print(f"{out}: {len(missing)} of {len(source.names)} shards remain for other parts")
         return
     index = write_index(out, "latents", meta)
     print(f"{out}: {len(index)} latents of {len(source)} images, {len(source) - len(index)} skipped")
     log = out / "skipped.jsonl"
     if log.exists():
-        lines = list(dict.fromkeys(read_lines(log)))  # some twice, of killed runs
+        lines = list(dict.fromkeys(read_lines(log)))  # killed runs may have written a line twice
         write_atomically(log, ("\n".join(lines) + "\n").encode())
         for line in lines[:5]:
             print("  {shard}: {key}: {reason}".format(**json.loads(line)))
@@ -278,23 +278,23 @@ def _device(name: str) -> torch.device:
 
 
 def add_encoder_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Which encoders, and where they run."""
+    """Add the options that choose the encoders and their device."""
     add = parser.add_argument
-    add("--autoencoder", required=required, metavar="PATH", help="local folder or hub id in the cache")
+    add("--autoencoder", required=required, metavar="PATH", help="autoencoder: local folder, or hub id in the cache")
     add("--kind", choices=("kl", "tiny"), default="kl", help="AutoencoderKL or AutoencoderTiny (default: kl)")
     add("--scale", type=float, default=0.18215, help="latent scale of training (default: 0.18215)")
     add(
         "--text-encoder",
         nargs="+",
         metavar=("CONFIG", "KEY=VALUE"),
-        help="encode captions too, with the text_encoder of this training config",
+        help="also encode captions, with the text_encoder of this training config",
     )
     add("--batch", type=int, default=32, help="images encoded at once (default: 32)")
     add("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 (default: auto)")
 
 
 def prepare(args: argparse.Namespace) -> Job:
-    """The job of a command line. Raises ValueError for what does not fit, and before anything is written."""
+    """The job of a command line. Raises ValueError for options that do not fit, before anything is written."""
     import torch
 
     from dico_t2i.encoders import load_autoencoder, load_text_encoder
@@ -303,7 +303,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise ValueError("--batch, --size: at least 1; --scale: above 0")
     source = load_index(args.data)
     if source.kind != "images":
-        raise DataError(f"--data {args.data}: holds {source.kind}, expected images")
+        raise DataError(f"--data {args.data}: it contains {source.kind}, expected images")
     config = AutoencoderConfig(kind=args.kind, path=args.autoencoder, scale=args.scale)
     dtype, device = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], _device(args.device)
     text_encoder = None
@@ -324,13 +324,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of image shards")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of latent shards to make or go on with")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of latent shards to make or resume")
     add_encoder_options(parser, required=True)
-    add("--size", type=int, default=256, help="pixels (default: 256)")
+    add("--size", type=int, default=256, help="pixels of the square (default: 256)")
     add("--crop", choices=("center", "resize"), default="center", help="(default: center)")
-    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="mirror images too (default)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the encoders (default: fp32)")
-    add("--part", type=part, default=(0, 1), metavar="K/N", help="every N-th shard from K on (default: 0/1)")
+    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="also encode mirror images (default)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders (default: fp32)")
+    add("--part", type=part, default=(0, 1), metavar="K/N", help="make every N-th shard, from K on (default: 0/1)")
     args = parser.parse_args(argv)
     encode_dataset(prepare(args), args.part)
     return 0

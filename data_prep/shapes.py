@@ -2,9 +2,9 @@
 
 python data_prep/shapes.py --out data/shapes --samples 20000 --size 16 --seed 0
 
-Most images show one object; a share shows two. Every image has all its captions. One in eight combinations of
-colour, shape and background is never drawn: evals/prompt_accuracy.py asks for those. Train with data.flip:
-false, for captions say what is left and right.
+Most images show one object; a share shows two. Every image has all its captions. One in eight combinations of colour,
+shape and background is never drawn; evals/prompt_accuracy.py asks for those. Train with data.flip: false, because
+captions mention left and right.
 """
 
 import io
@@ -24,7 +24,7 @@ from dico_t2i.data.writer import ShardWriter
 
 
 def make_sample(index: int, *, size: int, seed: int, two_objects: float, held_out: bool) -> dict[str, Any]:
-    """Sample number ``index``, a function of its arguments only: key, PNG bytes and captions."""
+    """Sample number ``index``, which depends on the arguments alone: key, PNG bytes and captions."""
     rng = np.random.default_rng([seed, index])
     scene = random_scene(rng, two_objects, held_out)
     png = io.BytesIO()
@@ -41,11 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of shards to make")
     parser.add_argument("--samples", type=int, required=True, metavar="N", help="number of images")
     parser.add_argument("--size", type=int, choices=(16, 32, 64), default=16, help="pixels (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes and jitter (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and jitter (default: 0)")
     parser.add_argument(
-        "--two-objects", type=float, default=0.25, metavar="SHARE", help="of the images (default: 0.25)"
+        "--two-objects",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="share of images with two objects (default: 0.25)",
     )
-    parser.add_argument("--held-out", action="store_true", help="draw only the combinations kept from training")
+    parser.add_argument("--held-out", action="store_true", help="draw only the combinations kept out of training")
     parser.add_argument("--samples-per-shard", type=int, default=5000, metavar="N", help="(default: 5000)")
     args = parser.parse_args(argv)
     if args.samples < 1 or args.samples_per_shard < 1 or args.seed < 0 or not 0 <= args.two_objects <= 1:
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = {name: getattr(args, name) for name in ("size", "seed", "two_objects", "held_out")}
     meta = {"source": "shapes", "samples": args.samples, **recipe}
     if is_finished(args.out, meta):
-        print(f"{args.out}: already holds these {args.samples} images")
+        print(f"{args.out}: it already contains these {args.samples} images")
         return 0
     with (
         finished_or_absent(args.out) as folder,

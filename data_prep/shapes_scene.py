@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes: what is in them, their pixels, their captions, and which are never trained on.
+"""Scenes of coloured shapes: their objects, pixels and captions, and the combinations that are never trained on.
 
-Coordinates are fractions of the image's side, x to the right and y downwards. A shape is a region of the
-plane around its middle, in units of its radius.
+Coordinates are fractions of the image's side, x to the right and y downwards. A shape is a region of the plane around
+its centre, in units of its radius.
 """
 
 import math
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Plane = NDArray[np.float64]
 
-# Object colours and backgrounds share no name, so a word of a prompt says which of the two it is.
+# Objects and backgrounds have no colour name in common, so a word of a prompt says which of the two it means.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 25, 30),
     "orange": (255, 140, 0),
@@ -59,7 +59,7 @@ _PLACE_PHRASES = {
 
 @dataclass(frozen=True)
 class Object:
-    """One shape; every field is a key of the table of its name."""
+    """One shape; every field is a key of the table with its name."""
 
     size: str
     colour: str
@@ -84,7 +84,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, size: int) 
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Anti-aliased image of a scene, (size, size, 3) uint8; ``rng`` draws the jitter of place and size."""
+    """The anti-aliased image of a scene, (size, size, 3) uint8; ``rng`` draws the jitter of place and size."""
     image = np.empty((size, size, 3))
     image[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:
@@ -96,7 +96,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> NDArray[np.uint
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every wording for a scene."""
+    """All captions of a scene."""
     if len(scene.objects) == 1:
         return _single_captions(scene.background, scene.objects[0])
     return _pair_captions(scene.background, *scene.objects)
@@ -131,7 +131,7 @@ def _article(word: str) -> str:
 def parse(prompt: str) -> Scene:
     """The single-object scene that a prompt asks for, in any wording that names each property once.
 
-    Raises ValueError naming the property that is absent or named twice.
+    Raises ValueError that names the property that is absent or named twice.
     """
     words = prompt.lower().replace(",", " ").replace(".", " ").split()
 
@@ -151,10 +151,10 @@ def parse(prompt: str) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene is kept from training: an object's combination of colour, shape and background is.
+    """Whether a scene is kept out of training, because an object's combination of colour, shape and background is.
 
-    One colour for each shape and background, 12 of the 96 combinations. Every pair of two properties is
-    trained on, so held-out prompts ask for known words in a new combination.
+    One colour is held out for each shape and background, 12 of the 96 combinations. Every pair of two properties occurs
+    in training, so held-out prompts ask for known words in a new combination.
     """
     colours, shapes, backgrounds = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
     ground = backgrounds.index(scene.background)
@@ -196,8 +196,8 @@ def _random_pair(rng: np.random.Generator) -> Scene:
 def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
     """``n`` prompts for held-out single-object scenes, each with its scene.
 
-    The 120 held-out scenes come in a random order, each as often as the others (to within one), the wording
-    drawn anew each time.
+    The 120 held-out scenes come in random order, each equally often (to within one), and each time with a random
+    wording.
     """
     scenes = [
         Scene(background, (Object(*properties),))

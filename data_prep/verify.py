@@ -3,9 +3,9 @@
 python data_prep/verify.py data/coco
 python data_prep/verify.py data/coco_latents --repair --source data/coco --autoencoder /models/sd-vae-ft-ema
 
-Exits with 1 and a list if anything is wrong, with 2 if the folder is no data set. What is wrong with samples goes to
-quarantine.jsonl as well, so that training leaves them out. --repair first indexes anew the shards whose index is
-missing or stale, and encodes damaged latent shards again, given the images they came from and the encoders.
+Exits with 1 and a list if there are problems, and with 2 if the folder is not a data set. Problems of samples are also
+written to quarantine.jsonl, so that training skips those samples. --repair first makes missing and outdated indexes of
+shards again; it also encodes damaged latent shards again, if their images and the encoders are given.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dico_t2i.data.reader import ShardReader
 from dico_t2i.data.sample import POOLED, TEXT, captions_of
 from dico_t2i.data.shard import MOMENTS, ShardIndex, index_shard
 
-LISTED = 1000  # problems that are printed; all go to the quarantine
+LISTED = 1000  # problems that are printed; all of them go to the quarantine
 
 Sample = dict[str, Any]
 Shape = tuple[int, ...]
@@ -43,10 +43,10 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Findings:
-    """What is wrong with one shard.
+    """The problems of one shard.
 
-    problems: of the tar, which can be used all the same; entries: what cannot. keys: uint64 (n,), a hash of each
-    sample's key. texts: shapes of the text features of a caption.
+    problems: of the tar, which can be used nevertheless; entries: samples that cannot be used. keys: uint64 (n,), a
+    hash of each sample's key. texts: shapes of the text features of a caption.
     """
 
     shard: int
@@ -58,14 +58,14 @@ class Findings:
 
 @dataclass
 class Verdict:
-    """What is wrong with a data set, by shard."""
+    """The problems of a data set, by shard."""
 
     problems: dict[str, list[str]] = field(default_factory=dict)
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """One line for everything that is wrong."""
+        """One line for each problem."""
         lines = list(self.strays)
         for shard in sorted({*self.problems, *self.entries}):
             lines += self.problems.get(shard, [])
@@ -77,7 +77,7 @@ class Verdict:
 
 
 def verify(index: DatasetIndex, workers: int, shards: Sequence[int] | None = None) -> Verdict:
-    """Read all shards, or these, by so many processes."""
+    """Read all shards, or the given ones, with ``workers`` processes."""
     chosen = range(len(index.names)) if shards is None else shards
     jobs = ((shard, alone(index, shard)) for shard in chosen)
     verdict, texts = Verdict(), {}
@@ -128,7 +128,7 @@ def verify_shard(shard: int, index: DatasetIndex) -> Findings:
 
 
 def _moment_shapes(index: DatasetIndex, table: ShardIndex) -> list[Shape] | None:
-    """What the moments of each sample must be; None for images. Raises ValueError if the meta data do not say."""
+    """The shape that each sample's moments must have; None for images. Raises ValueError if the meta data lack it."""
     if index.kind == "images":
         return None
     try:
@@ -140,7 +140,7 @@ def _moment_shapes(index: DatasetIndex, table: ShardIndex) -> list[Shape] | None
         sides = [[side * size // index.meta["image_size"] for side in shape] for shape in index.meta["buckets"]]
         return [(*start, *sides[bucket]) for bucket in buckets.tolist()]
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{index.root / 'index.json'}: does not describe its latents ({error!r})") from None
+        raise ValueError(f"{index.root / 'index.json'}: it does not describe its latents ({error!r})") from None
 
 
 def _sample_problems(reader: ShardReader, member: int, shape: Shape | None, found: Findings) -> list[str]:
@@ -162,11 +162,11 @@ def _sample_problems(reader: ShardReader, member: int, shape: Shape | None, foun
 
 
 def _check_pixels(sample: Sample, shape: Shape | None) -> None:
-    """An image, or moments of this shape. Raises ValueError."""
+    """Check an image, or moments of this shape. Raises ValueError."""
     names = IMAGE_EXTENSIONS if shape is None else (MOMENTS,)
     data = next((sample[name] for name in names if name in sample), None)
     if data is None:
-        raise ValueError("has no image" if shape is None else f"has no {MOMENTS}")
+        raise ValueError("it has no image" if shape is None else f"it has no {MOMENTS}")
     if shape is None:
         decode_image(data, 64, "resize")
     else:
@@ -174,18 +174,18 @@ def _check_pixels(sample: Sample, shape: Shape | None) -> None:
 
 
 def _check_condition(sample: Sample) -> None:
-    """A caption or a label: whichever there is must be readable, and one must be there. Raises ValueError."""
+    """Check that there is a caption or a label, and that each of them can be read. Raises ValueError."""
     if "cls" in sample:
         int(sample["cls"])
         return
     try:
         captions_of(sample)
     except SampleError as error:
-        raise ValueError(f"has neither a caption nor a label: {error.reason}") from None
+        raise ValueError(f"it has neither a caption nor a label: {error.reason}") from None
 
 
 def _check_text(sample: Sample, described: bool, found: Findings) -> None:
-    """Text features, where the data set has them: float16, finite, of all captions. Raises ValueError."""
+    """Check text features, if the data set has them: float16, finite, of all captions. Raises ValueError."""
     if not described and TEXT not in sample:
         return
     shapes = []
@@ -201,26 +201,26 @@ def _check_text(sample: Sample, described: bool, found: Findings) -> None:
 
 def _array(sample: Sample, name: str) -> np.ndarray:
     if name not in sample:
-        raise ValueError(f"has no {name}")
+        raise ValueError(f"it has no {name}")
     try:
         return np.lib.format.read_array(io.BytesIO(sample[name]), allow_pickle=False)
-    except Exception as error:  # on bad bytes numpy's header parser raises nearly anything
+    except Exception as error:  # numpy's header parser can raise almost any error on bad bytes
         raise ValueError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 def _repeated_keys(index: DatasetIndex, keys: HashFile) -> Iterator[tuple[int, Entry]]:
-    """Samples whose key an earlier one has."""
+    """Yield samples whose key an earlier sample has."""
     table = lru_cache(64)(index.shard)
     for pairs in equal(keys.values):
         for first, later in zip(*(places.tolist() for places in pairs), strict=True):
             (earlier, i), (shard, j) = keys.place(first), keys.place(later)
             key = table(shard).key(j)
-            if table(earlier).key(i) == key:  # and not their hashes alone
-                yield shard, Entry(index.names[shard], key, f"its key is that of a sample in {index.names[earlier]}")
+            if table(earlier).key(i) == key:  # the keys themselves and not only their hashes
+                yield shard, Entry(index.names[shard], key, f"a sample in {index.names[earlier]} has the same key")
 
 
 def reindex(folder: Path) -> DatasetIndex:
-    """Index anew the shards whose own index is missing or does not fit, and the data set with what is there."""
+    """Index again the shards whose own index is missing or does not fit, and then the data set."""
     for file in (folder / "index.json", folder / "settings.json"):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -233,9 +233,9 @@ def reindex(folder: Path) -> DatasetIndex:
 
 
 def encode_again(index: DatasetIndex, damaged: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """Make latent shards anew, the damaged and the missing ones; returns their names. Raises ValueError.
+    """Make the damaged and the missing latent shards again; returns their names. Raises ValueError.
 
-    The encoders must be those that made the others, and the images the same.
+    The encoders must be those that made the other shards, and the images the same.
     """
     made = {name: index.meta[name] for name in ("crop", "dtype")}
     settings = {"data": args.source, "out": index.root, "size": index.meta["image_size"], **made}
@@ -248,7 +248,7 @@ def encode_again(index: DatasetIndex, damaged: Sequence[str], args: argparse.Nam
 
 
 def repair(index: DatasetIndex, verdict: Verdict, args: argparse.Namespace) -> DatasetIndex:
-    """Encode damaged latents again, where images are given, and verify them again."""
+    """Encode damaged latents again, if the images are given, and verify them again."""
     if args.source is None:
         return index
     redone = encode_again(index, [*verdict.problems, *verdict.entries], args)
@@ -268,8 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", type=Path, help="folder of shards")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
-    add("--repair", action="store_true", help="make anew what can be made anew")
-    add("--source", type=Path, metavar="DIR", help="of latents: the image shards that they were made of")
+    add("--repair", action="store_true", help="repair indexes and, given their source, latents")
+    add("--source", type=Path, metavar="DIR", help="of latents: the image shards that they were made from")
     latents.add_encoder_options(parser, required=False)
     args = parser.parse_args(argv)
     if (args.source is None) != (args.autoencoder is None) or (args.source and not args.repair):
@@ -278,8 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--workers: at least 1")
     try:
         index = reindex(args.folder) if args.repair else load_index(args.folder)
-    except ShardError as error:  # a shard is missing, cut or has grown
-        print(f"{error}\n  or with what else can be repaired: --repair")
+    except ShardError as error:  # a shard is missing, cut off or has grown
+        print(f"{error}\n  --repair does this together with all other repairs")
         return 1
     verdict = verify(index, args.workers)
     if args.repair:
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(index: DatasetIndex, lines: Sequence[str]) -> int:
-    """Print what is wrong and return the exit status."""
+    """Print the problems and return the exit status."""
     print(f"{index.root}: {len(index)} samples in {len(index.names)} shards ({index.kind})")
     for line in lines[:LISTED]:
         print(f"  {line}")

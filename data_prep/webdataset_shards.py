@@ -1,10 +1,10 @@
-"""Bring in webdataset shards, such as img2dataset's: filtered, cropped or as they are, one shard for each.
+"""Import webdataset shards, such as img2dataset's: filtered, cropped or unchanged, one output shard for each tar.
 
 python data_prep/webdataset_shards.py --shards /data/laion --out data/laion --caption-fields txt blip_caption \\
     --min-side 256 --min-field aesthetic=5.0 --drop-value NSFW=NSFW
 
 --shards takes folders, tars, and URLs that fsspec reads, with * and {00000..00099}. Captions are members (txt) and
-fields of the json member. Plain tars of a folder train without this too; see docs/data_prep.md.
+fields of the json member. Folders of plain tars can also be trained on directly; see docs/data_prep.md.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ FIRST_WAIT_S = 2.0
 
 @dataclass(frozen=True)
 class Archive:
-    """One tar. name: of the file, or with a set's number where several sets have files of that name.
+    """One tar. name: of the file, preceded by the number of its set if several sets have a file with this name.
 
-    caption_fields: members or fields of the json, all of which are taken; none stand for what the loader takes.
-    encoding: of text without a byte order mark; None for the loader's rule. prefix: of the keys.
+    caption_fields: members or fields of the json, all of which are used; if empty, the loader's choice. encoding: of
+    text without a byte order mark; None for the loader's rule. prefix: begins all keys.
     """
 
     url: str = field(repr=False)
@@ -55,12 +55,12 @@ class Archive:
         try:
             return json.dumps(describe(self.url))
         except FileNotFoundError:
-            return "not there"  # or its server tells no sizes
+            return "not there"  # or the server does not report sizes
         except OSError as error:
             raise Unreadable(str(error)) from None
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
-        """Samples of the tar, which is fetched to ``scratch`` first if it is not local."""
+        """Yield the samples of the tar, which is first downloaded to ``scratch`` unless it is local."""
         try:
             with self._local(scratch) as path:
                 table = index_shard(path)
@@ -86,7 +86,7 @@ class Archive:
         yield scratch
 
     def _left_out(self, table: ShardIndex) -> Iterator[Dropped]:
-        """Members that are no part of a sample, once for each sample they would have made."""
+        """Yield members that are not part of a sample, once for each sample they would have made."""
         there, told = {table.key(member) for member in range(len(table))}, set()
         for reason, member in table.left_out:
             key = member.rpartition("/")[2].partition(".")[0]
@@ -120,7 +120,7 @@ class Archive:
             return Dropped("unreadable json or cls members", f"{name}: {error}")
 
     def _raw(self, key: str, name: str, image: bytes, members: dict[str, bytes]) -> Raw:
-        """Raises ValueError for json or cls that cannot be read, Dropped for text."""
+        """The sample. Raises ValueError for json or cls that cannot be read, and Dropped for such text."""
         about = self._json(members)
         captions, other = list[Caption](), list[str]()
         for caption_field, value, sources, text in self._captions(about, members):
@@ -141,11 +141,11 @@ class Archive:
         data = members.get("json", b"{}")
         about = json.loads(data if self.encoding is None else decode_text(data, "json", self.encoding))
         if not isinstance(about, dict):
-            raise ValueError("json is no object")
+            raise ValueError("json is not an object")
         return about
 
     def _captions(self, about: dict[str, Any], members: dict[str, bytes]) -> Iterator[tuple[str, Any, Any, Any]]:
-        """Each field with its value and the sources in it, or with the bytes of its member."""
+        """Yield each caption field with its value and its sources, or with the bytes of its member."""
         if not self.caption_fields:
             yield "captions", about.get("captions"), about.get("caption_sources"), members.get("txt")
         for name in self.caption_fields:
@@ -154,12 +154,12 @@ class Archive:
 
 
 def expand(shards: Sequence[str]) -> list[str]:
-    """Paths and URLs of tars. Raises ValueError for what stands for none, and for one that is given twice."""
+    """The paths and URLs of tars. Raises ValueError for a pattern without tars, and for a tar that is given twice."""
     found: list[str] = []
     for given in (text for pattern in shards for text in _braces(pattern)):
         tars = _tars(given)
         if not tars:
-            raise ValueError(f"--shards {given}: no tars there{_packed(given)}")
+            raise ValueError(f"--shards {given}: there are no tars{_packed(given)}")
         found += tars
     twice = next((url for url, count in Counter(found).items() if count > 1), None)
     if twice is not None:
@@ -168,14 +168,14 @@ def expand(shards: Sequence[str]) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterable[str]:
-    """What {00000..00099} and {a,b} stand for; folders and files that are there are taken as they are."""
+    """Expand {00000..00099} and {a,b}; in the names of existing folders and files braces stay."""
     from braceexpand import braceexpand
 
     there, rest = ("", pattern) if is_url(pattern) else _divided(Path(pattern))
     try:
         return [str(Path(there, text)) if there else text for text in braceexpand(rest)]
     except ValueError:
-        return [pattern]  # a brace that is part of a name
+        return [pattern]  # the brace is part of a name
 
 
 def _tars(given: str) -> list[str]:
@@ -192,25 +192,25 @@ def _tars(given: str) -> list[str]:
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
-    """Files that fit a pattern; folders that are there are taken as they are, whatever their names."""
+    """Yield the files that fit a pattern; in the names of existing folders characters such as * stay."""
     there, rest = _divided(pattern)
     return Path(there).glob(rest)
 
 
 def _divided(path: Path) -> tuple[str, str]:
-    """The first part of a path, which is there, and the rest."""
+    """The longest part of a path that exists, and the rest."""
     there = next(part for part in (path, *path.parents, Path()) if part.exists())
     return str(there), str(path.relative_to(there)) if there != path else ""
 
 
 def _packed(given: str) -> str:
-    """A hint where there is a folder of compressed tars."""
+    """A hint for a folder of compressed tars."""
     packed = compressed_in(given)
     return f"; {len(packed)} are compressed, such as {packed[0]}: unpack them" if packed else ""
 
 
 def compressed_in(given: str) -> list[str]:
-    """The names of compressed tars in a folder; none for anything else."""
+    """The names of the compressed tars in a folder; none for anything else."""
     folder = Path(given)
     if is_url(given) or not folder.is_dir():
         return []
@@ -218,7 +218,7 @@ def compressed_in(given: str) -> list[str]:
 
 
 class Archives:
-    """The tars of a command line, each a unit."""
+    """The tars of a command line, each of which is a unit."""
 
     contents: ClassVar[tuple[str, ...]] = ("shards", "names")
 
@@ -226,7 +226,7 @@ class Archives:
         self, urls: list[str], caption_fields: Sequence[str], encoding: str | None, number_keys: bool = False
     ) -> None:
         bases = [base_name(url) for url in urls]
-        # Two sets of img2dataset have files of the same names, and samples of the same keys.
+        # Two sets of img2dataset have files with the same names, and samples with the same keys.
         sets = list(dict.fromkeys(without_query(url).rpartition("/")[0] for url in urls))
         several = len(set(bases)) < len(bases)
         numbers = [sets.index(without_query(url).rpartition("/")[0]) for url in urls]
@@ -257,9 +257,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shards", nargs="+", required=True, metavar="PLACE", help="folders, tars, URLs")
-    add("--caption-fields", nargs="+", default=(), metavar="NAME", help="(default: the json's captions, or else txt)")
-    add("--encoding", help="of text members without a byte order mark (default: utf-8, or else cp1252)")
-    add("--number-keys", action="store_true", help="put the tar's number before each key, where keys repeat")
+    add(
+        "--caption-fields",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="where captions are (default: the json's captions, or else txt)",
+    )
+    add("--encoding", help="encoding of text members without a byte order mark (default: utf-8, or else cp1252)")
+    add("--number-keys", action="store_true", help="put the tar's number before each key, if keys repeat")
     add_options(parser, samples_per_shard=False)
     parser.set_defaults(crop="none")
     args = parser.parse_args(argv)

@@ -1,14 +1,14 @@
-"""How local the attention of diffusion transformers is: maps around the query, layer by layer (the paper's figure 4).
+"""Measures how local the attention of diffusion transformers is: maps around the query, by layer (paper, figure 4).
 
     python evals/attention_locality.py --model facebook/DiT-XL-2-256 --kind dit --out runs/locality/dit
     python evals/attention_locality.py --model PixArt-alpha/PixArt-XL-2-256x256 --kind pixart --out runs/locality/pixart
     python evals/attention_locality.py --model black-forest-labs/FLUX.1-schnell --kind flux --out runs/locality/flux
 
-Attention is recorded while the network makes images from noise, at the evaluations nearest to --timesteps. Of each
-layer: the mean distance from query to key in tokens, the shares of attention within 3x3 and 5x5 tokens, and the average
-map around the query, over heads, queries and samples; beside them those of uniform attention. --out gets locality.json
-and a PNG for each timestep. Text is zeros, or --text FILE: safetensors with "tokens" (T, dim) and, for FLUX, "pooled"
-(dim,).
+Attention is recorded while the network generates images from noise, at the evaluations nearest to --timesteps. The
+results for each layer are the mean distance from query to key in tokens, the shares of attention within 3x3 and 5x5
+tokens, and the average map around the query, over heads, queries and samples. Those of uniform attention are shown for
+comparison. --out gets locality.json and a PNG for each timestep. Text features are zeros, or those in --text FILE:
+safetensors with "tokens" (T, dim) and, for FLUX, "pooled" (dim,).
 """
 
 import json
@@ -33,13 +33,13 @@ from evals.analysis.locality import WINDOWS, Locality, RelativeMap, locality, un
 from evals.analysis.recording import recording
 
 Maps = dict[str, RelativeMap]  # by layer
-_PANELS, _COLUMNS = 12, 6  # layers whose maps are drawn
+_PANELS, _COLUMNS = 12, 6  # most layers whose maps are drawn, and maps per row
 
 
 def record(backbone: Backbone, timesteps: Sequence[int], steps: int, samples: int, seed: int) -> dict[int, Maps]:
-    """Relative maps of each layer at the evaluations nearest to the timesteps, which are the keys as evaluated.
+    """Relative maps of each layer at the evaluations nearest to the timesteps; the keys are the evaluated timesteps.
 
-    Raises ValueError for timesteps that are not of the process.
+    Raises ValueError for timesteps outside the process.
     """
     outside = [t for t in timesteps if not 0 <= t <= backbone.diffusion.steps]
     if outside:
@@ -71,22 +71,25 @@ def record(backbone: Backbone, timesteps: Sequence[int], steps: int, samples: in
             backbone.sampler_config(steps),
             network,
             randomness.normal(seed, "initial noise", index, backbone.shape),
-            lambda _step: torch.empty(0),  # deterministic samplers ask for none
+            lambda _step: torch.empty(0),  # deterministic samplers use none
             backbone.learn_sigma,
         )
     return found
 
 
 def numbers(maps: Maps) -> dict[str, Locality]:
-    """By layer. Raises ValueError if a layer did not call torch's attention."""
+    """The numbers of each layer. Raises ValueError if a layer did not call torch's attention."""
     silent = [name for name, seen in maps.items() if not seen.queries]
     if silent:
-        raise ValueError(f"{silent[0]}: computes its attention without torch's scaled_dot_product_attention")
+        raise ValueError(f"{silent[0]}: it computes its attention without torch's scaled_dot_product_attention")
     return {name: seen.locality() for name, seen in maps.items()}
 
 
 def plot(maps: Maps, title: str, path: Path) -> None:
-    """Numbers by layer above, below the average maps of some layers, logarithmic, with the query in the middle."""
+    """Plot the numbers by layer and, below, the average maps of some layers, with logarithmic colours.
+
+    The query is in the middle of a map.
+    """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -128,7 +131,7 @@ def _plot_numbers(layers: dict[str, Locality], uniform: Locality, panels: Any) -
 
 
 def table(found: dict[int, dict[str, Locality]], uniform: Locality) -> Table:
-    """Means over the layers."""
+    """A table of the means over the layers."""
     shown = Table(
         "timestep", "layers", "mean distance", *[f"within {side}x{side}" for side in WINDOWS], "outside image"
     )
@@ -146,14 +149,20 @@ def table(found: dict[int, dict[str, Locality]], uniform: Locality) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub id: of a diffusers pipeline, or of its network")
+    add("--model", required=True, help="folder or hub id of a diffusers pipeline, or of its network")
     add("--kind", choices=tuple(KINDS), required=True)
     add("--out", type=Path, required=True, help="folder of results")
     add("--text", type=Path, help="safetensors of text features (default: zeros)")
-    add("--grid", type=int, help=f"FLUX: image tokens a side (default: {Flux.side}, 512 pixels)")
-    add("--timesteps", type=int, nargs="+", default=[100, 500, 900], help="default: 100 500 900, of 1000")
+    add("--grid", type=int, help=f"for FLUX: image tokens per side (default: {Flux.side}, 512 pixels)")
+    add(
+        "--timesteps",
+        type=int,
+        nargs="+",
+        default=[100, 500, 900],
+        help="timesteps to record (default: 100 500 900, of 1000)",
+    )
     add("--steps", type=int, default=20, help="evaluations from noise to images (default: 20)")
-    add("--samples", type=int, default=4, help="default: 4")
+    add("--samples", type=int, default=4, help="images to generate (default: 4)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backbone = load_backbone(args.kind, args.model, args.text, device, dtype)
     if args.grid is not None:
         if not isinstance(backbone, Flux):
-            raise ValueError(f"--grid: is for --kind flux; a {args.kind} has a size of its own")
+            raise ValueError(f"--grid: it is only for --kind flux; a {args.kind} has a fixed size")
         backbone.side = args.grid
     maps = record(backbone, args.timesteps, args.steps, args.samples, args.seed)
     found = {timestep: numbers(layers) for timestep, layers in maps.items()}

@@ -1,10 +1,11 @@
-"""How many channels of a network are alive: activation scores and diversity of features (paper, redundancy figure).
+"""Measures how many channels of a network are active, and how diverse its features are (paper, redundancy figure).
 
     python evals/channel_activation.py --checkpoint runs/dico_s_imagenet256 runs/dico_s_no_cca --out runs/channels
 
-Looks at the output of the last block's mixer, or of --module, on data noised at fixed timesteps: ReLU and global
-average pooling give one score a channel. Several checkpoints are drawn side by side; they may be runs, single
-checkpoints, exports, or released weights brought in by `dico import-official`. --out gets channels.json and a PNG.
+It analyses the output of the last block's mixer, or of --module, on data that is noised to fixed timesteps. ReLU and
+global average pooling give one score for each channel. Several checkpoints are drawn side by side; they may be runs,
+single checkpoints, exports, or released weights that `dico import-official` converted. --out gets channels.json and a
+PNG.
 """
 
 import argparse
@@ -31,7 +32,7 @@ NUMBERS = ("alive", "participation", "effective_rank", "correlation")
 
 
 def look_at(pipeline: Pipeline, args: argparse.Namespace) -> Result:
-    """The module's name, and Diversity by timestep."""
+    """The module's name, and its Diversity at each timestep."""
     steps = pipeline.config.diffusion.steps
     outside = [timestep for timestep in args.timesteps if not 0 <= timestep < steps]
     if outside:
@@ -47,16 +48,16 @@ def look_at(pipeline: Pipeline, args: argparse.Namespace) -> Result:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that distinguish them."""
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
-        raise ValueError("--checkpoint: the same one is given twice")
+        raise ValueError("--checkpoint: the same checkpoint is given twice")
     length = next(n for n in range(1, 100) if len({p.parts[-n:] for p in resolved}) == len(resolved))
     return ["/".join(path.parts[-length:]) for path in resolved]
 
 
 def plot(results: dict[str, Result], path: Path) -> None:
-    """Sorted scores against the rank of the channel, one panel for each timestep."""
+    """Plot the sorted scores over the rank of the channel, with one panel for each timestep."""
     from matplotlib.figure import Figure
 
     timesteps = list(next(iter(results.values()))["timesteps"])
@@ -87,12 +88,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="runs, checkpoints or exports")
     add("--out", type=Path, required=True, help="folder of results")
-    add("--data", help="shards to look at (default: those that each was trained on)")
+    add("--data", help="shards to use (default: those that each checkpoint was trained on)")
     add("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     add("--module", help="path of the module in the network (default: the last block's mixer)")
-    add("--timesteps", type=int, nargs="+", default=[100, 500, 900], help="default: 100 500 900, of 1000")
-    add("--samples", type=int, default=64, help="default: 64")
-    add("--batch", type=int, default=16, help="of one pass (default: 16)")
+    add(
+        "--timesteps",
+        type=int,
+        nargs="+",
+        default=[100, 500, 900],
+        help="timesteps to analyse (default: 100 500 900, of 1000)",
+    )
+    add("--samples", type=int, default=64, help="samples to analyse (default: 64)")
+    add("--batch", type=int, default=16, help="samples of one pass (default: 16)")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)

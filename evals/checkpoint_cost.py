@@ -1,10 +1,11 @@
-"""What saving and loading a run's checkpoints costs on this machine, and how long each save holds up training.
+"""Measures what saving and loading checkpoints costs on this machine, and how long each save delays training.
 
     python evals/checkpoint_cost.py --config configs/dico_b_imagenet256.yaml --out /scratch/checkpoint_cost
     torchrun --nproc-per-node 8 evals/checkpoint_cost.py --config configs/dico_h_t2i.yaml --out /scratch/checkpoint_cost
 
-Trains on random latents, no data or encoder needed, and saves in turn with ``checkpoint.background`` false and true.
-A background save costs the copy to host memory, and slows the steps during which it is written; both are counted.
+It trains on random latents, so that no data or encoder is needed, and saves in turn with ``checkpoint.background``
+false and true. A background save costs the copy to host memory, and slows down the steps during which it is written;
+both are counted.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from dico_t2i.training.ranks.distributed import World, join_world, leave_world
 
 
 class Trial:
-    """One rank's engine, stepping on random latents."""
+    """One rank's engine, which is trained on random latents."""
 
     def __init__(self, config: Config, world: World, batch: int, folder: Path) -> None:
         self.world, self.folder = world, folder
@@ -49,11 +50,11 @@ class Trial:
         self.saved = 0
 
     def step(self) -> float:
-        """Seconds of one training step."""
+        """Make one training step, and return its seconds."""
         return self._timed(self._step)
 
     def save(self, background: bool) -> CheckpointWriter:
-        """Start a save, as the trainer does; its pause is what this call takes."""
+        """Start a save, as the trainer does; the duration of this call is its pause."""
         self.saved += 1
         writer = CheckpointWriter(self.folder, self.world.rank, self.world.size, Retention(1), background)
         if self.world.is_main:
@@ -64,7 +65,7 @@ class Trial:
         return writer
 
     def load(self) -> float:
-        """Seconds to verify and read the newest checkpoint."""
+        """Verify and read the newest checkpoint, and return the seconds."""
         return self._timed(self._load)
 
     def _step(self) -> None:
@@ -86,7 +87,7 @@ class Trial:
 
 
 def measure(trial: Trial, background: bool, plain_step: float) -> dict[str, float]:
-    """Pause, seconds until the checkpoint is on disk, and all seconds that training lost by one save."""
+    """The pause, the seconds until the checkpoint is on disk, and the total seconds that training lost by one save."""
     started = time.perf_counter()
     writer = trial.save(background)
     pause = time.perf_counter() - started
@@ -109,14 +110,16 @@ def _busy(writer: CheckpointWriter, world: World) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder on the disk to measure; removed after")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder on the disk to measure; it is deleted afterwards"
+    )
     parser.add_argument("--batch", type=int, default=4, help="samples per rank and step (default: 4)")
     parser.add_argument("--repeats", type=int, default=3, help="saves of each kind (default: 3)")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--json", type=Path, help="JSON file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args(argv)
     if args.out.exists():
-        parser.error(f"--out {args.out}: exists; give a new folder")
+        parser.error(f"--out {args.out}: it exists already; give a new folder")
     config, world = load_config(args.config, args.overrides), join_world()
     trial = Trial(config, world, args.batch, args.out)
     steps = [trial.step() for _ in range(4)]

@@ -4,8 +4,8 @@
         --captions coco/annotations/captions_val2014.json --protocol coco30k-zeroshot
     torchrun --nproc-per-node 8 evals/coco_fid.py ...
 
-Started again it goes on where it stopped, on any number of ranks. Results: runs/NAME/evals/PROTOCOL/STEP.json, with the
-first images as a grid. docs/evaluation.md describes protocols and metrics.
+An interrupted evaluation resumes when it is started again, on any number of ranks. The results are written to
+runs/NAME/evals/PROTOCOL/STEP.json, with the first images as a grid. docs/evaluation.md describes protocols and metrics.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its options, which evals/sweep.py has too."""
+    """The parser of its options, which evals/sweep.py uses, too."""
     made = script_parser(__doc__)
     add_sampling_options(made)
     made.add_argument("--images", type=Path, required=True, help="folder of the annotated images, or its parent")
@@ -35,10 +35,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
-    """All that comes before the first sample: checks, and the features of the reference; collective."""
+    """Do everything that precedes the first sample: checks, and the features of the reference; collective."""
     weights = find_weights(protocol.extractor, args.extractor, args.cache) if needs_inception(args.metrics) else None
     if protocol.prompts.rule == "uniform":
-        raise ValueError(f"--protocol {protocol.name}: has classes, not captions; it is for evals/imagenet_fid.py")
+        raise ValueError(f"--protocol {protocol.name}: it has classes, not captions; use it with evals/imagenet_fid.py")
     from evals.quality.captions import draw, find_files
     from evals.quality.evaluation import Evaluation
     from evals.quality.images import ImageFiles

@@ -1,10 +1,10 @@
-"""Compare evaluated runs and checkpoints: a table, curves over steps, one grid with the same prompts and seeds.
+"""Compare evaluated runs and checkpoints: a table, curves over steps, and a grid with the same prompts and seeds.
 
     python evals/compare.py runs/a runs/b --out comparison
     python evals/compare.py runs/a/evals/coco-uvit/00100000.json runs/b
 
-Takes run folders (all their results), checkpoints (the results of that step) and result files. Only results of one
-protocol hash share a curve or a grid.
+Takes run folders (all their results), checkpoints (the results of that step) and result files. Only results with the
+same protocol hash share a curve or a grid.
 """
 
 import json
@@ -27,7 +27,7 @@ _CELL = 160  # pixels of an image in the grid
 
 
 def find_results(path: Path) -> list[Result]:
-    """Of a run, one of its checkpoints or a file; with ``path`` and ``run`` added. ValueError if there is none."""
+    """The results of a run, a checkpoint or a file, with ``path`` and ``run`` added. Raises ValueError without any."""
     if path.is_file():
         files = [path]
     elif path.parent.name == "checkpoints":
@@ -36,7 +36,7 @@ def find_results(path: Path) -> list[Result]:
     else:
         files = sorted(path.glob("evals/*/*.json"))
     if not files:
-        raise ValueError(f"{path}: no results; evaluate it first (evals/coco_fid.py, evals/imagenet_fid.py)")
+        raise ValueError(f"{path}: it has no results; evaluate it first (evals/coco_fid.py, evals/imagenet_fid.py)")
     return [_read(file) for file in files]
 
 
@@ -46,11 +46,11 @@ def _read(path: Path) -> Result:
         run_name = result["subject"].split(", ")[0]
         return {**result, "path": path, "run": run_name, "values": {k: result["numbers"].get(k) for k in LABELS}}
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a result of an evaluation: {error!r}") from None
+        raise ValueError(f"{path}: it is not a result of an evaluation: {error!r}") from None
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """By protocol hash, each in order of run and step."""
+    """The results by protocol hash, each group in order of run and step."""
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: (r["run"], r["step"])):
         found.setdefault(result["protocol_hash"], []).append(result)
@@ -58,7 +58,7 @@ def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def table_of(results: Sequence[Result]) -> Table:
-    """Of one protocol hash."""
+    """A table of the results with one protocol hash."""
     first = results[0]
     shown = [name for name in LABELS if any(r["values"][name] is not None for r in results)]
     comparable = "" if all(r["comparable"] for r in results) else ", NOT COMPARABLE"
@@ -78,7 +78,7 @@ def _cell(value: float | None, error: float | None) -> str:
 
 
 def save_curves(results: Sequence[Result], path: Path) -> None:
-    """Each metric over steps, a line for each run."""
+    """Plot each metric over steps, with a line for each run."""
     from matplotlib.figure import Figure
 
     shown = [name for name in LABELS if any(r["values"][name] is not None for r in results)]
@@ -95,7 +95,7 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
 
 
 def save_grid(results: Sequence[Result], path: Path) -> bool:
-    """The newest examples of each run side by side, a row for each prompt; False if a run kept none.
+    """Draw the newest examples of each run side by side, a row for each prompt; False if a run has none.
 
     Raises ValueError if their prompts or seeds differ.
     """
@@ -124,7 +124,7 @@ def save_grid(results: Sequence[Result], path: Path) -> bool:
 
 
 def _examples(result: Result) -> list[tuple[Image.Image, str, str]]:
-    """Images, prompts and seeds that an evaluation kept beside its result."""
+    """The images, prompts and seeds that an evaluation saved beside its result."""
     found = []
     for file in sorted(result["path"].with_suffix(".examples").glob("*.png")):
         with Image.open(file) as image:
@@ -136,7 +136,9 @@ def _examples(result: Result) -> list[tuple[Image.Image, str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("what", type=Path, nargs="+", help="run folders, checkpoints, result files")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder of pictures (default: comparison)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison"), help="folder for the pictures (default: comparison)"
+    )
     args = parser.parse_args(argv)
     results = [result for path in args.what for result in find_results(path)]
     args.out.mkdir(parents=True, exist_ok=True)

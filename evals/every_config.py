@@ -1,12 +1,12 @@
-"""Every config of configs/: its size, and a small network of the same kind, trained and sampled on shapes.
+"""Shows every config of configs/: its size, and a small network of the same kind, trained and sampled on shapes.
 
     python evals/every_config.py
     python evals/every_config.py configs/ablations/*.yaml --steps 20 --out every_config.json
 
-Parameters and multiply-accumulates (convolutions, matrix products and attention, one image) are those of the config.
-What is trained keeps its switches, objective, optimizer and sampler, but is narrow and shallow, on 32 x 32 pixels and
-with random encoders: it shows that everything works together, and nothing about quality. The losses are means of the
-first and of the last five steps.
+Parameters and multiply-accumulates (convolutions, matrix products and attention, for one image) are those of the
+config. The trained network has the same switches, objective, optimizer and sampler, but is narrow and shallow, and uses
+32 x 32 pixels and random encoders. This shows that everything works together, and nothing about quality. The losses are
+means of the first and of the last five steps.
 """
 
 import json
@@ -32,7 +32,7 @@ from dico_t2i.runs.log import reports
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SIZE, SAMPLES, BATCH, WIDTH = 32, 64, 8, 32
 TOWER = {"width": WIDTH, "layers": 1, "heads": 4}
-# Of a small network, those of them that its kind has.
+# The settings of a small network; only those that its kind has are used.
 SMALL: dict[str, Any] = {
     "hidden_size": WIDTH,
     "depths": [1, 1, 1, 1, 1],
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 
 def all_configs() -> list[Path]:
-    """The files that are runs; those named base... are what runs share."""
+    """The files that are runs; those named base... contain settings that runs share."""
     found = (path for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("base"))
     return sorted(path for path in found if path.parent != CONFIGS / "cluster")
 
@@ -74,7 +74,7 @@ def small(config: Config, data: Path, steps: int) -> Config:
 
 
 def make_data(root: Path) -> None:
-    """Shapes with captions and classes."""
+    """Write shapes with captions and classes."""
     with ShardWriter(root, SAMPLES) as writer:
         for number in range(SAMPLES):
             sample = make_sample(number, size=SIZE, seed=0, two_objects=0.2, held_out=False)
@@ -82,7 +82,7 @@ def make_data(root: Path) -> None:
 
 
 def train_and_sample(config: Config, runs: Path) -> dict[str, float]:
-    """Losses of a small run, whose samples are saved beside it. Raises ValueError where training or sampling do."""
+    """The losses of a small run, whose samples are saved with it. Raises ValueError if training or sampling does."""
     import torch
 
     from dico_t2i.sampling.images import save_images
@@ -99,7 +99,7 @@ def train_and_sample(config: Config, runs: Path) -> dict[str, float]:
 
 
 def measure(paths: Sequence[Path], steps: int) -> Iterator[dict[str, Any]]:
-    """A row for each config; with ``steps`` 0 nothing is trained."""
+    """Yield a row for each config; with ``steps`` 0 nothing is trained."""
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch, "data")
         make_data(data)
@@ -122,8 +122,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="default: all of configs/")
-    parser.add_argument("--steps", type=int, default=20, help="of training; 0: count only (default: 20)")
-    parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
+    parser.add_argument("--steps", type=int, default=20, help="training steps; with 0 it only counts (default: 20)")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
     args = parser.parse_args(argv)
     paths = args.configs or all_configs()
     console = Console(stderr=True)

@@ -1,11 +1,11 @@
-"""Compare two sets of images: folders, or npz in ADM's layout; the second may be statistics.
+"""Compare two sets of images: folders, or npz files in ADM's layout; the second may also be statistics.
 
     python evals/folder_fid.py samples/ reference/ --resize clean --metrics fid,kid,precision,recall
     python evals/folder_fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is
 
-Images are taken in their own size as a viewer shows them: turned as EXIF says, transparent parts white; all other files
-are counted. The CLIP score reads each PNG's text entry "prompt", as `dico sample` and --save png write it. Features are
-kept in the cache, so that a second look is quick.
+Images keep their own size and are decoded as a viewer shows them: turned as EXIF says, with transparent parts white.
+All other files are counted. The CLIP score reads the text entry "prompt" of each PNG, which `dico sample` and --save
+png write. Features are kept in the cache, so that a second comparison is fast.
 """
 
 import argparse
@@ -33,9 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("images", type=Path, help="folder or npz")
     parser.add_argument("reference", type=Path, help="folder, npz, or a statistics file of the cache")
-    parser.add_argument("--metrics", type=metric_names, default=("fid",), metavar="A,B", help="(default: fid)")
-    parser.add_argument("--resize", choices=get_args(Resize), default="clean", help="(default: clean)")
-    parser.add_argument("--out", type=Path, help="JSON result")
+    parser.add_argument(
+        "--metrics", type=metric_names, default=("fid",), metavar="A,B", help="metrics to compute (default: fid)"
+    )
+    parser.add_argument(
+        "--resize", choices=get_args(Resize), default="clean", help="resize to the extractor's input (default: clean)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     add_network_options(parser)
     args = parser.parse_args(argv)
     fix_threads(args.threads)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | None) -> dict[str, Any] | None:
-    """The result, printed, on rank 0."""
+    """The result on rank 0, which prints it."""
     from evals.quality import results, scoring
     from evals.quality.evaluation import join, load_networks
     from evals.quality.feature_sets import FeatureSet
@@ -95,7 +99,7 @@ def _compare(args: argparse.Namespace, extractor: Extractor, weights: Weights | 
 
 
 def _caption_scores(args: argparse.Namespace, networks: "Networks") -> "dict[str, Any]":
-    """Of PNGs that have their prompts with them; every rank computes them all."""
+    """The scores of PNGs that contain their prompts; every rank computes all of them."""
     import torch
     from PIL import Image
 
@@ -105,7 +109,7 @@ def _caption_scores(args: argparse.Namespace, networks: "Networks") -> "dict[str
     images = open_images(args.images, "none")
     asked = f"--metrics {','.join(name for name in args.metrics if networks_of([name]) & CAPTION_NETWORKS.keys())}"
     if not isinstance(images, ImageFiles):
-        raise ValueError(f"{asked}: {args.images} has no prompts; give a folder of PNGs with theirs")
+        raise ValueError(f"{asked}: {args.images} has no prompts; give a folder of PNGs that contain their prompts")
     prompts: list[str] = []
     for file in images.files:
         with Image.open(file) as image:

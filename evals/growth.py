@@ -1,11 +1,11 @@
-"""How the networks' speed changes with the size of the latents: one pass and a training step of each, side by side.
+"""Measures how the networks' speed changes with the size of the latents: one pass and a training step, side by side.
 
     python evals/growth.py                                            # DiCo-S and peers of its size, on a CPU
     python evals/growth.py --networks DiCo-XL DiG-XL/2 DiS-H/2 --batch 16 --sizes 32 64 128
 
-All networks take turns at each size, as in throughput.py, on the same inputs. The time of a multiply-accumulate is that
-of the whole pass or step over all counted ones, scans included; the last column says how many times faster the first
-network is. Results go to --out as growth.md, growth.png and growth.json.
+At each size all networks take turns on the same inputs, as in throughput.py. The time of a multiply-accumulate is the
+time of the whole pass or step divided by the number of counted ones, scans included. The last column says how many
+times faster the first network is. Results go to --out as growth.md, growth.png and growth.json.
 """
 
 import json
@@ -31,8 +31,8 @@ WORKS = {"pass": "one pass", "step": "training step"}
 class Row:
     """A network at one size.
 
-    gmacs: of one image, the backward pass included for a step. seconds: of the batch, in each round. faster: how many
-    times as fast the first network is, the median of the rounds' ratios.
+    gmacs: of one image, with the backward pass for a step. seconds: of the batch, in each round. faster: how many times
+    as fast the first network is, as the median of the ratios of all rounds.
     """
 
     network: str
@@ -64,7 +64,7 @@ def _median(values: Sequence[float]) -> float:
 def measure(
     names: Sequence[str], sizes: Sequence[int], batch: int, rounds: int, device: torch.device, console: Console
 ) -> list[Row]:
-    """A row for each network, kind of work and size."""
+    """Yield a row for each network, kind of work and size."""
     rows = []
     for size in sizes:
         for work, case in by_name(names, batch, size).items():
@@ -91,7 +91,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """How many times faster the first network is, by size; a panel for each kind of work."""
+    """Plot how many times faster the first network is, by size, with a panel for each kind of work."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -112,8 +112,12 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="the first to compare with")
-    parser.add_argument("--sizes", nargs="+", type=int, default=(16, 32, 64), help="of latents (default: 16 32 64)")
+    parser.add_argument(
+        "--networks", nargs="+", default=NETWORKS, metavar="NAME", help="the others are compared with the first"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=(16, 32, 64), help="sizes of latents (default: 16 32 64)"
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")

@@ -3,8 +3,9 @@
     python evals/imagenet_fid.py --checkpoint runs/NAME --reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc-per-node 8 evals/imagenet_fid.py --checkpoint runs/NAME --reference imagenet/train
 
-The class of image i is Philox of (prompts.seed, "evaluation class", i), uniform. ADM's reference batch has statistics
-of the training images, and 10,000 images for precision and recall. Otherwise as evals/coco_fid.py.
+The class of image i is a uniform draw of Philox for (prompts.seed, "evaluation class", i). ADM's reference batch has
+statistics of the training images, and 10,000 images for precision and recall. Everything else is as in
+evals/coco_fid.py.
 """
 
 import argparse
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its options, which evals/sweep.py has too."""
+    """The parser of its options, which evals/sweep.py uses, too."""
     made = script_parser(__doc__)
     add_sampling_options(made)
     made.add_argument("--reference", type=Path, required=True, help="ADM's npz, or a folder of images")
@@ -33,10 +34,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace, protocol: Protocol) -> "Evaluation":
-    """All that comes before the first sample: checks, and the features of the reference; collective."""
+    """Do everything that precedes the first sample: checks, and the features of the reference; collective."""
     weights = find_weights(protocol.extractor, args.extractor, args.cache) if needs_inception(args.metrics) else None
     if protocol.prompts.rule != "uniform":
-        raise ValueError(f"--protocol {protocol.name}: has captions, not classes; it is for evals/coco_fid.py")
+        raise ValueError(f"--protocol {protocol.name}: it has captions, not classes; use it with evals/coco_fid.py")
     import torch
 
     from dico_t2i import randomness

@@ -1,12 +1,13 @@
-"""Time each operator of dico_t2i.ops against the same in plain torch, forward and forward + backward.
+"""Time each operator of dico_t2i.ops against the same computation in plain torch, forward and forward + backward.
 
     python evals/operators.py                        the shapes of DiCo-S and XL, batch 8
     python evals/operators.py --only text_dwconv --threads 2 --json operators.json
     python evals/operators.py --threads 1 --cpu-time  on a machine that others use too
 
-The recurrences along tokens are held against a loop over 256 tokens, for the width of DiG-S and DiT-S.
-float32 on a CPU, bfloat16 on a GPU (--device cuda). Baseline and operator take turns; medians and, of the ratio, the
-spread from the first to the third quartile. On a CPU each operator runs through the C library and through torch alone.
+The recurrences along tokens are compared with a loop over 256 tokens, for the width of DiG-S and DiT-S. Numbers are
+float32 on a CPU, bfloat16 on a GPU (--device cuda). Baseline and operator take turns. Shown are medians and, for the
+ratio, the range from the first to the third quartile. On a CPU each operator runs through the C library and through
+torch alone.
 """
 
 import argparse
@@ -39,10 +40,10 @@ SEQUENCES = ((384, 16),)  # channels, height and width of a grid of tokens
 
 
 class Operator(NamedTuple):
-    """inputs: one letter each: x (N, H, W, C), v (N, C), c (N, 77, C), w (C, 1, 3, 3), b (C,).
+    """An operator.
 
-    Of the recurrences, with L tokens: k and h (N, L, C / 64, 32 or 64), u (N, L, 2C), s (N, L, 16), A (2C, 16) and
-    e (2C,).
+    inputs: one letter each: x (N, H, W, C), v (N, C), c (N, 77, C), w (C, 1, 3, 3), b (C,). For the recurrences, with L
+    tokens: k and h (N, L, C / 64, 32 or 64), u (N, L, 2C), s (N, L, 16), A (2C, 16) and e (2C,).
     """
 
     inputs: str
@@ -52,7 +53,7 @@ class Operator(NamedTuple):
 
 
 def text_groups(x: Tensor, context: Tensor) -> Tensor:
-    """The released way: a convolution of N * C groups, on planes."""
+    """The method of the released code: a convolution of N * C groups, on planes."""
     return grouped_text_dwconv(x.permute(0, 3, 1, 2), context).permute(0, 2, 3, 1).contiguous()
 
 
@@ -73,12 +74,12 @@ def depthwise_steps(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
 
 
 def with_gates(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """DiG's gates."""
+    """The operator with DiG's gates."""
     return lambda q, k, v, gates: attention(q, k, v, F.logsigmoid(gates) / 16)
 
 
 def with_rates(scan: Callable[..., Any]) -> Callable[..., Any]:
-    """Mamba's rates, which are negative."""
+    """The operator with Mamba's rates, which are negative."""
     return lambda u, delta, A, *others: scan(u, delta, -A.exp(), *others)
 
 
@@ -117,7 +118,7 @@ def make_inputs(letters: str, batch: int, channels: int, size: int, device: str)
 
 @contextmanager
 def implementation(compiled: bool) -> Iterator[None]:
-    """Use the C library, or do without."""
+    """Use the C library, or torch alone."""
     before = os.environ.get("DICO_NO_COMPILER")
     os.environ["DICO_NO_COMPILER"] = "0" if compiled else "1"
     native.library.cache_clear()
@@ -152,7 +153,7 @@ def milliseconds(work: Callable[[], None], clock: Callable[[], float], device: s
 def compare(
     operator: Operator, shape: tuple[int, int], run: Callable[..., None], compiled: bool, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Medians of baseline and ours, by turns, and quartiles of their ratio."""
+    """Medians of baseline and operator, which take turns, and quartiles of their ratio."""
     inputs = make_inputs(operator.inputs, options.batch, *shape, options.device)
     clock = time.process_time if options.cpu_time else time.perf_counter
     pairs = []
@@ -206,13 +207,13 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=OPERATORS, help="these operators; without it all")
+    parser.add_argument("--only", nargs="+", choices=OPERATORS, help="only these operators (default: all)")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=9, help="pairs for each median")
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of measurements for each median")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="the processor's time, not the clock's")
-    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time instead of wall clock")
+    parser.add_argument("--json", type=Path, help="JSON file for the numbers")
     options = parser.parse_args()
     if options.repeats < 2:
         parser.error("--repeats: 2 or more")

@@ -1,11 +1,11 @@
-"""How often images of coloured shapes show what their prompts ask for.
+"""Measures how often images of coloured shapes show what their prompts ask for.
 
 python evals/prompt_accuracy.py --write-prompts prompts.txt --count 240
 dico sample --checkpoint runs/quickstart --prompts prompts.txt --out samples
 python evals/prompt_accuracy.py --images samples
 
-The prompts are for combinations of colour, shape and background that data_prep/shapes.py keeps from training.
-The table's last column is the reader's accuracy on real renderings: no model can be seen to do better.
+The prompts are for combinations of colour, shape and background that data_prep/shapes.py keeps out of training. The
+table's last column is the reader's accuracy on real renderings, which is the most that can be measured for a model.
 """
 
 import json
@@ -31,13 +31,13 @@ PROPERTIES = ("colour", "background", "shape", "place", "size")
 
 
 def accuracy(images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of images that show their scene's colour, background, shape, place, size, all five; and ``n``.
+    """The share of images that show their scene's colour, background, shape, place, size, all five; and ``n``.
 
-    images: (N, size, size, 3) uint8. Each scene has one object. Raises ValueError if the numbers differ or
-    are 0.
+    images: (N, size, size, 3) uint8. Each scene has one object. Raises ValueError if there are no images, or not as
+    many as scenes.
     """
     if len(images) != len(scenes) or not len(scenes):
-        raise ValueError(f"{len(images)} images for {len(scenes)} scenes; expected as many, and at least one")
+        raise ValueError(f"{len(images)} images for {len(scenes)} scenes; expected equal numbers, and at least one")
     right = np.array([_compare(image, scene) for image, scene in zip(images, scenes, strict=True)])
     shares = dict(zip(PROPERTIES, right.mean(axis=0).tolist(), strict=True))
     return {**shares, "all": float(right.all(axis=1).mean()), "n": len(scenes)}
@@ -57,11 +57,11 @@ def reader_accuracy(n: int, size: int, seed: int) -> dict[str, float]:
 
 
 def load_samples(folder: Path) -> tuple[NDArray[np.uint8], list[str]]:
-    """PNG files with a prompt, in order of their names: images (N, size, size, 3) uint8 and prompts.
+    """PNG files with a prompt, in the order of their names: images (N, size, size, 3) uint8 and prompts.
 
-    A prompt is the file's text entry "prompt", else its entry in ``prompts.json`` beside it, a list with one
-    prompt for each PNG in order of names. Other PNG files (a grid) are passed over. Raises ValueError if
-    nothing is left or the sizes differ.
+    A prompt is the file's text entry "prompt", or else its entry in ``prompts.json`` beside it, a list with one prompt
+    for each PNG in the order of names. Other PNG files (such as a grid) are skipped. Raises ValueError if no file is
+    left or the sizes differ.
     """
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: no such folder")
@@ -94,12 +94,12 @@ def _listed_prompts(file: Path, expected: int) -> Sequence[str | None]:
         return [None] * expected
     prompts = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(prompts, list) or len(prompts) != expected or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"{file}: expected a list of {expected} prompts, one for each PNG in order of names")
+        raise ValueError(f"{file}: expected a list of {expected} prompts, one for each PNG in the order of names")
     return prompts
 
 
 def evaluate(folder: Path, seed: int) -> dict[str, Any]:
-    """Accuracy of a folder of samples beside the reader's own; prompts of other kinds are counted."""
+    """Accuracy of a folder of samples and of the reader itself; prompts of other kinds are skipped and counted."""
     images, prompts = load_samples(folder)
     kept, scenes, skipped = [], [], []
     for index, prompt in enumerate(prompts):
@@ -110,7 +110,7 @@ def evaluate(folder: Path, seed: int) -> dict[str, Any]:
         else:
             kept.append(index)
     if not scenes:
-        raise ValueError(f"--images {folder}: no prompt names one object; the first: {skipped[0]}")
+        raise ValueError(f"--images {folder}: no prompt names one object; the first one is {skipped[0]}")
     size = images.shape[1]
     return {
         "samples": accuracy(images[kept], scenes),
@@ -139,10 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--images", type=Path, metavar="DIR", help="folder of PNG samples with their prompts")
-    action.add_argument("--write-prompts", type=Path, metavar="FILE", help="write held-out prompts, one a line")
+    action.add_argument("--write-prompts", type=Path, metavar="FILE", help="write held-out prompts, one per line")
     parser.add_argument("--count", type=int, default=240, help="prompts to write (default: 240, each scene twice)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts and renderings (default: 0)")
-    parser.add_argument("--out", type=Path, help="JSON result (default: prompt_accuracy.json in the images' folder)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of prompts and renderings (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the result (default: prompt_accuracy.json in the images' folder)"
+    )
     args = parser.parse_args(argv)
     if args.write_prompts:
         if args.count < 1:

@@ -1,8 +1,8 @@
-"""The whole way on two CPU cores: shapes, a small text-to-image DiCo, samples, prompt accuracy.
+"""Runs the complete path on two CPU cores: shapes, a small text-to-image DiCo, samples, prompt accuracy.
 
     python evals/quickstart.py
 
-Every stage is a command of its own and is printed before it runs. Started again, it resumes where it stopped.
+Every stage is a separate command and is printed before it runs. Started again, it resumes where it stopped.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ PROMPT_COUNT = 240
 
 
 def stages(overrides: list[str]) -> list[tuple[str, list[str]]]:
-    """Name and command of each stage."""
+    """The name and the command of each stage."""
     samples = str(RUN / "held_out")
     sample = ["-m", "dico_t2i", "sample", "--checkpoint", str(RUN), "--prompts", str(PROMPTS)]
     accuracy = ["evals/prompt_accuracy.py"]
@@ -45,7 +45,7 @@ def stages(overrides: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def done(stage: str) -> bool:
-    """Whether a stage's result is there already; training decides for itself."""
+    """Whether a stage's result exists already; training decides this itself."""
     results = {
         "data": DATA / "index.json",
         "prompts": PROMPTS,
@@ -61,7 +61,7 @@ def main() -> int:
     console, seconds = Console(), {}
     for name, command in stages(parser.parse_args().overrides):
         if done(name):
-            console.print(f"[bold]{name}[/]: done before")
+            console.print(f"[bold]{name}[/]: done already")
             continue
         console.print(f"[bold]{name}[/]: python {' '.join(command)}", highlight=False)
         started = time.monotonic()
@@ -109,7 +109,7 @@ def _summary(console: Console, seconds: dict[str, float]) -> None:
     console.print(f"pictures: {RUN / 'held_out' / 'grid.png'} (held-out prompts), {RUN / 'samples'} (during training)")
     console.print(f"both beside the training loss: {OVERVIEW}")
     console.print(f"accuracy: {RESULT}")
-    console.print("The text encoder is random (seeded), not pretrained: these numbers say the system works, no more.")
+    console.print("The text encoder is random (seeded), not pretrained: these numbers only show that the system works.")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How fast samples are read for training, beside webdataset's own pipeline on the same shards in the same run.
+"""Measures how fast samples are read for training, compared with webdataset's own pipeline on the same shards.
 
     python evals/reader_speed.py
     python evals/reader_speed.py --pairs 9 --json reader_speed.json
 
-Two data sets are made: JPEGs of 640 x 512 pixels, decoded, cropped and resized to 256, and latents with their mirror
-images (float16, 2 x 8 x 32 x 32). Both sides choose a caption and a mirror image and give batches of 128. Ours reads in
-shuffled order and checks CRC-32 and that latents are finite; webdataset reads in sequence, the best for it, and checks
-nothing. Each measurement is a process of its own, in interleaved pairs; medians are shown. "A core" counts CPU time,
-workers included, which other programs disturb less than they do the clock.
+Two data sets are made: JPEGs of 640 x 512 pixels, decoded, cropped and resized to 256, and latents with those of their
+mirror images (float16, 2 x 8 x 32 x 32). Both sides choose a caption and a mirror image, and return batches of 128. Our
+loader reads in shuffled order, and checks the CRC-32 and that latents are finite; webdataset reads in sequence, which
+is the fastest for it, and checks nothing. Each measurement is a separate process; those of the two sides alternate, and
+medians are shown. "A core" counts CPU time, workers included, which other programs disturb less than the wall clock.
 """
 
 import io
@@ -49,7 +49,7 @@ Measured = dict[str, float]
 
 
 def make_images(root: Path, count: int) -> None:
-    """JPEGs of waves and grain, of about 100 KB."""
+    """Write JPEGs of waves and grain, of about 100 KB."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:512, 0:640]
     with ShardWriter(root, samples_per_shard=100) as writer:
@@ -85,7 +85,7 @@ def ours(root: Path, workers: int) -> Iterable[Any]:
 
 
 def theirs(root: Path, workers: int) -> Iterable[Any]:
-    """Batches of webdataset, one pass; the same crop and resize, by Pillow."""
+    """One pass of webdataset's batches, with the same crop and resize by Pillow."""
     import webdataset as wds
 
     urls = [str(path) for path in sorted(root.glob("*.tar"))]
@@ -110,7 +110,7 @@ def _collate(samples: Sequence[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor,
 
 
 def decoder(root: Path, workers: int) -> Iterable[Any]:
-    """The JPEG decoder alone, the bytes read before: what raw images are bounded by."""
+    """The JPEG decoder alone, on bytes that were read before; an upper limit for raw images."""
     reader = ShardReader(index := load_index(root))
     for shard, count in enumerate(index.samples.tolist()):
         files = [reader.read(shard, member)["jpg"] for member in range(count)]
@@ -119,7 +119,7 @@ def decoder(root: Path, workers: int) -> Iterable[Any]:
 
 
 def measure(source: Callable[[Path, int], Iterable[Any]], root: Path, workers: int, batches: int) -> Measured:
-    """Samples per second of clock and of CPU, and growth of memory in MB, in a process of its own."""
+    """Samples per second of wall clock and of CPU time, and growth of memory in MB, measured in a separate process."""
     receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_measure, args=(source, root, workers, batches, send))
     process.start()
@@ -142,7 +142,7 @@ def _measure(source: Callable[[Path, int], Iterable[Any]], root: Path, workers: 
     samples = batches * BATCH
     send.send({"samples_s": samples / seconds, "samples_cpu_s": samples / cpu, "memory_mb": max(0, grown) / 1e6})
     send.close()
-    os._exit(0)  # no waiting for workers that prefetch
+    os._exit(0)  # do not wait for workers that prefetch
 
 
 def _cpu_seconds(workers: int) -> float:
@@ -178,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=int, default=640, help="JPEGs to make (default: 640)")
     add("--latents", type=int, default=10_000, help="latents to make (default: 10000)")
     add("--pairs", type=int, default=5, help="measurements of each side (default: 5)")
-    add("--out", type=Path, metavar="DIR", help="where to make them (default: a temporary folder)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    add("--out", type=Path, metavar="DIR", help="folder for the data sets (default: a temporary folder)")
+    add("--json", type=Path, metavar="FILE", help="JSON file for the numbers")
     arguments = parser.parse_args(argv)
     console, results = Console(), {}
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:

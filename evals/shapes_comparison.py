@@ -1,11 +1,11 @@
-"""Networks on captioned shapes, same data and steps, several seeds: held-out loss, prompt accuracy, speed.
+"""Compares networks on captioned shapes, with the same data, steps and seeds: held-out loss, accuracy, speed.
 
     python evals/shapes_comparison.py
     python evals/shapes_comparison.py configs/shapes/dico.yaml configs/shapes/mmdit.yaml --seeds 0 1 --out compared.json
 
-Each network and seed is a run of its own, runs/NAME-SEED; started again, all go on where they stopped. Prompt accuracy
-is that of evals/prompt_accuracy.py, on held-out combinations. Shown are means over the seeds and, after the sign,
-their standard deviations. The loss of a run is from its last validation, its speed the median of its reports.
+Each network and seed is a separate run, runs/NAME-SEED; started again, all of them resume where they stopped. Prompt
+accuracy is that of evals/prompt_accuracy.py, on held-out combinations. Means over the seeds are shown and, after the
+sign, their standard deviations. The loss of a run is from its last validation, its speed the median of its reports.
 """
 
 import json
@@ -30,9 +30,9 @@ SHOWN |= {"place": "place", "all": "all of it", "images_per_s": "images/s"}
 
 
 def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Sequence[str]) -> dict[str, float]:
-    """Train one run, or go on with it, sample the held-out prompts, and return its numbers.
+    """Train one run, or resume it, sample the held-out prompts, and return its numbers.
 
-    Raises ValueError if a step of it fails.
+    Raises ValueError if one of these commands fails.
     """
     name = f"{load_config(config).name}-{seed}"
     folder = runs / name
@@ -47,18 +47,18 @@ def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Seque
     lines = list(json_lines(folder / "metrics.jsonl"))
     losses, speeds = ([line[key] for line in lines if key in line] for key in ("val_loss", "images_per_s"))
     if not losses or not speeds:
-        raise ValueError(f"{folder}: was never validated, or reported no speed; see validation.every and log.every")
+        raise ValueError(f"{folder}: it was never validated, or reported no speed; see validation.every and log.every")
     numbers: dict[str, float] = json.loads(accuracy.read_text())["samples"]
     return {**numbers, "val_loss": losses[-1], "images_per_s": statistics.median(speeds)}
 
 
 def _python(*command: str) -> None:
     if code := subprocess.run([sys.executable, *command], check=False).returncode:
-        raise ValueError(f"python {' '.join(command)}: ended with {code}")
+        raise ValueError(f"python {' '.join(command)}: it ended with exit status {code}")
 
 
 def summary(config: Path, overrides: Sequence[str], seeds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """A row: size of the network, and of each number all seeds, their mean and standard deviation."""
+    """A row: the size of the network, and each number of all seeds, with their mean and standard deviation."""
     resolved = load_config(config, overrides)
     model, size = resolved.model, resolved.latent_size
     row: dict[str, Any] = {"config": str(config), "parameters": count_parameters(model)}
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--prompts", type=int, default=240, help="held-out prompts to sample (default: 240)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to all configs")
-    parser.add_argument("--out", type=Path, help="write the numbers there, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     args = parser.parse_args(argv)
     configs = args.configs or [path for path in sorted(SHAPES.glob("*.yaml")) if path.stem != "base"]
     for config in configs:

@@ -1,10 +1,11 @@
-"""Guidance and steps of the sampler in one command: FID against CLIP score, or against the Inception Score.
+"""Evaluate several guidance scales and steps of the sampler: FID against CLIP score, or against the Inception Score.
 
     python evals/sweep.py coco --guidance 1,1.5,2,3 --steps 25,50 --checkpoint runs/NAME --images coco/val2014 \\
         --captions coco/annotations/captions_val2014.json --protocol coco-uvit --set prompts.count=5000
     torchrun --nproc-per-node 8 evals/sweep.py imagenet --guidance 1,1.2,1.4 --checkpoint runs/NAME --reference FILE.npz
 
-All other options are those of evals/coco_fid.py and evals/imagenet_fid.py. Started again it goes on where it stopped.
+All other options are those of evals/coco_fid.py and evals/imagenet_fid.py. An interrupted sweep resumes when it is
+started again.
 """
 
 import sys
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plotted(metrics: Sequence[str]) -> str:
-    """What FID is plotted against. Raises ValueError without FID and another metric."""
+    """The metric that FID is plotted against. Raises ValueError without FID and another metric."""
     across = next((name for name in ("clip", "is", "kid") if name in metrics), None)
     if across is None or "fid" not in metrics:
         raise ValueError("--metrics: to plot, fid and one of clip, is, kid are needed")
@@ -60,7 +61,7 @@ def plotted(metrics: Sequence[str]) -> str:
 
 
 def save_plot(results: Sequence[dict[str, Any]], across: str, path: Path) -> None:
-    """FID against the metric ``across``: a line for each number of steps through its guidances."""
+    """Plot FID against the metric ``across``, with a line through the guidances for each number of steps."""
     from matplotlib.figure import Figure
 
     from evals.quality.metrics import LABELS

@@ -1,15 +1,15 @@
-"""How fast the network trains and samples, side by side with plain ones: images/s, MFU, bandwidth, memory.
+"""Measures how fast the network trains and samples, compared with plain ones: images/s, MFU, bandwidth, memory.
 
     python evals/throughput.py --quick                      # DiCo-S on a CPU, five minutes
     python evals/throughput.py --preset xl-64 text-dwconv   # on a GPU
     python evals/throughput.py --all --profile              # every row of docs/performance.md for this device
-    python evals/throughput.py --networks DiCo-S DiT-S/2    # networks by name, beside what was published of them
+    python evals/throughput.py --networks DiCo-S DiT-S/2    # networks by name, beside their published numbers
 
-Contenders of a case take turns, round by round, on the same inputs, after a warm-up; medians and ranges are shown.
-"plain" is evals/speed/plain_dico.py, the usual style of such code. Networks by name are all trained as DiCo is. MFU:
-counted operations that are useful, those of channel by channel convolutions included, over the rate of a large matrix
-product measured in the same run (bf16 on a GPU, fp32 on a CPU). GB/s: bytes that the operations read and write as they
-are called, where that is known. Results go to --out as table.md, throughput.png and throughput.json.
+The contenders of a case take turns, round by round, on the same inputs, after a warm-up; medians and ranges are shown.
+"plain" is evals/speed/plain_dico.py, in the usual style of such code. Networks by name are all trained like DiCo. MFU
+is the rate of useful counted operations, those of channel-by-channel convolutions included, divided by the rate of a
+large matrix product that is measured in the same run (bf16 on a GPU, fp32 on a CPU). GB/s counts the bytes that the
+operations read and write, where these are known. Results go to --out as table.md, throughput.png and throughput.json.
 """
 
 import argparse
@@ -49,7 +49,7 @@ _TABLE_WIDTH = 160
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the goals: a title, what competes, and what is to be reached."""
+    """A row of the goals: a title, the contenders, and the goal."""
 
     title: str
     contenders: Callable[[torch.device], Iterable[Contender]]
@@ -61,7 +61,7 @@ def _config(variant: str, condition: Condition) -> DiCoConfig:
 
 
 def _step(variant: str, condition: Condition, batch: int, *others: str, size: int = 32) -> Callable[..., Any]:
-    """A training step of ours and of others, named "kind" or "kind, how"."""
+    """A training step of our network and of others, which are named "kind" or "kind, how"."""
     config, names = _config(variant, condition), ("ours", *others)
     return lambda device: _contenders("step", config, batch, size, device, names)
 
@@ -80,9 +80,9 @@ def _contenders(
 
 
 def by_name(names: Sequence[str], batch: int, size: int = 32) -> dict[str, Case]:
-    """One pass and a training step of networks by name; the first is what the others are compared with.
+    """One pass and a training step of networks by name; the others are compared with the first.
 
-    Raises ValueError for a name that is not known, and for networks of classes beside networks of text.
+    Raises ValueError for an unknown name, and for networks for classes together with networks for text.
     """
     condition: Condition = "text" if any(map(takes_text, names)) else "class"
     config, *_ = (named_config(name, condition, size) for name in names)
@@ -97,7 +97,7 @@ def by_name(names: Sequence[str], batch: int, size: int = 32) -> dict[str, Case]
 
 
 def _text_and_class(device: torch.device) -> list[Contender]:
-    """The text step first, so that the other column says how much of its speed text costs."""
+    """The text step comes first, so that the other column says how much of the class step's speed text costs."""
     both = []
     for condition in ("text", "class"):
         one = contender("ours", Setting(_config("DiCo-XL", condition), 64, 32, device), "step")
@@ -166,7 +166,7 @@ GPU = {
 
 
 def measure(cases: dict[str, Case], rounds: int, device: torch.device, console: Console) -> Iterator[list[Finding]]:
-    """All findings so far, after each case; its networks are gone before the next one's are made."""
+    """Yield all findings so far, after each case; its networks are deleted before the next ones are made."""
     findings: list[Finding] = []
     for number, (name, case) in enumerate(cases.items()):
         started = time.monotonic()
@@ -181,7 +181,7 @@ def measure(cases: dict[str, Case], rounds: int, device: torch.device, console: 
 
 
 def describe(device: torch.device, rounds: int, peak: float) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The settings that the numbers depend on."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     return {
@@ -201,13 +201,13 @@ def _cpu_name() -> str:
 
 
 def _chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]:
-    """The cases asked for; a preset may be the beginning of several names."""
+    """The requested cases; a preset may be the beginning of several names."""
     if args.all or args.quick:
         return known
     chosen = {name: case for name, case in known.items() if any(name.startswith(preset) for preset in args.preset)}
     unknown = [preset for preset in args.preset if not any(name.startswith(preset) for name in known)]
     if unknown:
-        raise ValueError(f"--preset {' '.join(unknown)}: there is none; known on this device: {', '.join(known)}")
+        raise ValueError(f"--preset {' '.join(unknown)}: unknown; known on this device: {', '.join(known)}")
     return chosen
 
 
@@ -219,7 +219,7 @@ def _write(
     profiled: bool,
     published: Sequence[Published],
 ) -> None:
-    """After each case anew, so that a run that is cut off leaves what it has measured."""
+    """Write the results again after each case, so that an interrupted run keeps its measurements."""
     text = markdown(setting, findings, peak, profiled) + (published_markdown(published) if published else "")
     write_atomically(folder / "table.md", text.encode())
     content = json.dumps({**as_json(setting, findings, peak), "published": published}, indent=1) + "\n"
@@ -234,11 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--preset", nargs="+", metavar="NAME", help="some cases, by the beginnings of their names")
     which.add_argument("--all", action="store_true", help="all cases of this kind of device")
     which.add_argument(
-        "--networks", nargs="+", metavar="NAME", help="sizes by name, the first to compare with: DiCo-S DiT-S/2"
+        "--networks",
+        nargs="+",
+        metavar="NAME",
+        help="sizes by name; the others are compared with the first: DiCo-S DiT-S/2",
     )
-    parser.add_argument("--batch", type=int, help="of --networks (default: 64 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=int, help="batch size of --networks (default: 64 on a GPU, 8 on a CPU)")
     parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
-    parser.add_argument("--rounds", type=int, help="of each case (default: 10 on a GPU, 3 on a CPU)")
+    parser.add_argument("--rounds", type=int, help="rounds of each case (default: 10 on a GPU, 3 on a CPU)")
     parser.add_argument("--profile", action="store_true", help="print the ten largest operators of each contender")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="default: runs/throughput")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""64-bit hashes of all samples of a data set, on disk, and which of them are equal or nearly so.
+"""64-bit hashes of all samples of a data set, kept on disk, and the search for equal and similar ones.
 
-With n samples 8 n bytes are on disk; in memory is a part of some million hashes at a time, whatever n is.
+For n samples 8 n bytes are on disk. Memory holds a few million hashes at a time, for any n.
 """
 
 import itertools
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-PART = 1 << 22  # hashes sorted at once
+PART = 1 << 22  # hashes that are sorted together
 BITS = 64
 _CHUNK = 1 << 22
 
-Pairs = tuple[np.ndarray, np.ndarray]  # places of the earlier and of the later samples, int64
+Pairs = tuple[np.ndarray, np.ndarray]  # positions of the earlier and of the later samples, int64
 
 
 class HashFile:
-    """uint64 hashes by the samples' places in the data set, in a file that is gone with the process.
+    """uint64 hashes by the samples' positions in the data set, in a temporary file that ends with the process.
 
-    It is in ``folder``, or where temporary files are if nothing can be written there.
+    The file is in ``folder``, or in the system's temporary folder if ``folder`` cannot be written.
     """
 
     def __init__(self, samples: Sequence[int] | np.ndarray, folder: Path) -> None:
@@ -32,7 +32,7 @@ class HashFile:
         self._file = tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)  # noqa: SIM115 lives as long as this
         self._file.truncate(max(8, 8 * int(self.starts[-1])))
         self.values = np.memmap(self._file, np.uint64, "r+", shape=(int(self.starts[-1]),))
-        for start in range(0, len(self.values), _CHUNK):  # equal to no other as long as they are not known
+        for start in range(0, len(self.values), _CHUNK):  # different from all others until they are known
             stop = min(start + _CHUNK, len(self.values))
             self.values[start:stop] = np.arange(start + 1, stop + 1, dtype=np.uint64)
 
@@ -41,18 +41,18 @@ class HashFile:
         self.values[start : start + len(hashes)] = hashes
 
     def place(self, number: int) -> tuple[int, int]:
-        """Shard and member of a sample."""
+        """The shard of a sample, and the sample's position in it."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         return shard, number - int(self.starts[shard])
 
 
 def key_hash(key: str) -> int:
-    """64 bits of a sample's key."""
+    """A hash of a sample's key, 64 bits."""
     return int.from_bytes(blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def equal(hashes: np.ndarray) -> Iterator[Pairs]:
-    """Every sample that has the hash of an earlier one, with the first that has it."""
+    """Find every sample that has the hash of an earlier one, and pair it with the first sample that has this hash."""
     for places, keys in _parts(hashes, (1 << BITS) - 1):
         order = np.argsort(keys, kind="stable")
         places, keys = places[order], keys[order]
@@ -64,11 +64,12 @@ def equal(hashes: np.ndarray) -> Iterator[Pairs]:
 
 
 def near(hashes: np.ndarray, distance: int) -> Iterator[Pairs]:
-    """All pairs of samples whose hashes differ in 1 to ``distance`` bits; some come more than once.
+    """Find all pairs of samples whose hashes differ in 1 to ``distance`` bits; some pairs occur more than once.
 
-    Of distance + c blocks of bits, two such hashes agree in some c: hashes that agree in c blocks are neighbours when
-    sorted by those. c is as small as leaves few chance neighbours. 0 stands for no hash. Equal hashes should be
-    reduced to one of them first (the others set to 0), or their number squared is the work.
+    The bits are divided into distance + c blocks. Two such hashes agree in at least c of these blocks, so sorting by
+    those blocks makes them neighbours. c is the smallest number that leaves few neighbours by chance. A hash of 0 means
+    that there is none. Reduce equal hashes to one first, by setting the others to 0; otherwise the work grows with the
+    square of their number.
     """
     agreeing = _agreeing_blocks(distance, max(2, len(hashes)))
     blocks = np.array_split(np.arange(BITS), distance + agreeing)
@@ -79,7 +80,7 @@ def near(hashes: np.ndarray, distance: int) -> Iterator[Pairs]:
 
 
 def _agreeing_blocks(distance: int, samples: int) -> int:
-    """The fewest blocks whose bits tell ``samples`` hashes apart."""
+    """The smallest number of blocks whose bits can distinguish ``samples`` hashes."""
     wanted = math.log2(samples)
     return next((c for c in range(1, 9) if c * (BITS // (distance + c)) >= wanted), 8)
 
@@ -88,7 +89,7 @@ def _neighbours(hashes: np.ndarray, places: np.ndarray, keys: np.ndarray, distan
     order = np.argsort(keys, kind="stable")
     places, keys = places[order], keys[order]
     values = hashes[places]
-    left = np.arange(len(keys))  # those that may have a neighbour so far on
+    left = np.arange(len(keys))  # positions that may have a neighbour at this distance
     for step in itertools.count(1):
         left = left[left + step < len(keys)]
         left = left[keys[left] == keys[left + step]]
@@ -101,7 +102,10 @@ def _neighbours(hashes: np.ndarray, places: np.ndarray, keys: np.ndarray, distan
 
 
 def _parts(hashes: np.ndarray, mask: int) -> Iterator[Pairs]:
-    """Places and keys (masked hashes, mixed) of all hashes but 0, in parts of like size; equal keys are in one."""
+    """Yield the positions and keys (masked hashes, mixed) of all hashes except 0, in parts of similar size.
+
+    Equal keys are in the same part.
+    """
     parts = max(1, -(-len(hashes) // PART))
     for part in range(parts):
         places, keys = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
@@ -115,6 +119,6 @@ def _parts(hashes: np.ndarray, mask: int) -> Iterator[Pairs]:
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
-    """One to one, so that any part of the bits tells keys apart (multiplication by an odd number, and shifts)."""
+    """Mix the bits one to one, so that any part of them distinguishes keys (by shifts and an odd factor)."""
     keys = (keys ^ (keys >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     return keys ^ (keys >> np.uint64(33))

@@ -1,6 +1,6 @@
-"""The list of samples that training leaves out: ``quarantine.jsonl`` of a data set.
+"""Reads and writes ``quarantine.jsonl`` of a data set, the list of samples that training skips.
 
-Each line is {"shard": name, "key": a sample's or null for all of the shard, "reason": text}.
+Each line is {"shard": name, "key": a sample's key or null for the whole shard, "reason": text}.
 """
 
 import json
@@ -13,11 +13,11 @@ from dico_t2i.data.errors import DataError
 from dico_t2i.data.quarantine import FILE
 from dico_t2i.files import flush, temporary
 
-DUPLICATE = "duplicate of "  # how the reasons of data_prep/duplicates.py begin; the others are of verify.py
+DUPLICATE = "duplicate of "  # the reasons of data_prep/duplicates.py begin with this; all others are from verify.py
 
 
 class Entry(NamedTuple):
-    """A sample, or without a key a shard, that is not to be used."""
+    """A sample that must not be used, or a whole shard if it has no key."""
 
     shard: str
     key: str | None
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 def read(root: Path) -> Iterator[Entry]:
-    """The entries of a data set's list; none if it has no list. Raises DataError."""
+    """Yield the entries of a data set's list, if there is one. Raises DataError."""
     file = root / FILE
     if not file.exists():
         return
@@ -35,20 +35,23 @@ def read(root: Path) -> Iterator[Entry]:
                 content = json.loads(line)
                 yield Entry(content["shard"], content["key"], content["reason"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{file}: line {number} is no entry ({error!r}); delete the file and verify") from None
+                raise DataError(
+                    f"{file}: line {number} is not an entry ({error!r}); delete the file and run verify.py"
+                ) from None
 
 
 def replace(root: Path, entries: Iterable[Entry], duplicates: bool) -> int:
-    """Write new entries in the place of those of the same origin, and return how many the list has.
+    """Replace the entries of the same origin by new ones, and return the number of entries in the list.
 
-    duplicates: whether they are duplicates. The file is replaced at once, and removed when nothing is left.
+    duplicates: whether the new entries are duplicates. The file is replaced atomically, and deleted if the list is
+    empty.
     """
     kept = (entry for entry in read(root) if entry.reason.startswith(DUPLICATE) != duplicates)
     return _write(root, chain(kept, entries))
 
 
 def forget(root: Path, shards: Collection[str]) -> None:
-    """Remove the entries of shards that were made anew."""
+    """Remove the entries of shards that were made again."""
     if (root / FILE).exists():
         _write(root, (entry for entry in read(root) if entry.shard not in shards))
 

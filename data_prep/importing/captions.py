@@ -1,4 +1,4 @@
-"""Captions as text: cleaning, and what no language would say."""
+"""Cleans captions, and recognises those that describe no image."""
 
 import re
 import unicodedata
@@ -11,29 +11,29 @@ _FILE_NAME = re.compile(
     re.IGNORECASE,
 )
 _RUN = re.compile(r"(\S)\1{9,}")
-_FEW_CHARACTERS = 4  # different ones, in a caption of
+_FEW_CHARACTERS = 4  # a caption with no more different characters than this is odd
 _MANY = 24
 
 
 def check_encoding(name: str) -> None:
-    """Raises ValueError for an --encoding that Python does not know."""
+    """Raise ValueError for an --encoding that Python does not know."""
     try:
         b"a".decode(name)
     except UnicodeDecodeError:
-        pass  # of more bytes a character
+        pass  # it has several bytes per character
     except LookupError:
-        raise ValueError(f"--encoding {name}: not known; utf-8, cp1252, gbk and shift_jis are") from None
+        raise ValueError(f"--encoding {name}: unknown; known are utf-8, cp1252, gbk, shift_jis and others") from None
 
 
 def clean(text: str) -> str:
-    """Composed (NFC), without control characters, and with single spaces for all white space."""
+    """Compose the characters (NFC), remove control characters, and use single spaces for all white space."""
     if not text.isprintable():
         text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _REMOVED)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def oddity(text: str) -> str | None:
-    """Why a clean text describes no picture in any language; None if it may."""
+    """Why a clean text cannot describe a picture in any language; None if it can."""
     if not text:
         return "empty"
     if "\N{REPLACEMENT CHARACTER}" in text:

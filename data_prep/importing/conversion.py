@@ -1,8 +1,8 @@
-"""From a source to image shards: read, filter, crop or keep, write; one process for each shard in work.
+"""Converts a source to image shards: reads, filters, crops or keeps, and writes images, one process for each shard.
 
-A source yields units, each of which becomes one shard, in a process of its own, so that no image passes between
-processes and the bytes of a shard depend on its unit and the settings alone. A shard is finished or absent: a run
-that was stopped goes on with the missing ones, and several runs share the work with --part.
+A source yields units. Each unit becomes one shard, in its own process, so that no image is passed between processes and
+the bytes of a shard depend on its unit and the settings alone. A shard is complete or absent: a run that was stopped
+resumes with the missing ones, and several runs share the work with --part.
 """
 
 import argparse
@@ -39,20 +39,20 @@ from dico_t2i.data.tar import key_without_dots
 from dico_t2i.data.writer import ShardFile
 
 Crop = Literal["center", "resize", "none"]
-MAX_FILE = 1 << 28  # bytes of an image file
+MAX_FILE = 1 << 28  # most bytes of an image file
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept byte for byte with --crop none, under these names
 _SHARD = re.compile(r"shard-(\d{6,})\.tar")
-_LOOKED_AT = 64  # pixels
-_LOOKING = 16  # units whose files are looked at, at once
+_LOOKED_AT = 64  # side in pixels to which images are decoded to check them
+_LOOKING = 16  # units whose files are checked for changes at the same time
 _TOO_LARGE = f"more than {MAX_PIXELS} pixels"
 
 Result = TypeVar("Result")
 
 
 class Raw(NamedTuple):
-    """A sample as its source has it. key: unique in the data set; name: for the report; about: goes along as json.
+    """A sample as its source provides it. key: unique in the data set; name: for the report; about: goes into its json.
 
-    sources: the source of each caption, if they are of several. other: what stood in place of captions, in words.
+    sources: the source of each caption, if there are several. other: what was found instead of captions, in words.
     """
 
     key: str
@@ -65,25 +65,25 @@ class Raw(NamedTuple):
     other: Sequence[str] = ()
 
 
-class Unreadable(Exception):  # noqa: N818 a state of the source for now
-    """A unit that cannot be read now and may be later; its shard stays absent."""
+class Unreadable(Exception):  # noqa: N818 it describes the present state of the source
+    """Raised for a unit that cannot be read now, but perhaps later; its shard stays absent."""
 
 
 class Unit(Protocol):
-    """What becomes one shard; it is sent to another process. Its repr holds nothing of where the source lies."""
+    """The part of a source that becomes one shard, in another process. Its repr must not name the source's place."""
 
     def state(self) -> str:
-        """What changes when the files that are read do: sizes, times, hashes, ETags. Cheap; nothing is decoded.
+        """A text that changes when the files of the unit change: sizes, times, hashes, ETags.
 
-        Raises Unreadable.
+        It is cheap to compute, because nothing is decoded. Raises Unreadable.
         """
 
     def read(self, scratch: Path) -> Iterator[Raw | Dropped]:
-        """The samples, in order, or why one is none. scratch: a temporary file's name. Raises Unreadable."""
+        """Yield each sample in order, or why it is skipped. scratch: name of a temporary file. Raises Unreadable."""
 
 
 class Source(Protocol):
-    """A data set to bring in. meta: what it is, for the index; contents: the keys of meta that tell of its content."""
+    """A data set to import. meta: what it is, for the index; contents: the keys of meta that describe its content."""
 
     contents: ClassVar[tuple[str, ...]]
 
@@ -91,12 +91,12 @@ class Source(Protocol):
     def meta(self) -> dict[str, Any]: ...
 
     def units(self) -> Iterator[Unit]:
-        """All units, in an order that does not change; cheap, for every part goes through it."""
+        """All units, always in the same order; cheap to compute, because every part iterates over all of them."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is made of a sample. size: pixels of the square; crop "none" keeps images as they are."""
+    """How samples are stored. size: pixels of the square; crop "none" keeps images as they are."""
 
     size: int = 256
     crop: Crop = "center"
@@ -110,23 +110,23 @@ class Options:
 
 
 def add_options(parser: argparse.ArgumentParser, samples_per_shard: bool = True) -> None:
-    """The options that all sources share."""
+    """Add the options that all sources share."""
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of shards to make or go on with")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of shards to make or resume")
     add("--size", type=int, default=256, help="pixels of the stored square (default: 256)")
-    add("--crop", choices=("center", "resize", "none"), help="none: images as they are (default: %(default)s)")
-    add("--quality", type=int, default=95, help="of the stored JPEG, 1 to 100 (default: 95)")
+    add("--crop", choices=("center", "resize", "none"), help="none: keep images as they are (default: %(default)s)")
+    add("--quality", type=int, default=95, help="quality of the stored JPEG, 1 to 100 (default: 95)")
     if samples_per_shard:
-        add("--samples-per-shard", type=int, metavar="N", help="before filters (default: 1000, or as before)")
+        add("--samples-per-shard", type=int, metavar="N", help="samples before filters (default: 1000, or as before)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
-    add("--part", type=part, default=(0, 1), metavar="K/N", help="every N-th shard from K on (default: 0/1)")
-    add("--redo-changed", action="store_true", help="make shards anew whose source has changed (default: refuse)")
+    add("--part", type=part, default=(0, 1), metavar="K/N", help="make every N-th shard, from K on (default: 0/1)")
+    add("--redo-changed", action="store_true", help="make shards again whose source has changed (default: an error)")
     parser.set_defaults(crop="center")
     add_filter_options(parser)
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """The options of a command line; the size of shards is that of a folder to go on with. Raises ValueError."""
+    """The options of a command line; a resumed folder keeps its number of samples per shard. Raises ValueError."""
     if getattr(args, "samples_per_shard", 0) is None:
         args.samples_per_shard = settings_of(args.out).get("samples_per_shard", 1000)
     if min(args.size, args.workers, getattr(args, "samples_per_shard", 1)) < 1 or not 1 <= args.quality <= 100:
@@ -135,7 +135,7 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def read_image_file(path: Path, name: str) -> bytes:
-    """Content of a regular file of no more than MAX_FILE bytes. Raises Dropped."""
+    """The content of a regular file of at most MAX_FILE bytes. Raises Dropped."""
     try:
         status = path.stat()
         if not S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
@@ -148,7 +148,7 @@ def read_image_file(path: Path, name: str) -> bytes:
 
 
 def state_of(path: Path) -> str:
-    """Size and time of a file's last change; "" if it is not there."""
+    """The size and modification time of a file; "" if it does not exist."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -157,7 +157,7 @@ def state_of(path: Path) -> str:
 
 
 def make_sample(raw: Raw, options: Options, report: Report) -> dict[str, Any]:
-    """The shard's sample. Raises Dropped."""
+    """The sample to write to the shard. Raises Dropped."""
     filters, lost = options.filters, report.counts.total()
     width, height, form = _readable(read_header, raw, raw.image)
     kept = [
@@ -181,14 +181,14 @@ def make_sample(raw: Raw, options: Options, report: Report) -> dict[str, Any]:
     sources = {"caption_sources": [caption.source for caption in kept]} if any(raw.sources) else {}
     about = {**({"captions": captions, **sources} if captions else {}), **raw.about}
     about = {**about, "width": width, "height": height}
-    # What is no text (a lone surrogate, of a file name or out of JSON) is escaped.
+    # Surrogates without a partner (in a file name or in JSON) are not text and are escaped.
     text = json.dumps(about, ensure_ascii=False).encode("utf-8", "backslashreplace")
     label = {} if raw.label is None else {"cls": raw.label}
     return {"__key__": key_without_dots(raw.key), extension: content, "json": text, **label}
 
 
 def _readable(work: Callable[..., Result], raw: Raw, *arguments: Any) -> Result:
-    """What ``work`` makes of an image. Raises Dropped if it cannot be decoded."""
+    """The result of ``work``. Raises Dropped if the image cannot be decoded."""
     try:
         return work(*arguments)
     except SampleError as error:
@@ -199,7 +199,7 @@ def _readable(work: Callable[..., Result], raw: Raw, *arguments: Any) -> Result:
 def _content(raw: Raw, form: str, options: Options) -> tuple[bytes, str]:
     """The stored image and its extension. Raises SampleError if it cannot be decoded.
 
-    With crop "none" it shows what the source does: its own bytes, or a PNG of what the loader would decode.
+    With crop "none" the picture stays the same: the image's own bytes, or a PNG of what the loader would decode.
     """
     buffer = io.BytesIO()
     if options.crop != "none":
@@ -207,7 +207,7 @@ def _content(raw: Raw, form: str, options: Options) -> tuple[bytes, str]:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=options.quality)
         return buffer.getvalue(), "jpg"
     if form in _STORED:
-        decode_image(raw.image, _LOOKED_AT, "resize")  # to see that it can be
+        decode_image(raw.image, _LOOKED_AT, "resize")  # checks that it can be decoded
         return raw.image, _STORED[form]
     Image.fromarray(decode_whole(raw.image)).save(buffer, "PNG")
     return buffer.getvalue(), "png"
@@ -218,12 +218,12 @@ def shard_name(number: int) -> str:
 
 
 def convert(number: int, unit: Unit, out: Path, options: Options) -> Report | str:
-    """Write the shard of a unit and its report; or say why the unit cannot be read now."""
+    """Write the shard of a unit, and its report; returns the report, or why the unit cannot be read now."""
     name, report, content = shard_name(number), Report(), hashlib.sha256()
     file, keys = ShardFile(out / name), set[str]()
     scratch = out / f".{name}.source.part"
     try:
-        state = fingerprint(unit)  # before it is read: what changes meanwhile has changed
+        state = fingerprint(unit)  # before reading, so that changes made meanwhile are noticed
         for item in unit.read(scratch):
             content.update(_digest(item))
             _add(file, item, keys, options, report)
@@ -259,7 +259,7 @@ def _add(file: ShardFile, item: Raw | Dropped, keys: set[str], options: Options,
 
 
 def _digest(item: Raw | Dropped) -> bytes:
-    """A hash of all that a sample is made of."""
+    """A hash of everything that a sample is made from."""
     if isinstance(item, Dropped):
         return hashlib.sha256(item.reason.encode()).digest()
     digest = hashlib.sha256(item.image)
@@ -269,21 +269,21 @@ def _digest(item: Raw | Dropped) -> bytes:
 
 
 def fingerprint(unit: Unit) -> str:
-    """Changes with what a unit reads, but not with where the source lies. Raises Unreadable."""
+    """A text that changes with the content of a unit, but not with its location. Raises Unreadable."""
     words = f"{unit!r}\n{unit.state()}"
     return hashlib.sha256(words.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def run_pipeline(source: Source, args: argparse.Namespace, noted: Iterable[Dropped] = ()) -> int:
-    """Make the missing shards of this part; then, if no shard of any part is missing, the index and the report.
+    """Make the missing shards of this part, and once the shards of all parts exist, the index and the report.
 
-    noted: what was left out before there were units. Returns the exit status. Raises ValueError if the folder is
-    of something else, the source of shards that are there has changed, or nothing is left.
+    noted: what was skipped before there were units. Returns the exit status. Raises ValueError if the folder has a
+    different content, the source of existing shards has changed, or no image is left.
     """
     options, out = options_of(args), args.out
     meta, total = {**source.meta, **options.describe()}, sum(1 for _ in source.units())  # before anything is written
     size = {"samples_per_shard": args.samples_per_shard} if "samples_per_shard" in args else {}
-    unknown = set(size) - set(settings_of(out))  # older folders do not note it
+    unknown = set(size) - set(settings_of(out))  # older folders do not record it
     claim(out, {**meta, **size}, {*source.contents, *unknown})
     (out / "reports").mkdir(exist_ok=True)
     mine = range(args.part[0], total, args.part[1])
@@ -292,19 +292,19 @@ def run_pipeline(source: Source, args: argparse.Namespace, noted: Iterable[Dropp
         absent = {shard_name(number) for number in mine} - names
         absent |= _stale(source, out, args.part, names, args.redo_changed)
         if not absent and (out / "index.json").exists():
-            print(f"{out}: already holds these images")
+            print(f"{out}: it already contains these images")
             return 0
         unread = _make(source, absent, args, options)
     for reason in unread[:10]:
-        print(f"not read: {reason}")
+        print(f"could not be read: {reason}")
     if unread:
-        print(f"{out}: {len(unread)} shards could not be made; when they can be read, the same command makes them")
+        print(f"{out}: {len(unread)} shards could not be made; run the same command when they can be read")
         return 1
     return _finish(source, out, total, meta, noted)
 
 
 def _make(source: Source, absent: set[str], args: argparse.Namespace, options: Options) -> list[str]:
-    """Make these shards. Returns why units could not be read."""
+    """Make these shards. Returns the reasons why units could not be read."""
     remove_leftovers(args.out, absent)
     missing = ((n, unit) for n, unit in _own(source, args.part) if shard_name(n) in absent)
     with progress_bar() as progress:
@@ -314,14 +314,14 @@ def _make(source: Source, absent: set[str], args: argparse.Namespace, options: O
 
 
 def _own(source: Source, part: tuple[int, int]) -> Iterator[tuple[int, Unit]]:
-    """The units of a part, with their numbers."""
+    """Yield the units of a part, with their numbers."""
     return ((number, unit) for number, unit in enumerate(source.units()) if number % part[1] == part[0])
 
 
 def _stale(source: Source, out: Path, part: tuple[int, int], names: set[str], redo: bool) -> set[str]:
-    """Shards of this part whose source has changed since they were made, and which are therefore to be made anew.
+    """The shards of this part whose source has changed since they were made, so that they must be made again.
 
-    Shards that the source has no more units for are removed. Raises ValueError for either, unless ``redo``.
+    Shards for which the source has no more units are deleted. Raises ValueError in both cases, unless ``redo``.
     """
     own = _own(source, part)
     changed, unknown, total = set[str](), list[str](), 0
@@ -337,16 +337,16 @@ def _stale(source: Source, out: Path, part: tuple[int, int], names: set[str], re
     numbers = {int(found[1]): found[0] for name in names if (found := _SHARD.fullmatch(name))}
     surplus = {name for number, name in numbers.items() if number >= total and number % part[1] == part[0]}
     for reason in unknown[:10]:
-        print(f"cannot see whether it has changed: {reason}")
+        print(f"could not check whether the source has changed: {reason}")
     if not changed and not surplus:
         return set()
     first = min(changed | surplus)
     if not redo:
         raise ValueError(
             f"{out}: the source has changed since {len(changed | surplus)} shards were made, such as {first};"
-            " --redo-changed makes those anew, or choose another --out"
+            " make them again with --redo-changed, or choose a different --out"
         )
-    print(f"{out}: the source of {len(changed | surplus)} shards has changed, such as {first}; they are made anew")
+    print(f"{out}: the source of {len(changed | surplus)} shards has changed, such as {first}; they are made again")
     (out / "index.json").unlink(missing_ok=True)
     quarantine.forget(out, changed | surplus)
     for name in changed | surplus:
@@ -356,12 +356,12 @@ def _stale(source: Source, out: Path, part: tuple[int, int], names: set[str], re
 
 
 def _state(number: int, unit: Unit, out: Path) -> bool | str:
-    """Whether the source of a shard has changed; or why that cannot be seen.
+    """Whether the source of a shard has changed, or the reason why this cannot be checked.
 
-    Where files were written anew, as by a copy, their content is what decides.
+    If only sizes or times differ, for example after a copy, the content decides.
     """
     made = Report.load(_report_path(out, number))[1]
-    if "content" not in made:  # by a version that did not note it
+    if "content" not in made:  # made by a version that did not record it
         return False
     try:
         if fingerprint(unit) == made["state"]:
@@ -384,7 +384,7 @@ def _report_path(out: Path, number: int) -> Path:
 def _finish(source: Source, out: Path, total: int, meta: dict[str, Any], noted: Iterable[Dropped]) -> int:
     missing = sum(not (out / shard_name(number)).exists() for number in range(total))
     if missing:
-        print(f"{out}: {missing} of {total} shards are left to other parts")
+        print(f"{out}: {missing} of {total} shards remain for other parts")
         return 0
     report, content = Report(), hashlib.sha256()
     for dropped in noted:
@@ -394,7 +394,7 @@ def _finish(source: Source, out: Path, total: int, meta: dict[str, Any], noted: 
         report.add(one)
         content.update(str(made.get("content")).encode())
     if not report.kept:
-        raise ValueError(f"{out}: no image is left of {report.seen}; {'; '.join(report.lines()[:3])}")
+        raise ValueError(f"{out}: none of {report.seen} images is left; {'; '.join(report.lines()[:3])}")
     index = write_index(out, "images", {**meta, "content": content.hexdigest()})
     _check_keys(index)
     report.save(out / "report.json", {})
@@ -407,7 +407,7 @@ def _finish(source: Source, out: Path, total: int, meta: dict[str, Any], noted: 
 
 
 def _check_keys(index: DatasetIndex) -> None:
-    """Raise ValueError, naming both shards, if a key is in two of them; then there is no index."""
+    """Raise ValueError that names both shards if a key is in two of them, and delete the index."""
     hashes = HashFile(index.samples, index.root)
     for number in range(len(index.names)):
         shard = index.shard(number)
@@ -419,6 +419,6 @@ def _check_keys(index: DatasetIndex) -> None:
                 (index.root / "index.json").unlink()
                 raise ValueError(
                     f"{index.root}: the key {key!r} is in {index.names[a]} and in {index.names[b]}; import sources with"
-                    " equal keys into folders of their own and mix them in training, or give webdataset_shards.py"
-                    " --number-keys"
+                    " equal keys into separate folders and mix them in training, or give --number-keys to"
+                    " webdataset_shards.py"
                 )

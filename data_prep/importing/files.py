@@ -1,4 +1,4 @@
-"""Files of a source: walking folders, and finding what a path in a table or an annotation stands for."""
+"""Lists the files of a source, and finds the files that tables and annotations name."""
 
 import os
 from collections.abc import Iterator
@@ -8,30 +8,30 @@ from typing import Literal, NamedTuple
 from data_prep.importing.filters import Dropped
 from dico_t2i.data.decode import IMAGE_EXTENSIONS
 
-EXTENSIONS = tuple(f".{name}" for name in IMAGE_EXTENSIONS)  # of image files to look for
+EXTENSIONS = tuple(f".{name}" for name in IMAGE_EXTENSIONS)  # extensions of image files
 
 
 class File(NamedTuple):
-    """A file, by its path relative to the root. "text": one with the name of an image beside it."""
+    """A file, by its path relative to the root. "text": a text file with the name of an image beside it."""
 
     name: str
     kind: Literal["image", "text", "other"]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image; its content decides later."""
+    """Whether a file has an image's extension; whether it is one is decided by its content, later."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def not_read(name: str) -> Dropped:
-    """A file of a kind that is not read, counted by its extension."""
+    """A skipped file of a kind that is not read, counted by its extension."""
     return Dropped(f"files that are not read ({Path(name).suffix.lower() or 'no extension'})", name)
 
 
 def walk(root: Path) -> Iterator[File | Dropped]:
-    """All files of a folder and of the folders in it, by name, relative to ``root``; links are followed.
+    """Yield all files of a folder and its subfolders, by name, relative to ``root``; links are followed.
 
-    A folder that is reached from within itself is left out. Only one folder's names are in memory at a time.
+    A folder that leads back to itself is skipped. Only one folder's names are in memory at a time.
     """
     return _walk(root, "", frozenset({_identity(root)}))
 
@@ -58,11 +58,11 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def place_in(root: Path, path: str) -> Path | None:
-    """The file that a path relative to ``root``, or an absolute one, stands for; None if it leads out of ``root``.
+    """The file of a path that is absolute or relative to ``root``; None if it is outside ``root``.
 
-    A path may be written with the root's name as it is, or with links in it resolved. Links inside are followed.
+    The path may contain the root's name as given, or with its links resolved. Links inside are followed.
     """
-    absolute = os.path.abspath(root / path)  # noqa: PTH100 links are not to be resolved
+    absolute = os.path.abspath(root / path)  # noqa: PTH100 links must not be resolved
     if _is_below(absolute, os.path.abspath(root)):  # noqa: PTH100
         return Path(absolute)
     folder, name = os.path.split(absolute)

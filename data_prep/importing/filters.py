@@ -1,4 +1,4 @@
-"""Which images and captions are kept. Every reason has a name, under which the report counts it."""
+"""Decides which images and captions are kept. Each reason to skip one has a name, under which the report counts it."""
 
 import argparse
 import math
@@ -12,10 +12,10 @@ from dico_t2i.data.decode import MAX_PIXELS
 Value = TypeVar("Value")
 
 
-class Dropped(Exception):  # noqa: N818 it is no error: a source may yield it in a sample's place
-    """Something that is left out. reason: counted by the report; what: its name, an example of it.
+class Dropped(Exception):  # noqa: N818 it is not an error: a source may yield it instead of a sample
+    """Something that is skipped. reason: the name under which it is counted; what: its own name, as an example.
 
-    part: it is only a part of a sample, such as one of its captions; the reason begins with "captions" or "members".
+    part: whether it is only part of a sample, such as a caption; the reason then begins with "captions" or "members".
     """
 
     def __init__(self, reason: str, what: str, part: bool = False) -> None:
@@ -25,9 +25,9 @@ class Dropped(Exception):  # noqa: N818 it is no error: a source may yield it in
 
 @dataclass(frozen=True)
 class Filters:
-    """Limits, in pixels and characters; aspect is the longer side by the shorter.
+    """Limits, in pixels and characters; aspect is the longer side divided by the shorter side.
 
-    min_field, max_field: limits of a sample's number fields. drop_value: text of a field that drops the sample.
+    min_field, max_field: limits of a sample's numeric fields. drop_value: text of a field that excludes the sample.
     """
 
     min_side: int = 1
@@ -41,11 +41,11 @@ class Filters:
     drop_value: tuple[tuple[str, str], ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """What differs from the defaults."""
+        """The values that differ from the defaults."""
         return {name: value for name, value in asdict(self).items() if value != getattr(Filters, name)}
 
     def check_size(self, width: int, height: int, what: str) -> None:
-        """Raises Dropped."""
+        """Raise Dropped for an image outside the limits."""
         short, long = sorted((width, height))
         if width * height > self.max_pixels:
             raise Dropped(f"more than {self.max_pixels} pixels", f"{what} ({width}x{height})")
@@ -55,7 +55,7 @@ class Filters:
             raise Dropped(f"aspect ratio above {self.max_aspect:g}", f"{what} ({width}x{height})")
 
     def check_fields(self, about: Mapping[str, Any], what: str) -> None:
-        """Raises Dropped, also where a field that decides is missing or no number."""
+        """Raise Dropped for fields outside the limits, and for such fields that are missing or not numbers."""
         for name, low in self.min_field:
             if _number(about, name, what) < low:
                 raise Dropped(f"{name} below {low:g}", what)
@@ -69,7 +69,7 @@ class Filters:
                 raise Dropped(f"{name} is {unwanted}", what)
 
     def captions(self, captions: Sequence[str], count: Callable[[str, str], None]) -> list[str]:
-        """The captions that are kept, clean; ``count`` is told of the others."""
+        """The captions that are kept, cleaned; ``count`` is called for the others."""
         kept = []
         for caption in captions:
             text = clean(caption)
@@ -86,21 +86,54 @@ class Filters:
 def add_filter_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("filters")
     add = group.add_argument
-    add("--min-side", type=int, default=1, metavar="PX", help="smallest side of an image (default: 1)")
-    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"width times height (default: {MAX_PIXELS})")
-    add("--max-aspect", type=float, default=math.inf, metavar="R", help="longer side by shorter side (default: any)")
-    add("--min-caption", type=int, default=1, metavar="N", help="characters of a caption (default: 1)")
-    add("--max-caption", type=int, default=10_000, metavar="N", help="(default: 10000)")
+    add("--min-side", type=int, default=1, metavar="PX", help="least length of an image's shorter side (default: 1)")
+    add(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"most pixels, width times height (default: {MAX_PIXELS})",
+    )
+    add(
+        "--max-aspect",
+        type=float,
+        default=math.inf,
+        metavar="R",
+        help="largest ratio of longer to shorter side (default: any)",
+    )
+    add("--min-caption", type=int, default=1, metavar="N", help="fewest characters of a caption (default: 1)")
+    add("--max-caption", type=int, default=10_000, metavar="N", help="most characters of a caption (default: 10000)")
     add(
         "--odd-captions",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="keep what is only punctuation, a URL, a file name, or repeats a character",
+        help="keep captions that are only punctuation, a URL or a file name, or repeat a character",
     )
     numbers, texts = _pair(float), _pair(str)
-    add("--min-field", type=numbers, nargs="+", default=[], metavar="NAME=X", help="such as aesthetic=5.0")
-    add("--max-field", type=numbers, nargs="+", default=[], metavar="NAME=X", help="such as pwatermark=0.8")
-    add("--drop-value", type=texts, nargs="+", default=[], metavar="NAME=TEXT", help="such as NSFW=NSFW NSFW=UNSURE")
+    add(
+        "--min-field",
+        type=numbers,
+        nargs="+",
+        default=[],
+        metavar="NAME=X",
+        help="least values of fields, such as aesthetic=5.0",
+    )
+    add(
+        "--max-field",
+        type=numbers,
+        nargs="+",
+        default=[],
+        metavar="NAME=X",
+        help="largest values of fields, such as pwatermark=0.8",
+    )
+    add(
+        "--drop-value",
+        type=texts,
+        nargs="+",
+        default=[],
+        metavar="NAME=TEXT",
+        help="skip samples with these values, such as NSFW=NSFW NSFW=UNSURE",
+    )
 
 
 def filters_of(args: argparse.Namespace) -> Filters:

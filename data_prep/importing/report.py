@@ -1,4 +1,4 @@
-"""What a preparation did: counts by reason, distributions, pictures of both."""
+"""Reports a preparation: counts by reason, distributions, and pictures of both."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.reader import ShardReader
 from dico_t2i.files import write_atomically
 
-EXAMPLES = 5  # of each reason
+EXAMPLES = 5  # for each reason
 EDGES: dict[str, np.ndarray] = {
     "smaller side (pixels)": np.arange(0, 2112, 64),
     "width by height": 2.0 ** np.linspace(-2, 2, 33),
     "caption (characters)": np.arange(0, 410, 10),
 }
-_LONGEST = 200  # characters of an example
+_LONGEST = 200  # most characters of an example
 _EDGES = {name: edges.tolist() for name, edges in EDGES.items()}
 _SHEET = (4, 6)  # rows and columns of the contact sheet
 _THUMBNAIL = 192  # pixels
@@ -35,12 +35,13 @@ _LEGEND = 40  # pixels below a thumbnail
 
 @dataclass
 class Report:
-    """Samples seen and kept, what was left out by reason, with the first examples, and histograms of ``EDGES``.
+    """Counts samples seen and kept, and what was skipped by reason, with the first examples, and fills histograms.
 
-    What was seen is what was kept and what was left out, to the last file, row or member. Reasons that begin with
-    "captions" or "members" are of parts of samples and do not take part in this sum.
+    Every file, row or member seen is either kept or skipped, so the numbers add up. Only reasons that begin with
+    "captions" or "members" are not part of this sum, because they concern parts of samples.
 
-    histograms: int64 (2, bins) each, of what was seen and of what was kept; what lies outside counts at the ends.
+    histograms: int64 (2, bins) each, with the bins of ``EDGES``, of the samples seen and of those kept; values outside
+    the bins count in the first or last one.
     """
 
     seen: int = 0
@@ -53,19 +54,19 @@ class Report:
     )
 
     def count(self, reason: str, example: str) -> None:
-        """Note one thing that was left out."""
+        """Count something that was skipped."""
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:  # for terminals: no control characters
+        if len(examples) < EXAMPLES:  # no control characters, because examples are printed
             examples.append("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in example[:_LONGEST]))
 
     def note(self, dropped: Dropped) -> None:
-        """Count something left out; if it is more than a part of a sample, as seen."""
+        """Count something that was skipped; unless it is only part of a sample, it also counts as seen."""
         self.seen += not dropped.part
         self.count(dropped.reason, dropped.what)
 
     def measure(self, width: int, height: int, captions: list[str], kept: bool) -> None:
-        """Add a sample to the histograms of what was seen, or of what was kept."""
+        """Add a sample to the histograms of samples seen, or of samples kept."""
         values: tuple[Iterable[float], ...] = ([min(width, height)], [width / height], map(len, captions))
         for (name, edges), numbers in zip(_EDGES.items(), values, strict=True):
             for number in numbers:
@@ -73,7 +74,7 @@ class Report:
                 self.histograms[name][int(kept), place] += 1
 
     def add(self, other: Report) -> None:
-        """Make this the report of both."""
+        """Add the numbers of another report to this one."""
         self.seen, self.kept, self.bytes = self.seen + other.seen, self.kept + other.kept, self.bytes + other.bytes
         self.counts.update(other.counts)
         for reason, examples in other.examples.items():
@@ -82,14 +83,14 @@ class Report:
             self.histograms[name] += bins
 
     def lines(self) -> list[str]:
-        """One line a reason, the most frequent first: how many, and the first few."""
+        """One line for each reason, the most frequent first, with the count and the first examples."""
         return [
             f"{reason}: {n} ({', '.join(self.examples[reason])}{', ...' if n > len(self.examples[reason]) else ''})"
             for reason, n in self.counts.most_common()
         ]
 
     def save(self, path: Path, extra: Mapping[str, Any]) -> None:
-        """Write as JSON, atomically, with the keys of ``extra``."""
+        """Write the report as JSON, atomically, with the keys of ``extra``."""
         content = {
             **extra,
             "seen": self.seen,
@@ -105,7 +106,7 @@ class Report:
 
     @staticmethod
     def load(path: Path) -> tuple[Report, dict[str, Any]]:
-        """What ``save`` wrote: the report, and all that the file holds. Raises DataError."""
+        """Read a report, and everything else that its file contains. Raises DataError."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = content["histograms"]
@@ -113,11 +114,13 @@ class Report:
             numbers = (content["seen"], content["kept"], content["bytes"])
             return Report(*numbers, Counter(content["left out"]), content["examples"], bins), content
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: not a readable report ({error!r}); delete its shard and start again") from None
+            raise DataError(
+                f"{path}: it is not a readable report ({error!r}); delete its shard and start again"
+            ) from None
 
 
 def draw_histograms(report: Report, path: Path) -> None:
-    """A PNG of the distributions: grey what was seen, blue what was kept."""
+    """Draw a PNG of the distributions: samples seen in grey, samples kept in blue."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6))
@@ -143,7 +146,7 @@ def draw_histograms(report: Report, path: Path) -> None:
 
 
 def draw_samples(index: DatasetIndex, path: Path) -> None:
-    """A PNG of a few samples from all over an image data set, with the first caption or the label of each."""
+    """Draw a PNG of a few samples from the whole image data set, with the first caption or the label of each."""
     from matplotlib.figure import Figure
 
     rows, columns = _SHEET
@@ -168,7 +171,7 @@ def draw_samples(index: DatasetIndex, path: Path) -> None:
 
 
 def _spread(samples: int, count: int) -> list[int]:
-    """``count`` of ``samples`` numbers, one out of each of as many equal stretches."""
+    """``count`` of the numbers below ``samples``, one from each of as many equal ranges."""
     import torch
 
     from dico_t2i import randomness

@@ -1,7 +1,7 @@
-"""Rows of CSV, JSON lines, parquet and arrow files, in stretches that can be read on their own.
+"""Reads rows of CSV, JSON lines, parquet and arrow files, in stretches that can be read independently.
 
-A table is gone through once, without keeping its rows; where each stretch begins is all that stays in memory. CSV is
-read strictly: a row that cannot be parsed is told by its line, and a quote that is never closed is an error.
+A table is scanned once without keeping its rows; only the beginning of each stretch stays in memory. CSV is parsed
+strictly: a row that cannot be parsed is reported with its line, and a quote that is never closed is an error.
 """
 
 import csv
@@ -18,24 +18,24 @@ from typing import Any, BinaryIO, NamedTuple
 from dico_t2i.data.remote import base_name, file_system, is_url
 from dico_t2i.text_lines import encoding_of
 
-LONGEST_LINE = 1 << 24  # bytes; what lies behind is another line, which will not parse
+LONGEST_LINE = 1 << 24  # bytes; the rest of a longer line counts as another line, which cannot be parsed
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow")
 _BINARY = (".parquet", ".arrow")
-_LOOKED_AT = 1000  # rows of JSON lines that show which columns there are
+_LOOKED_AT = 1000  # rows of JSON lines that are read to find the columns
 _CHUNK = 1 << 20
 
 Row = dict[str, Any]
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be parsed. line: of the file, from 1."""
+    """A row that cannot be parsed. line: its number in the file, from 1."""
 
     line: int
     reason: str
 
 
 class _Line(NamedTuple):
-    """A line without its end; end: the byte behind that; number: from 1."""
+    """A line without its end; end: the position of the next byte; number: from 1."""
 
     content: bytes
     end: int
@@ -43,7 +43,7 @@ class _Line(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A row, the byte behind it and the number of the line behind it."""
+    """A row, the position of the byte after it, and the number of the line after it."""
 
     row: Row | BadRow
     end: int
@@ -52,10 +52,10 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Stretch:
-    """So many rows of a table, a file or the URL of one.
+    """A number of consecutive rows of a table, which is a file or the URL of one.
 
-    start, end: bytes of a text, or (row group, row in it) of a parquet or arrow file and None. line: number of the
-    first, and encoding, of a text. columns: of a CSV.
+    start, end: positions in bytes in a text; (row group, row in it) and None in a parquet or arrow file. line: number
+    of the first line of a text, which has this encoding. columns: those of a CSV.
     """
 
     file: Path | str = field(repr=False)
@@ -68,7 +68,7 @@ class Stretch:
     end: int | None = None
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """The rows. Raises OSError if the file cannot be read."""
+        """Yield the rows. Raises OSError if the file cannot be read."""
         if isinstance(self.start, tuple):
             yield from _binary_rows(self.file, *self.start, self.count)
             return
@@ -77,14 +77,14 @@ class Stretch:
             yield from (read.row for read in itertools.islice(_text_rows(file, self), self.count))
 
     def values(self, column: str) -> Iterator[Any]:
-        """A column of the rows, of a parquet file nothing else is read; none where it holds images."""
+        """Yield a column of the rows, reading no other one of a parquet file; nothing if that column is not text."""
         if not isinstance(self.start, tuple):
             yield from (row.get(column) for row in self.rows() if not isinstance(row, BadRow))
         elif _is_text(_schema(self.file), column):
             yield from (row[column] for row in _binary_rows(self.file, *self.start, self.count, [column]))
 
     def content(self) -> str:
-        """What changes with the rows: a hash of their bytes; of a parquet file its size, time or ETag."""
+        """A text that changes with the rows: a hash of their bytes, or the size and time or ETag of a parquet file."""
         if isinstance(self.start, int) and self.end is not None:
             with Path(self.file).open("rb") as file:
                 file.seek(self.start)
@@ -98,9 +98,9 @@ class Stretch:
 
 
 def stretches(file: Path | str, count: int, encoding: str) -> Iterator[Stretch]:
-    """A table in stretches of ``count`` rows.
+    """Yield a table in stretches of ``count`` rows.
 
-    Raises ValueError if it is not of a known kind, has no usable header, or a quote in it is never closed.
+    Raises ValueError if it is not of a known kind, has no usable header, or has a quote that is never closed.
     """
     kind = _kind(file)
     if kind in _BINARY:
@@ -117,12 +117,12 @@ def stretches(file: Path | str, count: int, encoding: str) -> Iterator[Stretch]:
 
 
 def columns(file: Path | str, encoding: str) -> list[str]:
-    """Names of a table's columns; of JSON lines, those of the first rows that can be read. Raises ValueError."""
+    """The names of a table's columns; in JSON lines, those of the first readable rows. Raises ValueError."""
     if _kind(file) in _BINARY:
         return list(_no_duplicates(file, _schema(file).names))
     first = next(stretches(file, _LOOKED_AT, encoding), None)
     if first is None:
-        raise ValueError(f"--table {file}: has no rows")
+        raise ValueError(f"--table {file}: it has no rows")
     if first.columns:
         return list(first.columns)
     found: dict[str, None] = {}
@@ -142,18 +142,18 @@ def columns(file: Path | str, encoding: str) -> list[str]:
 def _kind(file: Path | str) -> str:
     kind = Path(base_name(str(file))).suffix.lower()
     if kind not in KINDS:
-        raise ValueError(f"--table {file}: not a .csv, .tsv, .jsonl or .parquet file")
+        raise ValueError(f"--table {file}: it is not a .csv, .tsv, .jsonl or .parquet file")
     return kind
 
 
 def _with_order(encoding: str) -> str:
-    """UTF-16 and UTF-32 without a mark are taken to be little-endian."""
+    """The encoding with a byte order: UTF-16 and UTF-32 without a mark are read as little-endian."""
     name = encoding.lower().replace("_", "-")
     return f"{name}-le" if name in ("utf-16", "utf-32") else encoding
 
 
 def _header(first: Stretch) -> _Read:
-    """The first row of a CSV that is not blank, its names as keys. Raises ValueError."""
+    """The first row of a CSV that is not blank, with its names as keys. Raises ValueError."""
     with Path(first.file).open("rb") as opened:
         opened.seek(int(first.start))  # type: ignore[arg-type]
         for read in _csv_rows(opened, first):
@@ -171,7 +171,9 @@ def _column_names(file: Path | str, header: _Read) -> tuple[str, ...]:
     if not any(names):
         raise ValueError(f"--table {file}: its first line must name the columns")
     if any("\udc80" <= c <= "\udcff" for name in names for c in name):
-        raise ValueError(f"--table {file}: the names of its columns are in another encoding; give it with --encoding")
+        raise ValueError(
+            f"--table {file}: the names of its columns are in a different encoding; give it with --encoding"
+        )
     return _no_duplicates(file, names)
 
 
@@ -201,19 +203,19 @@ def _text_stretches(first: Stretch) -> Iterator[Stretch]:
 
 
 def _text_rows(file: BinaryIO, table: Stretch) -> Iterator[_Read]:
-    """The rows from where a file stands; blank lines are none."""
+    """Yield the rows from the current position of a file; blank lines are skipped."""
     return _csv_rows(file, table) if table.columns else _json_rows(file, table)
 
 
 def _lines(file: BinaryIO, table: Stretch) -> Iterator[_Line]:
-    """Lines from where a file stands; they end at "\\n", "\\r\\n" or "\\r"."""
+    """Yield lines from the current position of a file; they end at "\\n", "\\r\\n" or "\\r"."""
     feed, turn = "\n".encode(table.encoding), "\r".encode(table.encoding)
     ends = re.compile(b"|".join(map(re.escape, (turn + feed, feed, turn))))
     width, at, number, rest = len(feed), file.tell(), table.line, b""
     while chunk := file.read(_CHUNK):
         rest, start = rest + chunk, 0
         for found in ends.finditer(rest):
-            if found.start() % width or found.start() < start:  # the halves of two other characters
+            if found.start() % width or found.start() < start:  # parts of two other characters
                 continue
             if found.end() == len(rest):
                 break  # a line feed may follow
@@ -229,7 +231,7 @@ def _lines(file: BinaryIO, table: Stretch) -> Iterator[_Line]:
 
 
 def _decoded(line: _Line, encoding: str) -> str:
-    """What is not in the encoding stays as surrogates, or, of wide encodings, is marked as wrongly decoded."""
+    """Decode a line. Bytes that are not in the encoding become surrogates or, in wide encodings, U+FFFD."""
     try:
         return line.content.decode(encoding)
     except UnicodeDecodeError:
@@ -238,9 +240,9 @@ def _decoded(line: _Line, encoding: str) -> str:
 
 
 def _csv_rows(file: BinaryIO, table: Stretch) -> Iterator[_Read]:
-    """Rows of a CSV; before the columns are known the cells by their number.
+    """Yield rows of a CSV; before the columns are known, the cells by their number.
 
-    Where a quote goes wrong, only the line that opened it is lost: the next row begins on the next line.
+    If a quote is wrong, only the line that opened it is lost, and the next row begins on the next line.
     """
     more, waiting = _lines(file, table), deque[_Line]()
     while True:
@@ -257,7 +259,7 @@ def _csv_rows(file: BinaryIO, table: Stretch) -> Iterator[_Read]:
             if len(taken) > 1 and ("unexpected end" in str(error) or "field limit" in str(error)):
                 raise ValueError(
                     f"--table {table.file}: line {taken[0].number}: a quote is opened and never closed, so that the"
-                    " rows behind it cannot be told apart; close it, or double it if it is part of the text"
+                    " rows after it cannot be separated; close it, or double it if it is part of the text"
                 ) from None
             waiting.extendleft(reversed(taken[1:]))
             yield _Read(BadRow(taken[0].number, str(error)), taken[0].end, taken[0].number + 1)
@@ -267,7 +269,7 @@ def _csv_rows(file: BinaryIO, table: Stretch) -> Iterator[_Read]:
         if not values:
             continue  # a blank line
         names = table.columns or tuple(map(str, range(len(values))))
-        row: Row | BadRow = BadRow(taken[0].number, f"{len(values)} cells in place of {len(names)}")
+        row: Row | BadRow = BadRow(taken[0].number, f"{len(values)} cells instead of {len(names)}")
         if len(values) == len(names):
             row = dict(zip(names, values, strict=True))
         yield _Read(row, taken[-1].end, taken[-1].number + 1)
@@ -280,7 +282,7 @@ def _json_rows(file: BinaryIO, table: Stretch) -> Iterator[_Read]:
         row: Row | BadRow
         try:
             found = json.loads(line.content.decode(table.encoding).removeprefix("\ufeff"), object_pairs_hook=_object)
-            row = found if isinstance(found, dict) else BadRow(line.number, "no JSON object")
+            row = found if isinstance(found, dict) else BadRow(line.number, "not a JSON object")
         except (ValueError, RecursionError) as error:
             row = BadRow(line.number, str(error).splitlines()[0])
         yield _Read(row, line.end, line.number + 1)
@@ -289,12 +291,12 @@ def _json_rows(file: BinaryIO, table: Stretch) -> Iterator[_Read]:
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
 def declared_images(file: Path | str) -> list[str]:
-    """The columns that a parquet or arrow file of Hugging Face declares to be images."""
+    """The columns that a parquet or arrow file of Hugging Face declares as images."""
     about = json.loads((_schema(file).metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     return [name for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "Image"]
@@ -307,7 +309,7 @@ def _binary_stretches(file: Path | str, count: int) -> Iterator[Stretch]:
 
 
 def _group_sizes(file: Path | str) -> Iterator[int]:
-    """The rows of each row group of a parquet file, or of each batch of an arrow file."""
+    """Yield the number of rows of each row group of a parquet file, or of each batch of an arrow file."""
     if _kind(file) == ".arrow":
         yield from (batch.num_rows for batch in _arrow_batches(file))
     else:
@@ -328,7 +330,7 @@ def _binary_rows(
             batches = _parquet(file).iter_batches(batch_size=count, row_groups=[group], columns=columns)
         for batch in batches:
             skipped = min(start, batch.num_rows)
-            wanted = batch.slice(skipped, count)  # before rows become Python's, which is what takes time
+            wanted = batch.slice(skipped, count)  # before rows become Python objects, which takes the most time
             start, count = start - skipped, count - wanted.num_rows
             yield from wanted.to_pylist()
             if not count:
@@ -342,7 +344,7 @@ def _schema(file: Path | str) -> Any:
 
 
 def _arrow_batches(file: Path | str) -> Iterator[Any]:
-    """The batches of an arrow file, mapped and not read; those of a stream can only be gone through."""
+    """Yield the batches of an arrow file, which is mapped and not read; a stream can only be read in order."""
     reader = _arrow(file)
     if hasattr(reader, "num_record_batches"):
         return (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -359,7 +361,7 @@ def _arrow(file: Path | str) -> Any:
         except pyarrow.ArrowInvalid:
             return pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
     except pyarrow.ArrowException as error:
-        raise ValueError(f"--table {file}: not a readable arrow file: {error}") from None
+        raise ValueError(f"--table {file}: it is not a readable arrow file: {error}") from None
 
 
 def _parquet(file: Path | str) -> Any:
@@ -372,7 +374,7 @@ def _parquet(file: Path | str) -> Any:
             return pyarrow.parquet.ParquetFile(system.open(path, "rb"))
         return pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"--table {file}: not a readable parquet file: {error}") from None
+        raise ValueError(f"--table {file}: it is not a readable parquet file: {error}") from None
 
 
 def _is_text(schema: Any, column: str) -> bool:

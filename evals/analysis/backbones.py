@@ -1,4 +1,4 @@
-"""DiT, PixArt and FLUX as diffusers has them, as functions of noisy latents and timestep."""
+"""DiT, PixArt and FLUX from diffusers, as functions of noisy latents and the timestep."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from dico_t2i.diffusion import space_timesteps
 from dico_t2i.diffusion.flow_samplers import flow_times
 from dico_t2i.encoders.local import download_allowed, load_diffusers, reading
 
-_OLD_CLASS = "Transformer2DModel"  # under which DiT and PixArt were published
-_GUIDANCE = 3.5  # what FLUX's distilled networks are told, as in its pipeline
+_OLD_CLASS = "Transformer2DModel"  # the class that DiT and PixArt were published with
+_GUIDANCE = 3.5  # the guidance input of FLUX's distilled networks, as in its pipeline
 _LATENT_PIXELS = 8
 _PIXART_TOKENS, _FLUX_TOKENS = 120, 512
 Text = dict[str, Tensor]  # "tokens" (T, dim) or (N, T, dim); "pooled" (dim,) or (N, dim), FLUX only
 
 
 class Backbone(ABC):
-    """A network. shape: of one sample's latents. grid: rows and columns of image tokens, which come last.
+    """A network. shape: of one sample's latents. grid: rows and columns of image tokens, which come after all other
+    tokens.
 
     layers: the modules with attention between image tokens, by name, in order.
     """
@@ -52,27 +53,27 @@ class Backbone(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (N, *shape), t (N,) in 0..1000 -> noise, or velocity, with variance channels if ``learn_sigma``."""
+        """Map x (N, *shape) and t (N,) in 0..1000 to noise or velocity, with variance channels if ``learn_sigma``."""
 
     def sampler_config(self, steps: int) -> SamplerConfig:
         return SamplerConfig.model_validate({"kind": self.sampler, "steps": steps, "guidance": 1.0})
 
     def timesteps(self, steps: int) -> list[float]:
-        """At which its sampler evaluates it, from noise on."""
+        """The timesteps at which the sampler evaluates the network, from noise on."""
         if self.diffusion.kind == "flow":
             return [self.diffusion.steps * time for time in flow_times(self.sampler_config(steps))[:-1]]
         return sorted(map(float, space_timesteps(self.diffusion.steps, str(steps))), reverse=True)
 
     def _text(self, key: str, samples: int, *shape: int) -> Tensor:
-        """(samples, *shape); zeros if no text was given. Raises ValueError if it does not fit."""
+        """A text feature, (samples, *shape); zeros if none was given. Raises ValueError if it has a different shape."""
         given = self.text.get(key, torch.zeros(shape))
         if given.shape[-1] != shape[-1] or given.ndim not in (len(shape), len(shape) + 1):
-            raise ValueError(f"--text: {key} is {tuple(given.shape)}, this network takes {shape}")
+            raise ValueError(f"--text: {key} is {tuple(given.shape)}, but this network takes {shape}")
         return given.expand(samples, *given.shape[-len(shape) :]).to(self.device, self.dtype)
 
 
 class _OnSquares(Backbone):
-    """Of latents (C, S, S) cut into patches."""
+    """A network for latents (C, S, S) that are divided into patches."""
 
     def __init__(self, network: Any, text: Text) -> None:
         super().__init__(network, text)
@@ -90,7 +91,7 @@ class _OnSquares(Backbone):
 
 
 class DiT(_OnSquares):
-    """Classes of ImageNet, evenly spread."""
+    """DiT, with ImageNet classes that are evenly spread over the samples."""
 
     class_name = "DiTTransformer2DModel"
 
@@ -122,12 +123,12 @@ class PixArt(_OnSquares):
 
 
 class Flux(Backbone):
-    """FLUX; text tokens take part in its attention. A token is 16 pixels wide."""
+    """FLUX, in which text tokens take part in the attention. A token is 16 pixels wide."""
 
     class_name = "FluxTransformer2DModel"
     diffusion = DiffusionConfig(kind="flow")
     sampler = "euler"
-    side = 32  # tokens: images of 512 pixels
+    side = 32  # tokens, for images of 512 pixels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -158,17 +159,17 @@ KINDS: dict[str, type[Backbone]] = {"dit": DiT, "pixart": PixArt, "flux": Flux}
 
 
 def load_backbone(kind: str, model: str, text: Path | None, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """From a folder or hub id: of the network itself, or of a pipeline with it in transformer/.
+    """Load a network from a folder or hub id, of the network itself or of a pipeline with it in transformer/.
 
-    Raises ValueError when it is not here or of another class. The hub is asked with DICO_ALLOW_DOWNLOAD=1 only.
+    Raises ValueError if it cannot be found or is of a different class. Only DICO_ALLOW_DOWNLOAD=1 allows a download.
     """
     backbone = KINDS[kind]
     try:
         network = _load_network(backbone.class_name, model, dtype)
     except OSError as error:
         raise ValueError(
-            f"--model {model}: neither a folder with the network of a diffusers pipeline (config.json, or"
-            " transformer/config.json) nor in the Hugging Face cache; DICO_ALLOW_DOWNLOAD=1 lets this machine fetch"
+            f"--model {model}: it is neither a folder with the network of a diffusers pipeline (config.json, or"
+            " transformer/config.json) nor in the Hugging Face cache; set DICO_ALLOW_DOWNLOAD=1 to download"
             f" it. {str(error).splitlines()[0]}"
         ) from None
     return backbone(network.to(device), _read_text(text))
@@ -184,7 +185,7 @@ def _load_network(class_name: str, model: str, dtype: torch.dtype) -> Any:
     }
     saved_as = network_class.load_config(model, **place).get("_class_name")
     if saved_as not in (class_name, _OLD_CLASS):
-        raise ValueError(f"--model {model}: is of {saved_as}, this --kind is {class_name}")
+        raise ValueError(f"--model {model}: it is a {saved_as}, but this --kind is {class_name}")
     return load_diffusers(network_class, model, dtype, **place)
 
 
@@ -195,5 +196,5 @@ def _read_text(file: Path | None) -> Text:
         text = load_file(file)
     unknown = set(text) - {"tokens", "pooled"}
     if unknown:
-        raise ValueError(f"--text {file}: holds {', '.join(sorted(unknown))}; known are tokens and pooled")
+        raise ValueError(f"--text {file}: it contains {', '.join(sorted(unknown))}; known names are tokens and pooled")
     return text

@@ -1,4 +1,4 @@
-"""How alive a network's channels are: activation scores and the diversity of features (paper, section 6)."""
+"""Measures how many of a network's channels are active: activation scores, diversity of features (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ALIVE = 0.1  # of the mean score: channels below are counted as dead
+ALIVE = 0.1  # a channel whose score is below this share of the mean score counts as dead
 
 
 class ChannelStatistics:
-    """Sums over features, from which all numbers of ``report`` follow; float64 on the features' device."""
+    """Sums over features from which all numbers of ``report`` are computed; float64 on the features' device."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.activation: Tensor | float = 0.0  # of each channel after ReLU
+        self.activation: Tensor | float = 0.0  # sum of each channel after ReLU
         self.total: Tensor | float = 0.0
         self.products: Tensor | float = 0.0  # (C, C)
 
     def add(self, features: Tensor) -> None:
-        """Features with channels last: (N, H, W, C) or (N, T, C)."""
+        """Add features with channels last: (N, H, W, C) or (N, T, C)."""
         rows = features.detach().flatten(0, -2).double()
         self.count += len(rows)
         self.activation = self.activation + rows.relu().sum(0)
@@ -34,7 +34,7 @@ class ChannelStatistics:
         return self.activation / self.count
 
     def covariance(self) -> Tensor:
-        """Of the channels over positions and samples, (C, C)."""
+        """The covariance of the channels over positions and samples, (C, C)."""
         assert isinstance(self.total, Tensor)
         assert isinstance(self.products, Tensor)
         mean = self.total / self.count
@@ -46,12 +46,12 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class Diversity:
-    """What a layer's channels do.
+    """The numbers of a layer's channels.
 
-    scores: sorted, the highest first. alive: share of channels whose score is above ALIVE of the mean score.
-    participation: (sum s)^2 / (C sum s^2) of the scores: 1 if all are equal, 1/C if one channel is all.
+    scores: sorted, the highest first. alive: share of channels whose score is above ALIVE times the mean score.
+    participation: (sum s)^2 / (C sum s^2) of the scores: 1 if all are equal, 1/C if only one channel is not 0.
     effective_rank: exp of the entropy of the features' singular values, scaled to sum 1 (Roy, Vetterli 2007), over C.
-    correlation: mean absolute correlation of two different channels; those that never vary are left out.
+    correlation: mean absolute correlation of two different channels, without channels that never vary.
     """
 
     scores: tuple[float, ...]
@@ -62,7 +62,7 @@ class Diversity:
 
 
 def diversity(scores: Tensor, covariance: Tensor) -> Diversity:
-    """scores (C,), covariance (C, C), of any float dtype."""
+    """The numbers from scores (C,) and covariance (C, C), of any float dtype."""
     scores, covariance = scores.double().cpu(), covariance.double().cpu()
     channels = len(scores)
     return Diversity(
@@ -92,10 +92,10 @@ def _mean_correlation(covariance: Tensor) -> float:
 
 
 def last_mixer(network: nn.Module) -> str:
-    """The path of a DiCo's last mixer. Raises ValueError for a network of another kind."""
+    """The path of a DiCo's last mixer. Raises ValueError for a network that is not a DiCo."""
     names = [name for name, _ in network.named_modules() if name.endswith(".conv") and name.startswith("stages.")]
     if not names:
-        raise ValueError("--module: this network has no blocks of DiCo; name the module to look at")
+        raise ValueError("--module: this network has no blocks of DiCo; name the module to analyse")
     return names[-1]
 
 
@@ -107,11 +107,13 @@ def watch(network: nn.Module, path: str, statistics: ChannelStatistics) -> Any:
     try:
         module = network.get_submodule(path)
     except AttributeError as error:
-        raise ValueError(f"--module {path}: {error}; stages.decoder1.0.conv is one of DiCo") from None
+        raise ValueError(f"--module {path}: {error}; an example for DiCo is stages.decoder1.0.conv") from None
 
     def add(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
-            raise ValueError(f"--module {path}: gives a {type(output).__name__}; name a module within it, or after it")
+            raise ValueError(
+                f"--module {path}: it returns a {type(output).__name__}; name a module inside it, or after it"
+            )
         statistics.add(output)
 
     return module.register_forward_hook(add)

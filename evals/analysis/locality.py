@@ -1,4 +1,4 @@
-"""How local attention between image tokens is: average maps around the query, and numbers that follow from them."""
+"""Measures how local attention between image tokens is, by average maps around the query and numbers from them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class RelativeMap:
     def __init__(self, grid: tuple[int, int]) -> None:
         self.grid = grid
         self.queries = 0
-        self.outside_sum = 0.0  # of attention to tokens that are not of the image
+        self.outside_sum = 0.0  # attention to tokens that are not part of the image
         self._sums = torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, dtype=torch.float64)
 
     def add(self, heads: Iterable[Tensor]) -> None:
-        """Attention (h w, T) of some heads, rows summing to 1: from image tokens to T keys, the image's the last."""
+        """Add the attention (h w, T) of some heads, from image tokens to T keys, the last of which are the image's.
+
+        Rows must sum to 1.
+        """
         tokens = self.grid[0] * self.grid[1]
         total: Tensor | float = 0.0
         for rows in heads:
@@ -44,7 +47,7 @@ class RelativeMap:
         return self._sums / self.queries
 
     def picture(self) -> Tensor:
-        """Mean attention to a token at an offset, over the queries that have one there, (2h-1, 2w-1)."""
+        """The mean attention to a token at each offset, over the queries with such a token, (2h-1, 2w-1)."""
         return self.shares / (uniform_shares(self.grid) * self.grid[0] * self.grid[1])
 
     def locality(self) -> Locality:
@@ -53,9 +56,11 @@ class RelativeMap:
 
 @dataclass(frozen=True)
 class Locality:
-    """distance: mean Euclidean distance from query to key, in tokens. window: by its side in tokens, the share of
-    attention in a square window around the query. outside: share of attention to tokens that are not of the image,
-    which the others leave out.
+    """The numbers of a relative map.
+
+    distance: mean Euclidean distance from query to key, in tokens. window: by its side in tokens, the share of
+    attention in a square window around the query. outside: share of attention to tokens that are not part of the image,
+    which the other numbers ignore.
     """
 
     distance: float
@@ -64,7 +69,7 @@ class Locality:
 
 
 def locality(shares: Tensor, outside: float = 0.0) -> Locality:
-    """Numbers of a relative map, (2h-1, 2w-1) with sum 1 and offset 0 in the middle."""
+    """The numbers of a relative map, (2h-1, 2w-1) with sum 1 and offset 0 in the middle."""
     rows, columns = (torch.arange(n, dtype=torch.float64) - n // 2 for n in shares.shape)
     distance = (rows[:, None].square() + columns[None].square()).sqrt()
     chebyshev = torch.maximum(rows[:, None].abs(), columns[None].abs())
@@ -82,7 +87,7 @@ def uniform_shares(grid: tuple[int, int]) -> Tensor:
 
 
 def _offsets(grid: tuple[int, int]) -> Tensor:
-    """For each query and key the place of their offset in a flattened relative map, (h w, h w)."""
+    """For each query and key, the position of their offset in a flattened relative map, (h w, h w)."""
     h, w = grid
     row, column = torch.arange(h * w) // w, torch.arange(h * w) % w
     down, right = (key[None] - key[:, None] for key in (row, column))

@@ -1,4 +1,4 @@
-"""Attention probabilities as a network computes them, layer by layer, its output unchanged."""
+"""Records attention probabilities, layer by layer, as a network computes them; its output stays unchanged."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Takes a layer's name and its attention (queries, keys), of one head of one sample after the other.
+# Receives a layer's name and its attention (queries, keys), for one head of one sample after the other.
 Sink = Callable[[str, Iterable[Tensor]], None]
 
 
 @contextmanager
 def recording(layers: Mapping[str, nn.Module], queries: int, sink: Sink) -> Iterator[None]:
-    """Hand ``sink`` the attention of the last ``queries`` queries of each layer when it calls torch's attention.
+    """Pass the attention of the last ``queries`` queries to ``sink`` whenever a layer calls torch's attention.
 
-    layers: the modules within whose forward pass attention is recorded. The network's own operator makes its output;
-    probabilities are computed beside it, from the queries and keys that it got, one head at a time to bound memory.
+    layers: the modules in whose forward pass attention is recorded. The network's own operator computes its output. The
+    probabilities are computed separately from the same queries and keys, one head at a time to limit memory.
     """
     recorder = _Recorder(queries, sink)
     hooks = []
@@ -65,7 +65,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         """query, key (N, heads, T, d)."""
         if attn_mask is not None or is_causal or enable_gqa:
-            raise ValueError(f"{layer}: attention with a mask or shared heads is not what this analysis is for")
+            raise ValueError(f"{layer}: this analysis does not support attention with a mask or shared heads")
         heads = zip(query.flatten(0, 1), key.flatten(0, 1), strict=True)
         self.sink(layer, (attention_probabilities(q[-self.queries :], k, scale) for q, k in heads))
 

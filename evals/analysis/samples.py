@@ -1,4 +1,4 @@
-"""Data that a checkpoint was made for, as its network takes them: of two checkpoints the same samples and noise."""
+"""Loads data for checkpoints as their networks take them, the same samples and noise for every checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class Chunk:
 
 
 def chunks(pipeline: Pipeline, data: str | None, samples: int, batch: int) -> Iterator[Chunk]:
-    """``samples`` of the shards in ``data``, by default those it was trained on; the same ones each time.
+    """Yield ``samples`` samples of the shards in ``data``, or of the training shards, always the same ones.
 
-    Raises DataError or ConfigError if they cannot be used.
+    Raises DataError or ConfigError if the shards cannot be used.
     """
     batch = min(batch, samples)
     config = _config(pipeline.config, data)
@@ -61,7 +61,7 @@ def _config(config: Config, data: str | None) -> Config:
 
 @torch.no_grad()
 def run_network(pipeline: Pipeline, chunk: Chunk, timestep: int) -> None:
-    """One pass of the network on the chunk, noised as in training at this timestep; hooks see what is inside."""
+    """Run the network once on the chunk, noised to this timestep as in training; hooks see the features inside."""
     config = pipeline.config
     t = torch.full((len(chunk.latents),), timestep, device=pipeline.device)
     build(config.diffusion, config.model.learn_sigma).training_losses(

@@ -1,9 +1,9 @@
-"""Which captions of COCO are sampled: a rule that depends on nothing but the annotation file.
+"""Selects the captions of COCO that are sampled, by a rule that depends on nothing but the annotation file.
 
-Image and annotation ids are keyed by 64 bits of Philox: the key of an image is that of (prompts.seed, "evaluation
-image", image id), of a caption (prompts.seed, "evaluation caption", annotation id). An image's caption is the one
-with the smallest key. ``drawn`` takes the images with the smallest keys, in order of keys, so that the first 10,000 of
-30,000 are the draw of 10,000; ``in_order`` takes them by id. Blank captions do not count.
+Image and annotation ids get keys of 64 bits from Philox: the key of an image is that of (prompts.seed, "evaluation
+image", image id), the key of a caption that of (prompts.seed, "evaluation caption", annotation id). An image's caption
+is the one with the smallest key. ``drawn`` takes the images with the smallest keys, in the order of keys, so that the
+first 10,000 of 30,000 are the same as a draw of 10,000; ``in_order`` takes them by id. Blank captions are ignored.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from evals.quality.protocol import Prompts, digest
 
 @dataclass(frozen=True)
 class Draw:
-    """Drawn captions in order of sampling, and what they were drawn from."""
+    """The drawn captions in the order of sampling, and the files that they were drawn from."""
 
     image_ids: tuple[int, ...]
     captions: tuple[str, ...]
@@ -32,14 +32,14 @@ class Draw:
 
 
 def draw(file: Path, prompts: Prompts) -> Draw:
-    """The captions of a protocol. Raises ValueError if the file is of another split or has too few images."""
+    """Draw the captions of a protocol. Raises ValueError if the file is of a different split or has too few images."""
     content = read_annotations(file)
     names = {_number(file, image.id): image.file_name for image in content.images.values()}
     if prompts.annotated_images not in (None, len(names)):
         raise ValueError(
-            f"--captions {file}: annotates {len(names)} images, such as {next(iter(names.values()))}; this protocol's"
-            f" captions are of a split of {prompts.annotated_images}. To evaluate on another one, not comparably:"
-            " --set prompts.annotated_images=null"
+            f"--captions {file}: it annotates {len(names)} images, such as {next(iter(names.values()))}; this"
+            f" protocol's captions are of a split of {prompts.annotated_images}. To evaluate on a different split, with"
+            " a result that is not comparable: --set prompts.annotated_images=null"
         )
     captions = _one_an_image(file, content.captions, names, prompts.seed)
     order = np.array(sorted(captions), dtype=np.int64)
@@ -47,8 +47,8 @@ def draw(file: Path, prompts: Prompts) -> Draw:
         order = order[np.argsort(_keys(order, prompts.seed, "evaluation image"), kind="stable")]
     if len(order) < prompts.count:
         raise ValueError(
-            f"--captions {file}: {len(order)} images have captions, this protocol draws {prompts.count}; for fewer, not"
-            f" comparably: --set prompts.count={len(order)}"
+            f"--captions {file}: {len(order)} images have captions, but this protocol draws {prompts.count}; to draw"
+            f" fewer, with a result that is not comparable: --set prompts.count={len(order)}"
         )
     chosen = [int(i) for i in order[: prompts.count]]
     ids = tuple(captions[i][0] for i in chosen)
@@ -63,9 +63,9 @@ def draw(file: Path, prompts: Prompts) -> Draw:
 
 
 def find_files(names: tuple[str, ...], folder: Path) -> list[Path]:
-    """Image files by name, in the folder or one of the folders in it.
+    """The image files with these names, in the folder or its direct subfolders.
 
-    Raises ValueError, with numbers, if any is missing, or if two files may be meant by a name.
+    Raises ValueError, with numbers, if any is missing, or if several files fit a name.
     """
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: no such folder")
@@ -73,7 +73,7 @@ def find_files(names: tuple[str, ...], folder: Path) -> list[Path]:
     found = {name: place for name in names if isinstance(place := places.find(name, "--captions"), str)}
     missing = [name for name in names if name not in found]
     if missing:
-        hint = "; the folder is of another split, or empty" if len(missing) == len(names) else ""
+        hint = "; the folder is of a different split, or empty" if len(missing) == len(names) else ""
         raise ValueError(
             f"--images {folder}: {len(missing)} of {len(names)} reference images are missing"
             f" ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}){hint}"
@@ -82,14 +82,14 @@ def find_files(names: tuple[str, ...], folder: Path) -> list[Path]:
 
 
 def _number(file: Path, identity: Id) -> int:
-    """An id, by which images and captions are drawn. Raises ValueError if it is no number."""
+    """The number of an id, by which images and captions are drawn. Raises ValueError if it is not a number."""
     if not isinstance(identity, int):
-        raise ValueError(f"--captions {file}: id {identity!r} is no number, and captions are drawn by their numbers")
+        raise ValueError(f"--captions {file}: id {identity!r} is not a number, but captions are drawn by their numbers")
     return identity
 
 
 def _one_an_image(file: Path, notes: list[Annotation], names: dict[int, str], seed: int) -> dict[int, tuple[int, str]]:
-    """Image id -> annotation id and caption, the one with the smallest key."""
+    """The caption of each image with the smallest key: image id -> annotation id and caption."""
     texts = {}
     for note in notes:
         captions, _ = captions_in(note.caption)

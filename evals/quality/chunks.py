@@ -1,7 +1,7 @@
-"""Work in fixed, numbered chunks over ranks: each is a file that is there whole or not at all.
+"""Divides work over ranks in fixed, numbered chunks; each becomes a file that is complete or absent.
 
-A chunk is a function of its number, so any number of ranks makes the same files, and a restart makes only what is
-missing.
+A chunk depends on its number alone, so any number of ranks makes the same files, and a restart makes only the missing
+ones.
 """
 
 import shutil
@@ -28,14 +28,14 @@ _LOG_S = 60.0
 
 
 class Chunks:
-    """``total`` items, ``size`` to a chunk, the last one smaller."""
+    """``total`` items in chunks of ``size``; the last chunk may be smaller."""
 
     def __init__(self, folder: Path, total: int, size: int) -> None:
         self.folder = folder
         self.ranges = [range(start, min(start + size, total)) for start in range(0, total, size)]
 
     def make(self, compute: Compute, world: World, title: str) -> None:
-        """Compute the missing chunks, each by one rank, and wait until all are there; collective."""
+        """Compute the missing chunks, each on one rank, and wait until all of them exist; collective."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with _Shown(title, len(self.ranges), self.done(), world.is_main) as shown:
             for k in range(world.rank, len(self.ranges), world.size):
@@ -49,21 +49,21 @@ class Chunks:
 
     @contextmanager
     def owned(self, world: World, patience_s: float = 0.0) -> Iterator[None]:
-        """Keep other jobs away from the folder; collective. Raises ConfigError if one keeps it for longer."""
+        """Keep other jobs out of the folder; collective. Raises ConfigError if another job uses it for too long."""
         with RunFolder(self.folder.parent, self.folder.name).locked(patience_s) if world.is_main else nullcontext():
             meet(world)
             yield
 
     def load(self) -> Iterator[dict[str, Tensor]]:
-        """The chunks in order. Raises ValueError for one that cannot be read."""
+        """Yield the chunks in order. Raises ValueError for a chunk that cannot be read."""
         for k in range(len(self.ranges)):
             try:
                 yield load_file(self._path(k))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self._path(k)}: {error}; remove it and start again") from None
+                raise ValueError(f"{self._path(k)}: {error}; delete it and start again") from None
 
     def remove(self) -> None:
-        """Once what was made of them is kept elsewhere."""
+        """Delete the chunks, once their results are saved elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def done(self) -> int:
@@ -79,7 +79,7 @@ def meet(world: World) -> None:
 
 
 class _Shown:
-    """A progress bar with the time left, estimated over the last hour; in a log, a line a minute."""
+    """A progress bar with the time left, estimated from the last hour; in a log, one line per minute."""
 
     def __init__(self, title: str, total: int, done: int, enabled: bool) -> None:
         self.title, self.total, self.enabled = title, total, enabled

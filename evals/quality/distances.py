@@ -1,4 +1,4 @@
-"""Distances between sets of features. Pure functions on tensors, computed in float64 where these are.
+"""Distances between sets of features: pure functions on tensors, computed in float64 if the features are float64.
 
 Sources: Frechet distance of Gaussians, Dowson and Landau 1982, and FID, Heusel et al. 2017; Inception Score, Salimans
 et al. 2016; KID, Binkowski et al. 2018; improved precision and recall, Kynkaanniemi et al. 2019; FID extrapolated to
@@ -25,9 +25,9 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """Mean and covariance of a stream of features, float64, by the pairwise update of Chan et al. 1979.
+    """The mean and covariance of a stream of features, float64, by the pairwise update of Chan et al. 1979.
 
-    The bits depend on the order and the sizes of what is added.
+    The last bits depend on the order and the sizes of the parts that are added.
     """
 
     def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
@@ -36,7 +36,7 @@ class Moments:
         self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor) -> None:
-        """Features (N, D)."""
+        """Add features (N, D)."""
         if not len(features):
             return
         features = features.to(self.mean.device).double()
@@ -47,15 +47,15 @@ class Moments:
         self.n = total
 
     def gaussian(self) -> Gaussian:
-        """The Gaussian of what was added."""
+        """The Gaussian of all features that were added."""
         return Gaussian(self.mean, self._scatter / (self.n - 1))
 
 
 class FrechetTo:
     """Squared Frechet distance to one Gaussian: |m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)).
 
-    tr sqrt(S1 S2) is the sum of the roots of the eigenvalues of R S1 R, R the symmetric root of S2; of few samples,
-    those of the smaller Gram matrix.
+    tr sqrt(S1 S2) is the sum of the square roots of the eigenvalues of R S1 R, where R is the symmetric root of S2, or
+    with few samples of those of the smaller Gram matrix.
     """
 
     def __init__(self, target: Gaussian) -> None:
@@ -64,15 +64,15 @@ class FrechetTo:
         self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def gaussian(self, source: Gaussian) -> float:
-        """From a Gaussian."""
+        """The distance from a Gaussian."""
         return self._distance(source.mean, source.cov.trace(), self.root @ source.cov @ self.root)
 
     def projected(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``sample`` takes: features (N, D) and their product with the root; rows may be chosen from both."""
+        """The arguments of ``sample``: features (N, D) and their product with the root; take the same rows of both."""
         return features.double(), features.double() @ self.root
 
     def sample(self, features: Tensor, projected: Tensor) -> float:
-        """From rows of what ``projected`` gave."""
+        """The distance from features, given as rows of the results of ``projected``."""
         n, mean = len(features), features.mean(dim=0)
         centred = (projected - projected.mean(dim=0)) / (n - 1) ** 0.5
         gram = centred @ centred.T if n < features.shape[1] else centred.T @ centred
@@ -85,19 +85,19 @@ class FrechetTo:
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
-    """Of features (N, D), all at once."""
+    """The Gaussian of features (N, D), computed at once."""
     moments = Moments(features.shape[1], features.device)
     moments.add(features)
     return moments.gaussian()
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Frechet distance; FID where they are of the FID Inception's features."""
+    """Squared Frechet distance; it is the FID if the Gaussians are of the FID Inception's features."""
     return FrechetTo(b).gaussian(a)
 
 
 def cleanfid_distance(features: Tensor, target: Gaussian) -> float:
-    """The same by clean-fid's functions, from features (N, D)."""
+    """Squared Frechet distance by clean-fid's functions, from features (N, D)."""
     from cleanfid.fid import frechet_distance
 
     rows = features.cpu().numpy().astype(np.float64)
@@ -106,9 +106,10 @@ def cleanfid_distance(features: Tensor, target: Gaussian) -> float:
 
 
 def frechet_infinity(to: FrechetTo, features: Tensor, smallest: int, points: int = 8) -> float:
-    """The distance for infinitely many samples: a line through the distances of n of them, against 1 / n.
+    """The distance for infinitely many samples: a line through the distances of n samples, as a function of 1 / n.
 
-    features (N, D); n goes from ``smallest`` to N, evenly spaced in 1 / n, taken from one fixed shuffle.
+    features (N, D). n goes from ``smallest`` to N, evenly spaced in 1 / n; the samples are the first n of one fixed
+    shuffle.
     """
     features, projected = to.projected(features)
     order = torch.from_numpy(randomness.permutation(0, "frechet infinity", 0, len(features)))
@@ -132,7 +133,7 @@ def _split_score(log_p: Tensor) -> Tensor:
 
 
 def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
-    """Shares of generated features within the real manifold, and of real ones within the generated.
+    """The share of generated features within the real manifold, and of real features within the generated manifold.
 
     The manifold of a set is the union of balls around its members that reach their ``neighbours``-th nearest other
     member. generated (N, D), real (M, D).
@@ -154,7 +155,7 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 def kid(generated: Tensor, real: Tensor, subsets: int, size: int, seed: int = 0) -> tuple[float, float]:
     """Unbiased squared MMD with the kernel (x y / D + 1)^3: mean and standard deviation over subsets.
 
-    generated (N, D), real (M, D); a subset has ``size`` of each, at most N and M, drawn by the seed.
+    generated (N, D), real (M, D). A subset has ``size`` of each, but at most N and M, drawn by the seed.
     """
     size = min(size, len(generated), len(real))
     values = torch.tensor(
@@ -184,6 +185,6 @@ def _mmd(x: Tensor, y: Tensor) -> float:
 
 
 def bootstrap(n: int, times: int, statistic: Callable[[Tensor], float], seed: int = 0) -> float:
-    """Standard deviation of a statistic over ``times`` samples of n indices with replacement."""
+    """The standard deviation of a statistic over ``times`` draws of n indices with replacement."""
     values = [statistic(randomness.integers(seed, f"bootstrap {k}", torch.arange(n), n)) for k in range(times)]
     return float(torch.tensor(values, dtype=torch.float64).std())

@@ -1,4 +1,4 @@
-"""One checkpoint under one protocol: reference, samples, numbers, result. What the scripts have in common."""
+"""Evaluates one checkpoint under one protocol: reference, samples, numbers, result. All scripts share this code."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ _PATIENCE = timedelta(days=7)  # of ranks that wait for each other at the end of
 
 @dataclass(frozen=True)
 class Networks:
-    """What images are looked at with. scorers: those that read the captions as well."""
+    """The networks that images are evaluated with. scorers: those that also read the captions."""
 
     images: tuple[Features, ...]
     scorers: tuple[Scorer, ...]
@@ -49,7 +49,7 @@ class Networks:
 
 
 def join(threads: int) -> World:
-    """Join the ranks; arithmetic on a CPU depends on the number of threads, so it is the same for all."""
+    """Join the ranks. Arithmetic on a CPU depends on the number of threads, so all runs use the same number."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -59,7 +59,7 @@ def join(threads: int) -> World:
 def load_networks(
     extractor: Extractor, settings: Scoring, args: argparse.Namespace, weights: Weights | None, device: torch.device
 ) -> Networks:
-    """Those that the wanted metrics need. Raises MissingModelError or ValueError."""
+    """Load the networks that the wanted metrics need. Raises MissingModelError or ValueError."""
     given = {name: getattr(args, name) for name in Models.model_fields}
     wanted = {name: given[name] or getattr(settings, name) for name in given.keys() & networks_of(args.metrics)}
     images = [load_inception(extractor, weights, device)] if weights else []
@@ -67,7 +67,7 @@ def load_networks(
     scorers = [load(wanted[name], device) for name, load in CAPTION_NETWORKS.items() if name in wanted]
     doubts = [weights.doubt] if weights and weights.doubt else []
     doubts += [
-        f"another {name} model than the protocol's: {path}"
+        f"the {name} model is not the protocol's: {path}"
         for name, path in given.items()
         if path and Path(path).name != Path(getattr(settings, name)).name
     ]
@@ -75,7 +75,7 @@ def load_networks(
 
 
 class Evaluation:
-    """What stays the same over several evaluations with the same networks and reference set."""
+    """The parts that several evaluations with the same networks and reference set share."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Evaluation:
         weights: Weights | None,
         make_reference: Callable[[FeatureCache], FeatureSet],
     ) -> None:
-        """Checks everything and makes the reference's features; collective. Raises ValueError."""
+        """Check everything and compute the reference's features; collective. Raises ValueError."""
         self.args, self.protocol, self.conditions = args, protocol, conditions
         self.subject = find_subject(args.checkpoint, protocol)
         self.folder: Path = (args.out or self.subject.folder / "evals").resolve()
@@ -103,7 +103,7 @@ class Evaluation:
     def run(self, protocol: Protocol) -> dict[str, Any] | None:
         """Generate, score, write and print; the result on rank 0, None on the others; collective.
 
-        A result that is there already is not made again.
+        A result that exists already is not computed again.
         """
         args, subject = self.args, self.subject
         key = digest([protocol.hash(), subject.identity, self.sources, args.save, sorted(args.metrics), args.resamples])
@@ -178,7 +178,7 @@ class Evaluation:
         }
 
     def _keep_images(self, chunks: Chunks, protocol: Protocol, path: Path) -> None:
-        """A grid of the first images, and these as PNGs for compare.py; all as npz on request."""
+        """Save a grid of the first images, and these as PNGs for compare.py; on request save all images as npz."""
         first = next(chunks.load())["images"][:EXAMPLES]
         captions = [str(c) for c in self.conditions[: len(first)]]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ class Evaluation:
 
 
 def _tag(protocol: Protocol) -> str:
-    """Keeps the results of different changes to one protocol apart."""
+    """A name that distinguishes the results of different changes to one protocol."""
     return f"-{protocol.hash()}" if protocol.name.endswith("+changes") else ""
 
 

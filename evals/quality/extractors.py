@@ -1,6 +1,6 @@
-"""Networks whose features are compared: the FID Inception, CLIP, DINOv2; and the resize to what they take.
+"""Networks whose features are compared (the FID Inception, CLIP, DINOv2), and the resize to their input.
 
-An image is an (H, W, 3) uint8 array; all results are float32 on the host, one row an image.
+An image is an (H, W, 3) uint8 array; all results are float32 on the host, with one row per image.
 """
 
 import math
@@ -27,7 +27,7 @@ _CLASSES = 1008
 
 
 class Features(Protocol):
-    """A network. identity: what its features depend on. outputs: their names and dimensions."""
+    """A network that computes features. identity: what they depend on. outputs: their names and dimensions."""
 
     identity: dict[str, str]
     outputs: dict[str, int]
@@ -44,17 +44,17 @@ class Scorer(Protocol):
 
 
 def load_inception(settings: Extractor, weights: Weights, device: torch.device) -> Features:
-    """The FID Inception of a protocol. Raises ValueError, with the path, for a file that does not hold it."""
+    """Load the FID Inception of a protocol. Raises ValueError, with the path, for a file that does not contain it."""
     if settings.file == TORCHSCRIPT and weights.path:
         return ScriptedInception(settings.resize, weights, device)
     return Inception(settings.resize, weights, device)
 
 
 class Inception:
-    """From its state dict: pooled features (2048), the spatial ones of sFID (2023), logits without bias (1008).
+    """The network of a state dict: pooled features (2048), spatial features of sFID (2023), logits without bias (1008).
 
     Spatial features are the first 7 channels after the first branch of the seventh mixed block ("mixed_6/conv" of the
-    original graph), row by row, channels last, as ADM's evaluator has them.
+    original graph), row by row, channels last, as in ADM's evaluator.
     """
 
     def __init__(self, resize: Resize, weights: Weights, device: torch.device) -> None:
@@ -93,7 +93,7 @@ class ScriptedInception:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image]) -> dict[str, Tensor]:
-        if self.resize == "legacy_tensorflow":  # the script has this resize inside
+        if self.resize == "legacy_tensorflow":  # the script contains this resize
             pool = torch.cat([self._net(_to_tensor(image)[None].to(self.device)) for image in images])
         else:
             pool = self._net(resize_images(images, self.resize).to(self.device))
@@ -140,7 +140,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> dict[str, Tensor]:
-        """(N,) scores."""
+        """The scores, (N,)."""
         from PIL import Image as Pil
 
         pixels = torch.stack([self._prepare(Pil.fromarray(image)) for image in images]).to(self.device)
@@ -149,16 +149,16 @@ class ClipScorer:
         return {CLIP: 100 * (image * text).sum(dim=1).float().cpu()}
 
 
-# By the keys of ``features.Models``: what loads a network of a hub id or folder to a device.
+# By the keys of ``features.Models``: functions that load a network of a hub id or folder to a device.
 IMAGE_NETWORKS: dict[str, Callable[[str, torch.device], Features]] = {"dinov2": DinoFeatures}
 CAPTION_NETWORKS: dict[str, Callable[[str, torch.device], Scorer]] = {"clip": ClipScorer}
 
 
 def resize_images(images: Sequence[Image], resize: Resize) -> Tensor:
-    """(N, 3, 299, 299) float32 in 0..255.
+    """Resize images to (N, 3, 299, 299) float32 in 0..255.
 
     clean: clean-fid's, antialiased bicubic in float. legacy_pytorch: bilinear with half-pixel centres.
-    legacy_tensorflow: TensorFlow 1's bilinear, whose corners are not aligned and centres not halved.
+    legacy_tensorflow: TensorFlow 1's bilinear, without aligned corners and without half-pixel centres.
     """
     if resize == "clean":
         return torch.stack([torch.from_numpy(_resize_clean(image, _SIZE)).permute(2, 0, 1) for image in images])
@@ -167,12 +167,12 @@ def resize_images(images: Sequence[Image], resize: Resize) -> Tensor:
 
 
 def scale_pixels(x: Tensor, resize: Resize) -> Tensor:
-    """0..255 to what the network takes: to -1..1 in the PyTorch port, (x - 128) / 128 in the original graph."""
+    """Scale 0..255 to the network's input: -1..1 in the PyTorch port, (x - 128) / 128 in the original graph."""
     return x / 255 * 2 - 1 if resize == "legacy_pytorch" else (x - 128) / 128
 
 
 def seeded_inception(seed: int = 0) -> nn.Module:
-    """The FID Inception's architecture with random weights (He initialisation), to try things out."""
+    """The FID Inception's architecture with random weights (He initialisation), for trying things out."""
     net = _build_inception()
     generator = torch.Generator().manual_seed(seed)
     for weight in net.parameters():
@@ -182,7 +182,7 @@ def seeded_inception(seed: int = 0) -> nn.Module:
 
 
 def _build_inception() -> nn.Module:
-    """torchvision's Inception v3 with the blocks that clean-fid has for the network of 2015."""
+    """Build torchvision's Inception v3 with the blocks that clean-fid uses for the network of 2015."""
     from cleanfid import inception_pytorch as blocks
     from torchvision.models import Inception3
 
@@ -204,7 +204,7 @@ def _read_inception(path: Path) -> nn.Module:
 
 
 def _pooled(net: nn.Module, x: Tensor) -> Tensor:
-    """(N, 3, 299, 299) -> (N, 2048): every child up to the global pooling, which is the last before dropout."""
+    """Map (N, 3, 299, 299) to (N, 2048) by all children up to the global pooling, the last one before dropout."""
     for name, layer in net.named_children():
         x = layer(x)
         if name == "avgpool":
@@ -229,7 +229,7 @@ def _resize_tensorflow(x: Tensor) -> Tensor:
 
 
 def _tensorflow_weights(length: int) -> Tensor:
-    """(299, length): output i is at i * length / 299 of the input, between two neighbours."""
+    """The weights (299, length): output i lies at i * length / 299 of the input, between two neighbours."""
     position = torch.arange(_SIZE, dtype=torch.float32) * (length / _SIZE)
     low = position.floor().long().clamp(max=length - 1)
     high, share = (low + 1).clamp(max=length - 1), position - low
@@ -245,7 +245,7 @@ def _to_tensor(image: Image) -> Tensor:
 
 
 def _folder_with(path: Path) -> Path:
-    """A folder that holds the file under the name clean-fid reads."""
+    """The folder of a file, which must have the name that clean-fid reads."""
     if path.name == TORCHSCRIPT:
         return path.parent
-    raise ValueError(f"--extractor {path}: name it {TORCHSCRIPT}, as clean-fid reads it")
+    raise ValueError(f"--extractor {path}: rename it to {TORCHSCRIPT}, the name that clean-fid reads")

@@ -1,4 +1,4 @@
-"""The features of a set of images, as far as metrics need them."""
+"""The features of a set of images that metrics need."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,14 +11,15 @@ from dico_t2i import randomness
 from evals.quality.distances import Gaussian, Moments
 from evals.quality.features import FEATURES
 
-_ROWS = 1024  # added to the moments together, in the order of the chunks
+_ROWS = 1024  # rows that are added to the moments together, in the order of the chunks
 
 
 @dataclass
 class FeatureSet:
-    """``n`` images; 0: not known. gaussians: by kind of features. rows: pooled features, logits, scores, one an image.
+    """The features of ``n`` images; n is 0 if it is not known.
 
-    source: where it comes from, for people and for the result. seconds: of sampling, decoding and features.
+    gaussians: by kind of features. rows: pooled features, logits and scores, one row per image. source: where the set
+    comes from, for people and for the result. seconds: of sampling, decoding and features.
     """
 
     n: int
@@ -29,14 +30,14 @@ class FeatureSet:
     seconds: Tensor = field(default_factory=lambda: torch.zeros(3))
 
     def to(self, device: torch.device) -> "FeatureSet":
-        """With its tensors on a device, where metrics are computed."""
+        """The set with its tensors on a device, where metrics are computed."""
         gaussians = {name: Gaussian(g.mean.to(device), g.cov.to(device)) for name, g in self.gaussians.items()}
         rows = {name: value.to(device) for name, value in self.rows.items()}
         return FeatureSet(self.n, gaussians, rows, self.source, self.doubts, self.seconds)
 
 
 def collect(chunks: Iterable[dict[str, Tensor]], total: int, manifold: int | None = None) -> FeatureSet:
-    """From chunks in order; of the pooled features ``manifold`` rows are kept, chosen by a fixed shuffle."""
+    """Collect chunks in order; ``manifold`` rows of the pooled features are kept, chosen by a fixed shuffle."""
     kept = torch.ones(total, dtype=torch.bool)
     if manifold and manifold < total:
         kept = torch.zeros(total, dtype=torch.bool)
@@ -63,7 +64,7 @@ def collect(chunks: Iterable[dict[str, Tensor]], total: int, manifold: int | Non
 
 
 def _add(moments: dict[str, Moments], waiting: dict[str, list[Tensor]], least: int) -> None:
-    """Move what waits into the moments if there are ``least`` rows."""
+    """Move waiting rows into the moments if there are at least ``least``."""
     for name, parts in waiting.items():
         if sum(map(len, parts)) >= least:
             features = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""The kinds of features and the networks that give them. Imports nothing heavy, for the table of metrics reads it.
+"""The kinds of features and their networks. Imports nothing heavy, because the table of metrics reads it.
 
 To add a network, give its features a row here and its weights a key of ``Models``, and write its class in
 extractors.py.
@@ -17,8 +17,11 @@ SPATIAL_DIMENSION = 7 * 17 * 17
 
 
 class Feature(NamedTuple):
-    """network: the FID Inception or a key of ``Models``. gaussian, rows: whether a set of images keeps the mean and
-    covariance of this kind of features, and whether it keeps the features of each image."""
+    """A kind of features.
+
+    network: the FID Inception or a key of ``Models``. gaussian: whether a set of images keeps their mean and
+    covariance. rows: whether it keeps the features of each image.
+    """
 
     network: str
     gaussian: bool = False
@@ -35,9 +38,10 @@ FEATURES = {
 
 
 class Models(Section):
-    """Hub ids or folders of the networks beside the FID Inception; each is an option of the command lines, too.
+    """Hub ids or folders of the networks other than the FID Inception; each is an option of the command lines, too.
 
-    Protocols hold these keys. One that is added is excluded at its default (``exclude_if``), so that their hashes stay.
+    Protocols contain these keys. A new key must be excluded at its default (``exclude_if``), so that their hashes stay
+    the same.
     """
 
     clip: str = Field(default="timm/vit_large_patch14_clip_224.openai", description="the CLIP model of the CLIP score")

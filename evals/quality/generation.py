@@ -1,4 +1,4 @@
-"""Samples of a checkpoint and their features, in chunks: image i depends on the protocol and i alone."""
+"""Samples a checkpoint and computes features, in chunks: image i depends on the protocol and i alone."""
 
 import json
 import time
@@ -25,7 +25,7 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated. folder: the run's, or the export's. identity: changes with the weights."""
+    """The run or export that is evaluated. folder: its folder. identity: changes with the weights."""
 
     path: Path
     folder: Path
@@ -36,7 +36,7 @@ class Subject:
 
 
 def find_subject(path: Path, protocol: Protocol) -> Subject:
-    """Raises ValueError when the checkpoint and the protocol do not fit, before anything is loaded."""
+    """Find the weights to evaluate. Raises ValueError, before anything is loaded, if they do not fit the protocol."""
     file = exported_weights(path)
     if file is not None:
         subject = _exported(path, file)
@@ -47,11 +47,11 @@ def find_subject(path: Path, protocol: Protocol) -> Subject:
         identity = digest((checkpoint.path / MANIFEST).read_text())
         subject = Subject(checkpoint.path, folder, config, checkpoint.step, weights, identity)
         if weights not in checkpoint.kinds:
-            raise ValueError(f"{checkpoint.path}: has no {weights}, only {', '.join(checkpoint.kinds)}")
+            raise ValueError(f"{checkpoint.path}: it has no {weights}, only {', '.join(checkpoint.kinds)}")
     if protocol.weights == "ema" and subject.weights == WEIGHT:
         raise ValueError(
-            f"{path}: keeps no average of the weights (optimizer.ema is empty), and {protocol.name} evaluates it;"
-            " to evaluate the weights themselves, not comparably: --set weights=weight"
+            f"{path}: it has no average of the weights (optimizer.ema is empty), but {protocol.name} evaluates one; to"
+            " evaluate the weights themselves, with a result that is not comparable: --set weights=weight"
         )
     _check_fit(subject, protocol)
     return subject
@@ -68,21 +68,24 @@ def _check_fit(subject: Subject, protocol: Protocol) -> None:
     config, size = subject.config, subject.config.data.image_size
     if size != protocol.image_size:
         raise ValueError(
-            f"{subject.path}: makes images of {size} px, {protocol.name} is for {protocol.image_size};"
-            f" not comparably: --set image_size={size}"
+            f"{subject.path}: it makes images of {size} px, but {protocol.name} is for {protocol.image_size}; for a"
+            f" result that is not comparable: --set image_size={size}"
         )
     kind = "class" if protocol.prompts.rule == "uniform" else "text"
     if config.model.condition != kind:
-        raise ValueError(f"{subject.path}: is {config.model.condition}-conditional, {protocol.name} is for {kind}")
+        raise ValueError(
+            f"{subject.path}: it is {config.model.condition}-conditional, but {protocol.name} is for {kind}"
+        )
     if protocol.prompts.classes not in (None, config.model.num_classes):
         raise ValueError(
-            f"{subject.path}: has {config.model.num_classes} classes, {protocol.name} {protocol.prompts.classes};"
-            f" not comparably: --set prompts.classes={config.model.num_classes}"
+            f"{subject.path}: it has {config.model.num_classes} classes, but {protocol.name} has"
+            f" {protocol.prompts.classes}; for a result that is not comparable:"
+            f" --set prompts.classes={config.model.num_classes}"
         )
 
 
 class Generator:
-    """Computes a chunk: samples, their features, their scores."""
+    """Computes a chunk: samples, their features, and their scores."""
 
     def __init__(
         self,
@@ -95,14 +98,14 @@ class Generator:
         pngs: Path | None = None,
         keep: bool = False,
     ) -> None:
-        """pngs: where to write all images. keep: whether chunks hold them all."""
+        """pngs: folder for all images. keep: whether chunks contain all images."""
         self.protocol, self.conditions = protocol, conditions
         self.networks, self.scorers, self.pngs, self.keep = networks, scorers, pngs, keep
         dtype = torch.bfloat16 if protocol.precision == "bf16" else torch.float32
         self.pipeline: Pipeline = load_pipeline(subject.path, subject.weights, device, dtype)
 
     def __call__(self, index: range) -> dict[str, Tensor]:
-        """The chunk of these images. seconds: sampling, decoding, features."""
+        """Compute the chunk of these images. seconds: of sampling, decoding, features."""
         captions = [str(c) for c in self.conditions[index.start : index.stop]]
         images, sampling, decoding = self._sample(index)
         began = time.perf_counter()
@@ -140,7 +143,7 @@ class Generator:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """TensorFloat-32 in matrix products and convolutions of a GPU; features are always computed without."""
+    """Use TensorFloat-32 in matrix products and convolutions of a GPU, or not; features are always computed without."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
@@ -151,7 +154,10 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def save_pngs(images: Tensor, captions: Sequence[str], seeds: Sequence[int], folder: Path, first: int) -> None:
-    """One file an image, (N, 3, H, W) uint8, numbered from ``first``; prompt and seed as metadata. Whole or absent."""
+    """Save (N, 3, H, W) uint8 as one PNG per image, numbered from ``first``, with prompt and seed as metadata.
+
+    Each file is complete or absent.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True), first):
         save_image(image, caption, seed, folder / f"{number:06d}.png")

@@ -1,8 +1,8 @@
-"""Sets of images to compare with: files, or an npz in the layout of ADM's evaluation.
+"""Sets of images to compare: files, or an npz file in the layout of ADM's evaluation.
 
-Files are decoded as in training (dico_t2i/data/decode.py): turned as EXIF says, transparent parts white, 16 bits of
-grey scaled. The original evaluations take files through Pillow's convert("RGB"), which turns none, drops transparency
-and makes 16 bits of grey white; of files that have none of these the pixels are the same.
+Files are decoded as in training (dico_t2i/data/decode.py): turned as EXIF says, with transparent parts white and 16-bit
+grey scaled to 8 bits. The original evaluations read files with Pillow's convert("RGB"), which does not turn images,
+drops transparency and makes 16-bit grey white; for files without these features the pixels are the same.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _EXTENSIONS = {f".{extension}" for extension in IMAGE_EXTENSIONS}
 _UNREAD = {".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr", ".tga", ".ppm"}
 
 
-_OF_SAMPLES = {"grid.png", "sample.json"}  # that `dico sample` puts beside the images
+_OF_SAMPLES = {"grid.png", "sample.json"}  # files that `dico sample` writes beside the images
 
 
 class ImageSet(Protocol):
@@ -39,23 +39,23 @@ class ImageSet(Protocol):
 
 
 class ImageFiles:
-    """Files, each decoded to ``size`` pixels square; crop "none" takes them as they are, of any size."""
+    """Files, each decoded to a square of ``size`` pixels; crop "none" keeps them as they are, of any size."""
 
     def __init__(
         self, files: Sequence[Path], crop: Crop, size: int | None = None, left_out: Mapping[str, int] | None = None
     ) -> None:
-        """left_out: how many other files the folder has, by what they are."""
+        """left_out: number of other files in the folder, by kind."""
         self.files, self.crop, self.size, self.left_out = files, crop, size, dict(left_out or {})
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: range) -> list[Image]:
-        """Raises ValueError, with the path, for one that cannot be decoded."""
+        """Decode these images. Raises ValueError, with the path, for a file that cannot be decoded."""
         return [self._decode(self.files[i]) for i in index]
 
     def identity(self) -> dict[str, str]:
-        """sha256 of the files' contents, in order, and what is done with them. Reads them all."""
+        """The sha256 of the files' contents, in order, and how they are prepared. Reads all of them."""
         digest, turned = hashlib.sha256(), 0
         for file in self.files:
             data = file.read_bytes()
@@ -66,7 +66,7 @@ class ImageFiles:
 
     @property
     def unread(self) -> int:
-        """Pictures among the files that are left out."""
+        """Number of pictures among the files that are skipped."""
         return sum(count for name, count in self.left_out.items() if name in _UNREAD)
 
     def _decode(self, file: Path) -> Image:
@@ -85,7 +85,7 @@ class ImageFiles:
 
 
 class NpzImages:
-    """``arr_0`` of an npz, (N, H, W, 3) uint8, mapped from the file where that is not compressed."""
+    """``arr_0`` of an npz file, (N, H, W, 3) uint8, memory-mapped if it is not compressed."""
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path, self._array = path, _map_member(path, "arr_0")
@@ -93,7 +93,7 @@ class NpzImages:
         if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise ValueError(f"{path}: arr_0 is {self._array.dtype} {shape}, expected uint8 (N, height, width, 3)")
         if not len(self._array):
-            raise ValueError(f"{path}: arr_0 holds no images")
+            raise ValueError(f"{path}: arr_0 contains no images")
         if size and shape[1:3] != (size, size):
             raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels, expected {size}x{size}")
 
@@ -104,20 +104,20 @@ class NpzImages:
         return list(np.array(self._array[index.start : index.stop]))
 
     def identity(self) -> dict[str, str]:
-        """sha256 of the file."""
+        """The sha256 of the file."""
         with self.path.open("rb") as file:
             return {"images_sha256": hashlib.file_digest(file, "sha256").hexdigest(), "crop": "none"}
 
 
 def open_images(path: Path, crop: Crop, size: int | None = None) -> ImageSet:
-    """An npz's images, or all image files under a folder, by name; other files are counted.
+    """Open an npz file's images, or all image files under a folder, by name; other files are counted.
 
     Raises ValueError if there is no image.
     """
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path, size)
     if not path.is_dir():
-        raise ValueError(f"{path}: neither a folder nor an npz file")
+        raise ValueError(f"{path}: it is neither a folder nor an npz file")
     files, left_out = [], Counter[str]()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         if file.name in _OF_SAMPLES:
@@ -128,17 +128,17 @@ def open_images(path: Path, crop: Crop, size: int | None = None) -> ImageSet:
             left_out[file.suffix.lower() or file.name] += 1
     if not files:
         told = f"; {counted(left_out)}" if left_out else ""
-        raise ValueError(f"{path}: no images in it ({', '.join(sorted(_EXTENSIONS))}){told}")
+        raise ValueError(f"{path}: there are no images in it ({', '.join(sorted(_EXTENSIONS))}){told}")
     return ImageFiles(files, crop, size, left_out)
 
 
 def counted(left_out: Mapping[str, int]) -> str:
-    """ "3 .heic, 1 grid.png"."""
+    """A text such as "3 .heic, 1 grid.png"."""
     return ", ".join(f"{count} {name}" for name, count in sorted(left_out.items()))
 
 
 def adm_crop(image: Pil.Image, size: int) -> Image:
-    """ADM's preparation of ImageNet: halved by box filter while twice too large, bicubic, centre square."""
+    """ADM's preparation of ImageNet: halved by a box filter while twice too large, then bicubic, centre square."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Pil.Resampling.BOX)
     scale = size / min(image.size)
@@ -148,17 +148,17 @@ def adm_crop(image: Pil.Image, size: int) -> Image:
 
 
 def npz_members(path: Path) -> set[str]:
-    """Names of an npz's arrays. Raises ValueError if it is not one."""
+    """The names of an npz file's arrays. Raises ValueError if it is not an npz file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: not an npz file: {error}") from None
+        raise ValueError(f"{path}: it is not an npz file: {error}") from None
 
 
 def _map_member(path: Path, name: str) -> np.ndarray:
     if name not in npz_members(path):
-        raise ValueError(f"{path}: has no images ({name}); it holds {', '.join(sorted(npz_members(path)))}")
+        raise ValueError(f"{path}: it has no images ({name}); it contains {', '.join(sorted(npz_members(path)))}")
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:
@@ -173,12 +173,12 @@ def _map_member(path: Path, name: str) -> np.ndarray:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
         if dtype.hasobject:
-            raise ValueError(f"{path}: {name} holds objects, not numbers")
+            raise ValueError(f"{path}: {name} contains objects, not numbers")
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def write_npz(path: Path, shape: tuple[int, int, int, int], chunks: Iterable[np.ndarray]) -> None:
-    """ADM's layout: ``arr_0`` of ``shape`` (N, H, W, 3) uint8, from chunks in order, one in memory at a time."""
+    """Write ADM's layout: ``arr_0`` of ``shape`` (N, H, W, 3) uint8, from chunks in order, one in memory at a time."""
     part = temporary(path)
     with (
         zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive,

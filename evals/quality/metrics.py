@@ -1,7 +1,7 @@
 """The metrics, one row each: protocols, command lines, checks and reports read this table.
 
-To add a metric, write its function here, with a new formula in distances.py, and add a row to METRICS. Imports nothing
-heavy before a metric is computed, so that wrong options are told at once.
+To add a metric, write its function here, put a new formula into distances.py, and add a row to METRICS. Nothing heavy
+is imported before a metric is computed, so that wrong options are reported at once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from evals.quality.feature_sets import FeatureSet
     from evals.quality.protocol import Scoring
 
-_ENOUGH = 5 * POOL_DIMENSION  # samples for a line through FIDs of part of them: fewer bend it
+_ENOUGH = 5 * POOL_DIMENSION  # fewest samples for fitting a line to FIDs; with fewer they do not lie on one
 
 Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Sets:
-    """What metrics are computed from. resamples: bootstrap samples for standard errors; 0: none."""
+    """The inputs of metrics. resamples: bootstrap samples for standard errors; 0 for none."""
 
     generated: FeatureSet
     reference: FeatureSet
@@ -38,9 +38,9 @@ class Metric:
     label: for tables and plots.
     feature: the kind of features that it compares; it decides which network is loaded.
     reference: what it needs of the reference set: mean and covariance, the features of its images, or nothing.
-    compute: the numbers and their standard errors, by name. A number NAME_std is the spread of NAME over parts.
-    too_few: what is wrong with so many samples and reference images; None if nothing is.
-    also: labels of further numbers that ``compute`` gives.
+    compute: returns the numbers and their standard errors, by name. A number NAME_std is the spread of NAME over parts.
+    too_few: returns what is wrong with these numbers of samples and reference images; None if nothing is.
+    also: labels of further numbers that ``compute`` returns.
     """
 
     label: str
@@ -52,13 +52,13 @@ class Metric:
 
 
 def _fid(sets: Sets) -> tuple[Numbers, Numbers]:
-    """A bootstrapped FID is biased upwards, as FID of fewer samples is: its spread is used, not its mean."""
+    """FID. A bootstrapped FID is biased upwards, like the FID of fewer samples, so only its spread is used."""
     from evals.quality import distances
 
     target, features = sets.reference.gaussians[POOL], sets.generated.rows[POOL]
     to = distances.FrechetTo(target)
     numbers = {"fid": to.gaussian(sets.generated.gaussians[POOL])}
-    if len(features) > POOL_DIMENSION:  # below, the product of covariances is singular, and its root inexact
+    if len(features) > POOL_DIMENSION:  # otherwise the product of covariances is singular and its root inexact
         numbers["fid_cleanfid"] = distances.cleanfid_distance(features, target)
     if len(features) >= _ENOUGH:
         numbers["fid_infinity"] = distances.frechet_infinity(to, features, len(features) // 4)
@@ -72,7 +72,7 @@ def _fid(sets: Sets) -> tuple[Numbers, Numbers]:
 
 
 def _frechet(name: str, feature: str) -> Callable[[Sets], tuple[Numbers, Numbers]]:
-    """The Frechet distance of other features."""
+    """A function for the Frechet distance of other features."""
 
     def compute(sets: Sets) -> tuple[Numbers, Numbers]:
         from evals.quality import distances
@@ -100,11 +100,11 @@ def _inception_score(sets: Sets) -> tuple[Numbers, Numbers]:
 def _no_parts(settings: Scoring, samples: int, images: int) -> str | None:
     if samples >= settings.splits:
         return None
-    return f"is: {samples} samples cannot be cut into {settings.splits} parts; leave it out"
+    return f"is: {samples} samples cannot be divided into {settings.splits} parts; leave this metric out"
 
 
 def _precision_recall(sets: Sets) -> tuple[Numbers, Numbers]:
-    """Both at once, for they share the distances."""
+    """Precision and recall together, because they share the distances."""
     from evals.quality import distances
 
     rows = sets.generated.rows[POOL], sets.reference.rows[POOL]
@@ -115,7 +115,7 @@ def _precision_recall(sets: Sets) -> tuple[Numbers, Numbers]:
 def _no_neighbours(settings: Scoring, samples: int, images: int) -> str | None:
     if (fewest := min(samples, images)) > settings.neighbours:
         return None
-    return f"precision, recall: {fewest} images have no {settings.neighbours} neighbours each"
+    return f"precision, recall: {fewest} images have fewer than {settings.neighbours} neighbours each"
 
 
 def _kid(sets: Sets) -> tuple[Numbers, Numbers]:
@@ -144,10 +144,10 @@ METRICS: dict[str, Metric] = {
     "fd_dinov2": Metric("FD-DINOv2", DINO, "statistics", _frechet("fd_dinov2", DINO)),
 }
 
-# Of every number that a result may hold, in the order of the tables.
+# The labels of all numbers that a result may contain, in the order of the tables.
 LABELS = {key: label for name, row in METRICS.items() for key, label in ((name, row.label), *row.also.items())}
 
 
 def networks_of(metrics: Iterable[str]) -> set[str]:
-    """The networks that the features of these metrics are of."""
+    """The networks that compute the features of these metrics."""
     return {FEATURES[METRICS[name].feature].network for name in metrics}

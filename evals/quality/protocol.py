@@ -1,7 +1,7 @@
-"""An evaluation protocol: everything that a number depends on beside the checkpoint, and its hash.
+"""An evaluation protocol: everything that a number depends on except the checkpoint, and its hash.
 
 The files are in evals/quality/protocols/. A value may be changed on the command line; the result is then named
-``<protocol>+changes``, has another hash, and is marked as not comparable.
+``<protocol>+changes``, has a different hash, and is marked as not comparable.
 """
 
 import hashlib
@@ -29,48 +29,48 @@ TORCHSCRIPT: Final = "inception-2015-12-05.pt"
 
 
 class Prompts(Section):
-    """What is sampled. The rules are those of ``evals.quality.captions`` and ``evals.imagenet_fid``."""
+    """What is sampled. ``evals.quality.captions`` and ``evals.imagenet_fid`` describe the rules."""
 
     # drawn: images and captions by keyed hashes of their ids; in_order: images by id, captions as drawn;
     # uniform: classes at random.
     rule: Literal["drawn", "in_order", "uniform"]
-    count: Positive  # samples
+    count: Positive  # number of samples
     seed: NonNegative = 0
-    annotated_images: Positive | None = None  # in the annotation file; another number is another split
-    classes: Positive | None = None  # with uniform
+    annotated_images: Positive | None = None  # in the annotation file; a different number means a different split
+    classes: Positive | None = None  # for rule: uniform
 
     @model_validator(mode="after")
     def _uniform_over_classes(self) -> "Prompts":
         if (self.rule == "uniform") != (self.classes is not None):
-            raise ValueError("classes: goes with rule: uniform, and with no other")
+            raise ValueError("classes: required with rule: uniform, and not allowed with any other")
         return self
 
 
 class ReferenceSet(Section):
-    """What is compared with."""
+    """The images to compare with."""
 
     images: Literal["all", "drawn", "given"]  # all annotated images, those of the prompts, a folder or npz
-    # of image files: centre square by Lanczos, or ADM's (halved by box filter, then bicubic), or as they are
+    # for image files: centre square by Lanczos, or ADM's (halved by box filter, then bicubic), or as they are
     crop: Literal["center", "adm", "none"]
-    manifold: Positive | None = None  # precision, recall and KID take so many of the images; none: all
+    manifold: Positive | None = None  # number of these images for precision, recall and KID; none: all
 
 
 class Extractor(Section):
-    """The network whose features are compared. One file per container of the same FID Inception of 2015-12-05."""
+    """The network whose features are compared. Each file holds the same FID Inception of 2015-12-05."""
 
     file: Literal["pt_inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pt"] = STATE_DICT
-    sha256: Text | None = None  # its first digits; none: not known to this project, recorded with each result
+    sha256: Text | None = None  # its first digits; none: unknown to this project, but recorded with each result
     resize: Resize  # to 299 x 299, and with it the scale of pixel values; names are clean-fid's
 
     @model_validator(mode="after")
     def _scripted_has_clean_fids_scale(self) -> "Extractor":
         if self.file == TORCHSCRIPT and self.resize == "legacy_pytorch":
-            raise ValueError(f"resize: legacy_pytorch goes with {STATE_DICT}, as in clean-fid")
+            raise ValueError(f"resize: legacy_pytorch requires {STATE_DICT}, as in clean-fid")
         return self
 
 
 class Scoring(Models):
-    """Metrics and their settings."""
+    """The metrics and their settings."""
 
     metrics: tuple[MetricName, ...]
     neighbours: Positive = 3  # of precision and recall
@@ -80,7 +80,7 @@ class Scoring(Models):
 
 
 class Protocol(Section):
-    """See evals/quality/protocols/."""
+    """A protocol; evals/quality/protocols/ contains the known ones."""
 
     name: Text
     about: Text = Field(description="for people; not part of the hash")
@@ -94,11 +94,11 @@ class Protocol(Section):
     # 127.5 x + 128, clamped to 0..255 and truncated, which is 127.5 (x + 1) rounded; PNG files hold the same bytes.
     quantisation: Literal["round"] = "round"
     seed: NonNegative = 0  # image i is sampled with seed + i
-    chunk: Positive = 32  # images computed together: part of the arithmetic, see docs/evaluation.md
+    chunk: Positive = 32  # images that are computed together, which affects the last bits, see docs/evaluation.md
     scoring: Scoring
 
     def content(self) -> dict[str, Any]:
-        """All values but the description."""
+        """All values except the description."""
         return self.model_dump(mode="json", exclude={"about"})
 
     def hash(self) -> str:
@@ -117,24 +117,24 @@ def names() -> list[str]:
 
 
 def load_protocol(name: str, changes: Sequence[str] = ()) -> Protocol:
-    """A protocol by its name; ``key.path=value`` changes make it ``<name>+changes`` if they change anything.
+    """Load a protocol by its name; ``key.path=value`` changes make it ``<name>+changes`` if they change anything.
 
     Raises ConfigError for an unknown name, key or value.
     """
     path = FOLDER / f"{name}.yaml"
     if name not in names():
-        raise ConfigError(f"--protocol {name}: unknown; there are {', '.join(names())}")
+        raise ConfigError(f"--protocol {name}: unknown; known protocols: {', '.join(names())}")
     original = load_section(path, Protocol)
     changed = load_section(path, Protocol, changes)
     if changed.name != original.name or original.name != name:
-        raise ConfigError(f"{path}: the name cannot change, and is that of the file")
+        raise ConfigError(f"{path}: the name must be that of the file and cannot be changed")
     if changed.content() == original.content():
         return original
     return changed.model_copy(update={"name": f"{name}+changes"})
 
 
 def changes_of(protocol: Protocol) -> list[str]:
-    """What differs from the protocol that it is named after, one line a key."""
+    """The differences from the protocol that it is named after, one line for each key."""
     original = _flat(load_protocol(protocol.name.removesuffix("+changes")).content())
     mine = _flat(protocol.content())
     return [

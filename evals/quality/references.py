@@ -1,4 +1,4 @@
-"""The features of reference sets: computed over the ranks, and kept in a cache; or statistics that others made."""
+"""The features of reference sets: computed by the ranks and cached, or read from statistics that others made."""
 
 import json
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ from evals.quality.features import FEATURES, LOGITS, POOL, POOL_DIMENSION, SPATI
 from evals.quality.images import Crop, ImageFiles, ImageSet, counted, npz_members, open_images
 from evals.quality.protocol import Extractor, digest
 
-_PATIENCE_S = 86400.0  # for another job that makes the same reference
+_PATIENCE_S = 86400.0  # how long to wait for another job that computes the same reference
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Makes features of sets of images over the ranks, and keeps them.
+    """Computes the features of sets of images on the ranks, and caches them.
 
-    The key is all that they depend on: the images' contents and preparation, the networks' weights and resize, the
-    number of images in a chunk, the rows kept. All ranks make the same calls.
+    The key of the cache is everything that they depend on: the images' contents and preparation, the networks' weights
+    and resize, the number of images in a chunk, the rows that are kept. All ranks make the same calls.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class FeatureCache:
     chunk: int
 
     def of(self, images: ImageSet, manifold: int | None = None, logits: bool = False) -> FeatureSet:
-        """manifold: rows of pooled features to keep; none: all. logits: keep them, for the Inception Score."""
+        """manifold: rows of pooled features to keep; None for all. logits: keep them, for the Inception Score."""
         if not self.networks:
             return FeatureSet(len(images), {})
         identity: list[Any] = [images.identity() if self.world.is_main else None]
@@ -86,9 +86,9 @@ class FeatureCache:
         size: int | None = None,
         manifold: int | None = None,
     ) -> FeatureSet:
-        """Of a folder, an npz of images or in ADM's layout, or a file of the cache.
+        """The features of a folder, of an npz file with images or in ADM's layout, or of a file of the cache.
 
-        Raises ValueError for statistics of another extractor than the protocol's.
+        Raises ValueError for statistics of a different extractor than the protocol's.
         """
         if path.suffix == ".safetensors":
             return read_statistics(path, self.networks)
@@ -101,7 +101,7 @@ class FeatureCache:
         if statistics:
             network = self.networks[0].identity if self.networks else {}
             if not network.get("sha256", "").startswith(extractor.sha256 or ""):
-                raise ValueError(f"{path}: statistics of another extractor: the FID Inception's, not of {network}")
+                raise ValueError(f"{path}: statistics of a different extractor, the FID Inception, not {network}")
             found.gaussians |= read_adm_statistics(path)
             found.n = 0
             found.source["statistics"] = f"{path.name}, sha256 {file_hash(path)}"
@@ -111,18 +111,18 @@ class FeatureCache:
 
 
 def unread_doubts(path: Path, images: ImageSet) -> list[str]:
-    """What makes numbers doubtful: pictures of the folder that are left out."""
+    """The reasons why numbers are doubtful: pictures in the folder that are skipped."""
     count = images.unread if isinstance(images, ImageFiles) else 0
-    return [f"{count} pictures of {path} are in formats that are not read"] if count else []
+    return [f"{count} pictures of {path} are in formats that cannot be read"] if count else []
 
 
 def _tell(images: ImageSet, identity: dict[str, str]) -> None:
-    """Say once what of the files is left out, and which are taken otherwise than by others' evaluations."""
+    """Print once which files are skipped, and which are decoded differently from other evaluations."""
     if not isinstance(images, ImageFiles):
         return
     if images.left_out:
         seen = len(images) + sum(images.left_out.values())
-        print(f"{seen} files: {len(images)} images; left out: {counted(images.left_out)}", flush=True)
+        print(f"{seen} files: {len(images)} images; skipped: {counted(images.left_out)}", flush=True)
     if turned := identity.get("turned_by_exif"):
         print(
             f"note: {turned} of {len(images)} files have an EXIF orientation and are turned, as in training;"
@@ -132,13 +132,15 @@ def _tell(images: ImageSet, identity: dict[str, str]) -> None:
 
 
 def read_statistics(path: Path, networks: Sequence[Features]) -> FeatureSet:
-    """A file of the cache. Raises ValueError if it is of other networks than these."""
+    """Read a file of the cache. Raises ValueError if it is of other networks than these."""
     with safe_open(path, "pt") as file:
         source = json.loads(file.metadata()["source"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     wanted = [network.identity for network in networks]
     if source["networks"] != wanted:
-        raise ValueError(f"{path}: statistics of another extractor: {source['networks']}; this protocol's is {wanted}")
+        raise ValueError(
+            f"{path}: statistics of a different extractor: {source['networks']}; this protocol's is {wanted}"
+        )
     n = int(tensors["n"])
     gaussians = {
         name: Gaussian(tensors[f"mean.{name}"], tensors[f"cov.{name}"])
@@ -161,8 +163,8 @@ def read_adm_statistics(path: Path) -> dict[str, Gaussian]:
         expected = POOL_DIMENSION if name == POOL else SPATIAL_DIMENSION
         if mean.shape != (expected,) or cov.shape != (expected, expected):
             raise ValueError(
-                f"{path}: statistics of another extractor: mean {tuple(mean.shape)} and covariance {tuple(cov.shape)},"
-                f" the FID Inception's have dimension {expected}"
+                f"{path}: statistics of a different extractor: mean {tuple(mean.shape)} and covariance"
+                f" {tuple(cov.shape)}, but the FID Inception's have dimension {expected}"
             )
     return found
 

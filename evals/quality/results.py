@@ -1,4 +1,4 @@
-"""Results: JSON in the run's folder, a table in the terminal, Weights & Biases."""
+"""Stores results: JSON in the run's folder, a table in the terminal, Weights & Biases."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_result(result: dict[str, Any], console: Console | None = None) -> None:
-    """The numbers, what they depend on, and whether they compare with others."""
+    """Print the numbers, what they depend on, and whether they are comparable with others."""
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     console.print(result_table(result))
     for key, value in result["sources"].items():

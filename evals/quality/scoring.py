@@ -1,4 +1,4 @@
-"""From the features of two sets of images to a protocol's numbers."""
+"""Computes a protocol's numbers from the features of two sets of images."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def score(
 
 
 def warnings(samples: int, reference: FeatureSet) -> list[str]:
-    """What makes a number less than it seems, to be told before anything is generated."""
+    """Warnings about unreliable numbers, to be printed before anything is generated."""
     said = []
     if 0 < reference.n <= POOL_DIMENSION:
         said.append(
@@ -38,11 +38,11 @@ def warnings(samples: int, reference: FeatureSet) -> list[str]:
 def check_metrics(
     settings: Scoring, wanted: Sequence[str], samples: int, outputs: set[str], reference: FeatureSet
 ) -> None:
-    """Raises ValueError for a metric without its features, or of too few samples, saying what to do."""
+    """Raise ValueError that says what to do, for a metric without its features or with too few samples."""
     for name in wanted:
         row = METRICS[name]
         if FEATURES[row.feature].network == INCEPTION and row.feature not in outputs:
-            raise ValueError(f"--metrics {name}: this extractor gives {', '.join(sorted(outputs))} only; leave it out")
+            raise ValueError(f"--metrics {name}: this extractor only gives {', '.join(sorted(outputs))}; leave it out")
         if row.reference == "statistics" and row.feature not in reference.gaussians:
             raise ValueError(
                 f"--metrics {name}: the reference has no {row.feature} statistics; leave it out, or give images"

@@ -1,4 +1,4 @@
-"""Finds the weights of the FID Inception; imports nothing heavy, so that a missing file is told at once."""
+"""Finds the weights of the FID Inception. Imports nothing heavy, so that a missing file is reported at once."""
 
 import hashlib
 import os
@@ -19,11 +19,11 @@ _SOURCES = {
 
 
 class MissingWeightsError(ValueError):
-    """An extractor whose weights are not here; the message says where was looked and how to get them."""
+    """Raised if an extractor's weights are not found; the message says where they may be and how to get them."""
 
 
 class Weights(NamedTuple):
-    """A file of weights; none stands for the seeded network. doubt: why its numbers compare with no others."""
+    """A file of weights; None is the seeded network. doubt: why its numbers are not comparable."""
 
     path: Path | None
     sha256: str
@@ -31,10 +31,10 @@ class Weights(NamedTuple):
 
 
 def find_weights(extractor: Extractor, given: Path | None, cache: Path) -> Weights:
-    """The file of a protocol's extractor: ``given``, else in the cache, else downloaded if that is allowed.
+    """The file of a protocol's extractor: ``given``, or else from the cache, or else downloaded if that is allowed.
 
-    ``seeded`` stands for random weights. Raises MissingWeightsError within a moment if the file is not here, and
-    ValueError if the network gave another one than was expected.
+    ``seeded`` means random weights. Raises MissingWeightsError at once if the file is not found, and ValueError if the
+    download is not the expected file.
     """
     if str(given) == SEEDED:
         return Weights(None, SEEDED, "seeded extractor")
@@ -50,7 +50,7 @@ def find_weights(extractor: Extractor, given: Path | None, cache: Path) -> Weigh
         )
     sha256 = _sha256(path)
     known = sha256.startswith(extractor.sha256 or "")
-    doubt = None if known else f"extractor of other weights: sha256 {sha256[:8]}, not {extractor.sha256}"
+    doubt = None if known else f"extractor with different weights: sha256 {sha256[:8]}, not {extractor.sha256}"
     return Weights(path, sha256, doubt)
 
 
@@ -64,7 +64,9 @@ def _download(extractor: Extractor, path: Path) -> None:
     found = _sha256(part)
     if not found.startswith(extractor.sha256 or ""):
         part.unlink()
-        raise ValueError(f"{_SOURCES[extractor.file]}: sha256 {found}, expected {extractor.sha256}...; not kept")
+        raise ValueError(
+            f"{_SOURCES[extractor.file]}: sha256 {found}, expected {extractor.sha256}...; the file was deleted"
+        )
     part.replace(path)
 
 
@@ -76,8 +78,8 @@ def _sha256(path: Path) -> str:
 def _explain(extractor: Extractor, path: Path) -> str:
     known = f"about 91 MiB, sha256 {extractor.sha256}..." if extractor.sha256 else "about 91 MiB, sha256 not recorded"
     return (
-        f"{path}: no such file; it holds the FID Inception ({known})\n"
-        f"On a machine with network run\n  curl -L -o {extractor.file} {_SOURCES[extractor.file]}\n"
+        f"{path}: no such file; it must contain the FID Inception ({known})\n"
+        f"On a machine with network access run\n  curl -L -o {extractor.file} {_SOURCES[extractor.file]}\n"
         f"and give it as --extractor {extractor.file}, or put it into {CACHE}; or set DICO_ALLOW_DOWNLOAD=1.\n"
-        f"--extractor {SEEDED} tries everything out with random weights; its numbers compare with none."
+        f"--extractor {SEEDED} uses random weights, to try everything out; its numbers are not comparable."
     )

@@ -1,6 +1,6 @@
-"""Reads what an image of coloured shapes shows, by comparing it with the renderer's own colours and shapes.
+"""Reads what an image of coloured shapes shows, by comparison with the renderer's own colours and shapes.
 
-Nothing is learned and nothing is fitted to a model: the thresholds follow from the geometry of the scenes.
+Nothing is learned or fitted to a model; the thresholds follow from the geometry of the scenes.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from data_prep.shapes_scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, 
 MIN_CONTRAST = 40.0  # RGB distance; objects and backgrounds are at least 100 apart
 MIN_OVERLAP = 0.5  # intersection over union; the shapes least alike, cross and square, reach 0.53
 
-RADII = (0.5 * min(SIZES.values()), 1.5 * max(SIZES.values()))  # a speck or a filled image is no shape
+RADII = (0.5 * min(SIZES.values()), 1.5 * max(SIZES.values()))  # a speck or a filled image is not a shape
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an image shows; None where nothing can be made out."""
+    """The properties that an image shows; None for those that cannot be recognised."""
 
     background: str
     colour: str | None = None
@@ -30,7 +30,7 @@ class Reading:
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
-    """The background and the one object of a square image, (size, size, 3) uint8."""
+    """Read the background and the one object of a square image, (size, size, 3) uint8."""
     pixels = image.astype(np.float64)
     ground = _border_colour(pixels)
     background = _nearest(ground, BACKGROUNDS)
@@ -62,10 +62,10 @@ def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int
 def _soft_mask(
     pixels: NDArray[np.float64], ground: NDArray[np.float64], paint: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Share of an object in each pixel, (size, size), by projection on the line between the two colours.
+    """The share of the object in each pixel, (size, size), by projection on the line between the two colours.
 
-    Pixels of any other colour, as far from the ground as the paint, count as object too: a second object is part
-    of the mask. Pixels that do not touch a mostly covered one are 0, so that faint noise is no area.
+    Pixels of any other colour that is as far from the ground as the paint also count as object: a second object is part
+    of the mask. Pixels that do not touch a mostly covered pixel are 0, so that faint noise has no area.
     """
     line = paint - ground
     share = (pixels - ground) @ line / (line @ line)
@@ -76,7 +76,7 @@ def _soft_mask(
 
 
 def _fit(mask: NDArray[np.float64], shape: str) -> tuple[float, tuple[float, float], float]:
-    """The shape with the mask's area and centroid: its intersection over union with it, centre and radius."""
+    """The shape with the mask's area and centroid: its intersection over union with the mask, its centre and radius."""
     size = len(mask)
     axis = (np.arange(size) + 0.5) / size
     total = mask.sum()
@@ -91,7 +91,7 @@ def _fit(mask: NDArray[np.float64], shape: str) -> tuple[float, tuple[float, flo
 
 @lru_cache
 def _unit_area_and_centroid(shape: str) -> tuple[float, float]:
-    """Area of a shape of radius 1, and how far below its middle its centroid lies."""
+    """The area of a shape of radius 1, and how far its centroid lies below its middle."""
     size, radius = 128, 0.25
     mask = coverage(shape, (0.5, 0.5), radius, size)
     axis = (np.arange(size) + 0.5) / size - 0.5

@@ -1,4 +1,4 @@
-"""Timing contenders against each other: interleaved rounds, a measured peak, memory, and the share of each operator."""
+"""Times contenders against each other: interleaved rounds, a measured peak, memory, and the share of each operator."""
 
 import gc
 import statistics
@@ -14,21 +14,21 @@ from torch.profiler import ProfilerActivity, profile
 from dico_t2i.plan.trace import Pass
 
 SHAPES = ((128, 32), (256, 16), (512, 8), (416, 32), (832, 16), (1664, 8))  # channels, side: of DiCo-S and DiCo-XL
-_WARM_UPS = {"cuda": 3, "cpu": 1}  # to compile, to choose kernels, to make the optimizer's state
-_SHORTEST_ROUND_S = 0.2  # of a GPU: short work is repeated, so that launches and clocks even out
+_WARM_UPS = {"cuda": 3, "cpu": 1}  # to compile, to choose kernels, to create the optimizer's state
+_SHORTEST_ROUND_S = 0.2  # on a GPU: short work is repeated, so that launches and clock rates average out
 
 
 @dataclass
 class Cost:
-    """Counted, not measured: of one run."""
+    """The cost of one run, counted and not measured."""
 
-    flops: float  # useful ones: two for each multiply-accumulate, of products and of convolutions channel by channel
+    flops: float  # useful ones: two for each multiply-accumulate of products and channel-by-channel convolutions
     traffic: float | None = None  # bytes read and written by the operations as they are called; None: not known
 
 
 @dataclass
 class Contender:
-    """One way to do a piece of work. run does it once; held: bytes of weights and optimizer state."""
+    """One way to do some work. run does it once; held: bytes of weights and optimizer state."""
 
     name: str
     run: Callable[[], Any]
@@ -39,7 +39,7 @@ class Contender:
 
 @dataclass
 class Result:
-    """Seconds of one run in each round, and what else was seen of a contender."""
+    """The seconds of one run in each round, and other measurements of a contender."""
 
     name: str
     images: int
@@ -58,14 +58,14 @@ class Result:
 
 
 def pass_cost(traced: Pass, backward: bool, more_traffic: float = 0.0) -> Cost:
-    """Of a traced pass: forward alone, or with its backward and other traffic, such as the optimizer's."""
+    """The cost of a traced pass: forward alone, or with its backward and other traffic, such as the optimizer's."""
     part = slice(None) if backward else slice(traced.forward)
     flops = traced.products[part].sum() + traced.others[part].sum()
     return Cost(float(flops), float(traced.traffic[part].sum()) + more_traffic)
 
 
 def compare(contenders: Sequence[Contender], rounds: int, device: torch.device, profiled: bool = True) -> list[Result]:
-    """Run all in turn, round by round, after warming up: what disturbs the machine disturbs all of them."""
+    """Run all in turn, round by round, after a warm-up, so that disturbances of the machine affect all of them."""
     results = []
     repeats = []
     for contender in contenders:
@@ -91,7 +91,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def _seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Of one run, the mean of ``count``; on a GPU by its own clock."""
+    """The seconds of one run, as the mean of ``count``; on a GPU by its own clock."""
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(count):
@@ -108,7 +108,7 @@ def _seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
 
 
 def _profile(run: Callable[[], Any], device: torch.device) -> tuple[list[tuple[str, float]], float]:
-    """Share of each operator in one run's time on the device, and bytes of the memory the run adds at its peak."""
+    """The share of each operator in one run's time on the device, and the bytes that the run adds at its peak."""
     cuda = device.type == "cuda"
     if cuda:
         before = torch.cuda.memory_allocated(device)
@@ -132,7 +132,7 @@ def _profile(run: Callable[[], Any], device: torch.device) -> tuple[list[tuple[s
 
 
 def _most_held(recorded: profile) -> float:
-    """The most bytes that tensors made in a profiled run on the CPU held at once."""
+    """The most bytes that tensors made in a profiled run on the CPU occupied at once."""
     held = most = 0
     events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in events:

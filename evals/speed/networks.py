@@ -1,4 +1,4 @@
-"""The networks that evals/throughput.py compares, and one run of each kind of work with them."""
+"""The networks that evals/throughput.py compares, and functions that do each kind of work with them once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ _OBJECTIVES = {learn_sigma: build(DiffusionConfig(), learn_sigma) for learn_sigm
 
 
 def named_config(name: str, condition: Condition, size: int) -> NetworkConfig:
-    """A size with a name, such as DiCo-S or DiT-XL/2, for latents of ``size``. Raises ValueError for others."""
+    """The config of a named size, such as DiCo-S or DiT-XL/2, for latents of ``size``. Raises ValueError."""
     section = next((section for section in NETWORKS if name in section.variants), None)
     if section is None:
         raise ValueError(f"{name}: not one of {', '.join(name for s in NETWORKS for name in s.variants)}")
@@ -43,11 +43,11 @@ def named_config(name: str, condition: Condition, size: int) -> NetworkConfig:
     try:
         return section.model_validate(fields)
     except ValidationError:
-        raise ValueError(f"{name}: is not made for condition {condition}") from None
+        raise ValueError(f"{name}: it does not support condition {condition}") from None
 
 
 def takes_text(name: str) -> bool:
-    """Whether a size with a name is of a network for text alone."""
+    """Whether a named size belongs to a network for text alone."""
     text = (section for section in NETWORKS if section.model_fields["condition"].default == "text")
     return any(name in section.variants for section in text)
 
@@ -70,12 +70,12 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which ours computes: what it trains in."""
+        """The dtype that our network computes in, which is that of training."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
 def network_of(kind: str, setting: Setting) -> nn.Module:
-    """ours, plain, or a size with a name, such as DiT-S/2; on the current device, fp32, no weight zero."""
+    """Our network (ours), the plain one, or a named size such as DiT-S/2; on the current device, fp32, no weight 0."""
     torch.manual_seed(0)
     network: nn.Module
     if kind in ("ours", "plain"):
@@ -94,9 +94,9 @@ def contender(
 ) -> Contender:
     """A network at work: a training step (forward, backward, AdamW, average of the weights), or one pass.
 
-    A pass is made in the working dtype of ours by all. A step is trained as ours trains, except "plain" and what is
-    under "autocast": those have fp32 weights (with TF32 convolutions on a GPU, cuDNN's default); how: "autocast" puts
-    them under bf16 autocast, "compiled" under torch.compile as well (ours: block by block).
+    All networks make a pass in the working dtype of ours. All are trained like ours, except "plain" and those under
+    "autocast": they have fp32 weights (with TF32 convolutions on a GPU, cuDNN's default). how: "autocast" runs them
+    under bf16 autocast, "compiled" also under torch.compile (ours: block by block).
     """
     with setting.device:
         network = network_of(kind, setting).to(setting.device)
@@ -125,8 +125,8 @@ def contender(
 class TrainingStep:
     """Forward, backward, AdamW and the average of the weights, on one device without DeepSpeed.
 
-    Ours as it trains: working weights in bf16 on a GPU, masters and averages in fp32 with the project's optimizer.
-    Others as released: fp32 weights, torch's AdamW, averages one parameter at a time.
+    Ours is trained as in training: working weights in bf16 on a GPU, masters and averages in fp32 with the project's
+    optimizer. Others are trained as released: fp32 weights, torch's AdamW, averages one parameter at a time.
     """
 
     def __init__(self, network: nn.Module, setting: Setting, ours: bool, lower: bool) -> None:
@@ -144,7 +144,7 @@ class TrainingStep:
 
     @property
     def held(self) -> float:
-        """Bytes of weights, masters, averages and both moments."""
+        """The bytes of weights, masters, averages and both moments."""
         kept = [*self.averages, *self.weights, *(self.masters if self.masters is not self.weights else ())]
         own = sum(4 * (2 + len(_OPTIMIZER.ema) * (not self.averages)) * master.numel() for master in self.masters)
         return float(sum(tensor.nbytes for tensor in kept) + own)
@@ -180,7 +180,7 @@ class TrainingStep:
 
 
 def samplers(setting: Setting, steps: int, guidance: float) -> Iterator[Contender]:
-    """Sampling with guidance: ours, the same making its text kernels at every step, and the plain network."""
+    """Sampling with guidance: by ours, by ours with text kernels made at every step, and by the plain network."""
     sampler = SamplerConfig(kind="dpm++", steps=steps, guidance=guidance)
     cond, null = ({"cond": c.to(setting.dtype)} for c in (setting.cond, setting.null))
     with setting.device:
@@ -207,7 +207,7 @@ def samplers(setting: Setting, steps: int, guidance: float) -> Iterator[Contende
 
 
 def text_convolutions(shape: tuple[int, int, int], device: torch.device) -> Iterator[Contender]:
-    """text_dwconv forward and backward, N,H,W,C in and out, against a convolution with N*C groups on N,C,H,W.
+    """text_dwconv forward and backward on (N, H, W, C), against a convolution with N*C groups on (N, C, H, W).
 
     shape: batch, channels, height and width.
     """
@@ -228,7 +228,7 @@ def text_convolutions(shape: tuple[int, int, int], device: torch.device) -> Iter
 
 
 def _objective(network: nn.Module) -> Process:
-    """The training loss of a network, by whether it learns the variance; the plain network does."""
+    """The training loss of a network, which depends on whether it learns the variance; the plain network does."""
     return _OBJECTIVES[network.config.learn_sigma if isinstance(network, Network) else True]
 
 
@@ -241,7 +241,7 @@ def _compiled(network: nn.Module) -> nn.Module:
 
 
 def _counted(kind: str, setting: Setting, work: Literal["step", "pass"], released: bool, lower: bool) -> Cost:
-    """Traced as an accelerator would run it."""
+    """The cost, traced as an accelerator would run it."""
     ours_in = torch.float32 if released and work == "step" else setting.dtype
     traced = _trace(kind, setting, ours_in, lower)
     if work == "pass":

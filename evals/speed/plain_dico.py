@@ -1,9 +1,9 @@
-"""DiCo as plainly as PyTorch allows: the baseline of evals/throughput.py, and an independent check of the network.
+"""DiCo in plain PyTorch: the baseline of evals/throughput.py, and an independent check of the network.
 
-Written from the paper and the list of released parameter names alone, in the usual style of convolutional code:
+It was written only from the paper and the list of released parameter names, in the usual style of convolutional code:
 (N, C, H, W) throughout, 1x1 convolutions as ``nn.Conv2d``, channels moved to the end and back around each LayerNorm,
-and the text's kernels as a convolution with N*C groups. Parameters have the released names; the text's, of which there
-was no release, keep ours.
+and the text's kernels as a convolution with N*C groups. Parameters have the released names; those of the text, which
+were not released, have our names.
 """
 
 import math
@@ -78,7 +78,7 @@ class Text(nn.Module):
 
 
 def grouped_text_dwconv(x: Tensor, context: Tensor) -> Tensor:
-    """What ``dico_t2i.ops.text_dwconv`` computes, by a convolution with N*C groups."""
+    """Compute ``dico_t2i.ops.text_dwconv`` by a convolution with N*C groups."""
     N, C, H, W = x.shape
     taps = torch.cat([context] + [context[:, -1:]] * (81 - context.shape[1]), dim=1)
     kernels = taps.transpose(1, 2).reshape(N * C, 1, 9, 9)
@@ -146,12 +146,12 @@ class FinalLayer(nn.Module):
 
 
 class PlainDiCo(nn.Module):
-    """Takes and returns what ``dico_t2i.models.DiCo`` does, for classes, and for text by convolution."""
+    """A network with the inputs and outputs of ``dico_t2i.models.DiCo``, for classes, and for text by convolution."""
 
     def __init__(self, config: DiCoConfig) -> None:
         super().__init__()
         if config.condition == "text" and (config.text_fusion, config.text_projection) != ("dwc", "block"):
-            raise ValueError("the plain DiCo has text by convolution, with a projection in each block, only")
+            raise ValueError("the plain DiCo supports text only by convolution, with a projection in each block")
         D = config.hidden_size
         text_dim = config.text_dim if config.condition == "text" else None
 
@@ -191,7 +191,7 @@ def _through(blocks: nn.ModuleList, x: Tensor, condition: Tensor, cond: Tensor) 
 
 
 def plain_key(name: str) -> str:
-    """The plain network's name of one of our parameters."""
+    """The plain network's name for one of our parameters."""
     if ".text." not in name:
         return official_key(name)
     stage, index, *rest = name.removeprefix("stages.").split(".")
@@ -200,10 +200,10 @@ def plain_key(name: str) -> str:
 
 
 def load_ours(plain: PlainDiCo, state: Mapping[str, Tensor]) -> None:
-    """Copy our state dict into the plain network. KeyError or RuntimeError if they are not of one model."""
+    """Copy our state dict into the plain network. Raises KeyError or RuntimeError if the models differ."""
     parameters = dict(plain.named_parameters())
     if {plain_key(name) for name in state} != set(parameters):
-        raise KeyError("the two networks have other parameters")
+        raise KeyError("the two networks have different parameters")
     with torch.no_grad():
         for name, value in state.items():
             parameter = parameters[plain_key(name)]

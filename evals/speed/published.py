@@ -1,4 +1,4 @@
-"""What the paper of DiCo (tables 1 to 3) says of networks: published numbers, none of them measured here."""
+"""Numbers that the paper of DiCo (tables 1 to 3) published for networks; none of them was measured here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ from rich.table import Table
 
 CAPTION = (
     "Published, not measured here: A100, fp32, batch 64, one pass; FID at 256 px after 400K steps without guidance,"
-    " at 512 px of the whole training with guidance"
+    " at 512 px after the whole training with guidance"
 )
 
 
 class Published(NamedTuple):
-    """A row of the paper. gmacs: of one image; images_per_s: of one pass; None is what it does not say."""
+    """A row of the paper. gmacs: of one image; images_per_s: of one pass; None if the paper does not say it."""
 
     network: str
     pixels: int
@@ -44,7 +44,7 @@ _ALWAYS = ("DiG", "DiS", "DiM")  # the paper's state-space and linear-attention 
 
 
 def published_rows(names: Sequence[str]) -> list[Published]:
-    """What was published of these networks, and of those that the paper compares them with in any case."""
+    """The published numbers of these networks, and of those that the paper always compares them with."""
     return [row for row in PUBLISHED if row.network in names or row.network.startswith(_ALWAYS)]
 
 

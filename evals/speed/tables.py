@@ -1,4 +1,4 @@
-"""What evals/throughput.py found, as tables for the terminal and for docs/performance.md, a picture, and JSON."""
+"""Shows the results of evals/throughput.py as tables for the terminal and for docs/performance.md, a plot, and JSON."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ _MOST_OPERATORS = 10
 
 @dataclass(frozen=True)
 class Goal:
-    """ratio: how many times faster than each contender ours is to be; images_per_s, tflops: of ours itself."""
+    """The goal for our network. ratio: how many times faster than each contender; images_per_s, tflops: its own."""
 
     ratio: dict[str, float]
     images_per_s: float | None = None
@@ -25,7 +25,7 @@ class Goal:
 
 @dataclass
 class Finding:
-    """A case and its results; ours is the first."""
+    """A case and its results; ours is the first one."""
 
     case: str
     goal: Goal
@@ -33,13 +33,13 @@ class Finding:
 
 
 def ratios(finding: Finding, other: Result) -> list[float]:
-    """Of each round: how many times faster ours was."""
+    """How many times faster ours was, in each round."""
     ours = finding.results[0]
     return [theirs / mine for mine, theirs in zip(ours.seconds, other.seconds, strict=True)]
 
 
 def rows(findings: Sequence[Finding], peak: float) -> Iterator[tuple[str, ...]]:
-    """The cells of the table; peak in operations a second."""
+    """Yield the rows of the table, as cells; peak in operations per second."""
     for finding in findings:
         for number, result in enumerate(finding.results):
             spread = f"{_short(1e3 * min(result.seconds))} to {_short(1e3 * max(result.seconds))}"
@@ -79,7 +79,7 @@ def _goal(finding: Finding, result: Result, is_ours: bool) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -95,7 +95,7 @@ def table(findings: Sequence[Finding], peak: float) -> Table:
 
 
 def operator_table(finding: Finding) -> Table:
-    """The largest shares of the time, of each contender beside the others."""
+    """The operators with the largest shares of the time, for all contenders side by side."""
     shown = Table(*(name for result in finding.results for name in (result.name, "")), title=finding.case)
     for number in range(_MOST_OPERATORS):
         shown.add_row(*(cell for result in finding.results for cell in _operator(result, number)))
@@ -110,7 +110,7 @@ def _operator(result: Result, number: int) -> tuple[str, str]:
 
 
 def markdown(setting: dict[str, Any], findings: Sequence[Finding], peak: float, profiled: bool) -> str:
-    """The tables as docs/performance.md has them."""
+    """The tables in the form of docs/performance.md."""
     lines = [f"{key}: {value}  " for key, value in setting.items()]
     lines += ["", *_markdown(COLUMNS, rows(findings, peak))]
     for finding in findings if profiled else ():
@@ -126,7 +126,7 @@ def _markdown(head: Sequence[str], body: Iterator[Sequence[str]] | Any) -> Itera
 
 
 def as_json(setting: dict[str, Any], findings: Sequence[Finding], peak: float) -> dict[str, Any]:
-    """Everything, every round's seconds included."""
+    """All results, with the seconds of every round."""
     cases = []
     for finding in findings:
         results = [
@@ -143,7 +143,7 @@ def as_json(setting: dict[str, Any], findings: Sequence[Finding], peak: float) -
 
 
 def plot(findings: Sequence[Finding], title: str, path: Path) -> None:
-    """Images a second of every contender, one panel for each case."""
+    """Plot images per second of every contender, with one panel for each case."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1 + sum(0.4 + 0.3 * len(f.results) for f in findings)), layout="constrained")

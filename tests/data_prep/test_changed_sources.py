@@ -16,7 +16,9 @@ from data_prep.importing import conversion
 from tests.data_prep.test_counts import pairs, write_tar
 from tests.shards import image_bytes, read_samples
 
-CHANGED = r"the source has changed since \d shards were made, such as shard-00000\d.tar; --redo-changed"
+CHANGED = (
+    r"the source has changed since \d shards were made, such as shard-00000\d.tar; make them again with --redo-changed"
+)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_what_was_corrected_is_told_and_alone_made_anew(
     assert run(root, kind) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (root / "out").glob("*.tar")}
     assert run(root, kind) == 0
-    assert "already holds" in capsys.readouterr().out
+    assert "already contains" in capsys.readouterr().out
     correct(root / "source", kind)
     with pytest.raises(ValueError, match=CHANGED):
         run(root, kind)
@@ -98,7 +100,7 @@ def test_what_was_corrected_is_told_and_alone_made_anew(
     if kind != "classes":
         assert old != [sample["json"] for sample in read_samples(root / "out")]
     assert run(root, kind) == 0
-    assert "already holds" in capsys.readouterr().out
+    assert "already contains" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +116,7 @@ def test_a_source_that_only_moved_has_not_changed(
         shutil.rmtree(root / "source")
     assert run(root, kind, "--part", "1/2") == 0
     assert run(root, kind) == 0
-    assert "already holds" in capsys.readouterr().out
+    assert "already contains" in capsys.readouterr().out
 
 
 def test_images_that_were_added_or_taken_away(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +144,7 @@ def test_a_shard_size_is_kept_and_another_one_is_told(root: Path) -> None:
     assert run(root, "folder") == 0
     images = ["--images", str(root / "source" / "images"), "--out", str(root / "out"), "--crop", "none"]
     assert folder.main([*images, "--workers", "1"]) == 0  # as before
-    with pytest.raises(ValueError, match="made with another samples_per_shard"):
+    with pytest.raises(ValueError, match="made with a different samples_per_shard"):
         folder.main([*images, "--workers", "1", "--samples-per-shard", "3"])
 
 

@@ -62,8 +62,12 @@ def test_ids_of_any_kind_are_used(tmp_path: Path, ids: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("images", "captions", "message"),
     [
-        ([(1, "a.jpg"), (1, "b.jpg")], [(1, "x")], r"images\[1\]: id 1 of 'b.jpg' is that of 'a.jpg', .*images\[0\]"),
-        ([("1", "a.jpg"), (1, "b.jpg")], [(1, "x")], r"images\[1\]: id 1 of 'b.jpg' is that of 'a.jpg'"),
+        (
+            [(1, "a.jpg"), (1, "b.jpg")],
+            [(1, "x")],
+            r"images\[1\]: id 1 of 'b.jpg' is also the id of 'a.jpg', .*images\[0\]",
+        ),
+        ([("1", "a.jpg"), (1, "b.jpg")], [(1, "x")], r"images\[1\]: id 1 of 'b.jpg' is also the id of 'a.jpg'"),
         ([({"id": 1}, "")], [(1, "x")], r"c.json: images\[0\]: file_name is None"),
         ([({"id": 1.5, "file_name": "a"}, "")], [(1, "x")], r"c.json: images\[0\]: id is 1.5"),
         ([({"file_name": "a.jpg"}, "")], [(1, "x")], r"c.json: images\[0\]: id is None"),
@@ -92,7 +96,7 @@ def test_a_folder_in_front_of_the_name_is_found(tmp_path: Path, given: str) -> N
 def test_a_file_of_another_folder_is_not_taken(tmp_path: Path) -> None:
     root = put(tmp_path / "images", "train2017/x.jpg")
     file = annotations(tmp_path / "c.json", [(1, "val2017/x.jpg")], [(1, "x")])
-    with pytest.raises(ValueError, match="not one of 1 annotated images"):
+    with pytest.raises(ValueError, match="none of the 1 annotated images"):
         coco.main(["--images", str(root), "--captions", str(file), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="1 of 1 reference images are missing"):
         find_files(("val2017/x.jpg",), root)

@@ -107,7 +107,7 @@ def test_an_empty_list_is_removed(data: Path) -> None:
     assert quarantine.replace(data, [], duplicates=False) == 0
     assert not (data / quarantine.FILE).exists()
     (data / quarantine.FILE).write_text('{"shard": 1}\n')
-    with pytest.raises(DataError, match="line 1 is no entry"):
+    with pytest.raises(DataError, match="line 1 is not an entry"):
         list(quarantine.read(data))
 
 

@@ -19,7 +19,7 @@ def test_other_encodings_have_to_be_named() -> None:
     with pytest.raises(ValueError, match="is not utf-8 text"):
         decode_text("Füße".encode("cp1252"), "file")
     assert decode_text("Füße".encode("cp1252"), "file", "cp1252") == "Füße"
-    with pytest.raises(ValueError, match="--encoding klingon: not known"):
+    with pytest.raises(ValueError, match="--encoding klingon: unknown"):
         captions.check_encoding("klingon")
 
 

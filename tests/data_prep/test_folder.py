@@ -237,8 +237,8 @@ def test_restart_makes_what_is_missing(images: Path, capsys: pytest.CaptureFixtu
     assert not list(out.glob(".*"))
     capsys.readouterr()
     assert prepare(images) == 0
-    assert "already holds" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="another crop"):
+    assert "already contains" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a different crop"):
         prepare(images, "out", "--crop", "none")
 
 
@@ -256,8 +256,11 @@ def test_a_source_that_changed_is_refused(images: Path) -> None:
     [
         (["--table", "absent.csv"], "--table absent.csv: no such file"),
         (["--table", __file__], "not a .csv, .tsv, .jsonl or .parquet file"),
-        (["--table", "TABLE", "--path-column", "where"], "--path-column: no where in the table; it has path, words"),
-        (["--table", "TABLE"], "--caption-columns: no captions, caption, text in the table"),
+        (
+            ["--table", "TABLE", "--path-column", "where"],
+            "--path-column: the table has no where; its columns are path, words",
+        ),
+        (["--table", "TABLE"], "--caption-columns: the table has no captions, caption, text"),
         (["--quality", "0"], "--quality: 1 to 100"),
     ],
 )
@@ -269,5 +272,5 @@ def test_bad_arguments_are_refused_before_writing(images: Path, options: list[st
 
 
 def test_nothing_left_is_an_error(images: Path) -> None:
-    with pytest.raises(ValueError, match=r"no image is left of 7; smaller side below 1000: 7"):
+    with pytest.raises(ValueError, match=r"none of 7 images is left; smaller side below 1000: 7"):
         prepare(images, "out", "--min-side", "1000")

@@ -102,7 +102,7 @@ def test_the_declared_image_column_is_taken_and_captions_may_lie_deeper(tmp_path
     found = json.loads(samples[1]["json"])
     assert found["captions"] == ["picture 1", "one 1", "two 1"]
     assert found["caption_sources"] == ["text", "sentences.raw", "sentences.raw"]
-    with pytest.raises(ValueError, match="--caption-columns: no words in the table"):
+    with pytest.raises(ValueError, match="--caption-columns: the table has no words"):
         prepare(tmp_path / "hub", tmp_path / "none", "--caption-columns", "words")
 
 
@@ -127,7 +127,7 @@ def test_shards_do_not_depend_on_processes(tmp_path: Path) -> None:
 
 
 def test_no_data_set_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no .parquet or .arrow files there"):
+    with pytest.raises(ValueError, match=r"there are no .parquet or .arrow files"):
         prepare(tmp_path, tmp_path / "out")
 
 
@@ -138,13 +138,13 @@ def test_a_data_set_far_away_is_read_by_its_row_groups(tmp_path: Path, capsys: p
     samples = prepare("memory://far", tmp_path / "out")
     assert [sample["jpg"] for sample in samples] == [image_bytes(i) for i in range(9)]
     prepare("memory://far", tmp_path / "out")
-    assert "already holds" in capsys.readouterr().out
+    assert "already contains" in capsys.readouterr().out
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        ValueError, match="--data someone/birds: no such folder, and as a name on the hub it cannot"
+        ValueError, match="--data someone/birds: there is no such folder, and it cannot be read from the hub"
     ) as error:
         prepare("someone/birds", tmp_path / "out")
     assert "\n" not in str(error.value)

@@ -126,14 +126,14 @@ def test_validation(tmp_path: Path, form: str, labels: str) -> None:
 
 def test_bad_arguments_are_refused_before_writing(train: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "file"
-    with pytest.raises(ValueError, match="--images absent: not there"):
+    with pytest.raises(ValueError, match="--images absent: it does not exist"):
         prepare(Path("absent"), out)
     with pytest.raises(ValueError, match="no images in folders or tars named by class"):
         prepare(train / "n01440764", out)
     file.write_text("n01440764 tench\n")
-    with pytest.raises(ValueError, match="--names: lacks n01443537, n02102040"):
+    with pytest.raises(ValueError, match="--names: it lacks n01443537, n02102040"):
         prepare(train, out, "--names", str(file))
     file.write_text("490\n361\n")
-    with pytest.raises(ValueError, match="numbers alone will not do"):
+    with pytest.raises(ValueError, match="numbers are not accepted"):
         prepare(train / "n01440764", out, "--val-labels", str(file))
     assert not out.exists()

@@ -111,7 +111,7 @@ def test_restart_makes_only_what_is_missing(data: Path, autoencoder: Path) -> No
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".tar"} == whole
     assert (out / "shard-000000.tar").stat() == kept
     assert not list(out.glob("*.part"))
-    with pytest.raises(ValueError, match="another crop"):
+    with pytest.raises(ValueError, match="a different crop"):
         latents.main([*arguments, "--crop", "resize"])
 
 
@@ -119,7 +119,7 @@ def test_parts_share_the_shards(data: Path, autoencoder: Path, capsys: pytest.Ca
     arguments = [*_arguments(data, autoencoder), "--no-mirror"]
     out = data.parent / "latents"
     assert latents.main([*arguments, "--part", "0/2"]) == 0
-    assert "1 of 3 shards are left to other parts" in capsys.readouterr().out
+    assert "1 of 3 shards remain for other parts" in capsys.readouterr().out
     assert sorted(path.name for path in out.glob("*.tar")) == ["shard-000000.tar", "shard-000002.tar"]
     assert not (out / "index.json").exists()
     assert latents.main([*arguments, "--part", "1/2"]) == 0
@@ -162,7 +162,7 @@ def test_text_features_of_all_captions(tmp_path: Path, autoencoder: Path) -> Non
             assert (stored.dtype, stored.shape) == (np.float16, tuple(values.shape))
             np.testing.assert_allclose(stored, values, rtol=2e-3, atol=2e-3)
     assert load_index(tmp_path / "latents").meta["text_encoder"] == encoder.identity()
-    with pytest.raises(ValueError, match="another hash, text_encoder"):
+    with pytest.raises(ValueError, match="a different hash, text_encoder"):
         latents.main(arguments)
 
 
@@ -172,7 +172,7 @@ def test_what_is_in_quarantine_is_left_out(data: Path, autoencoder: Path) -> Non
     assert latents.main(_arguments(data, autoencoder)) == 0
     assert list(_samples(data.parent / "latents")) == ["000", "001", "003", "004", "006", "007"]
     quarantine.replace(data, entries[:1], duplicates=False)
-    with pytest.raises(ValueError, match="another hash, source"):
+    with pytest.raises(ValueError, match="a different hash, source"):
         latents.main(_arguments(data, autoencoder))
 
 

@@ -77,7 +77,7 @@ def test_patterns_still_stand_for_tars(tmp_path: Path) -> None:
     assert webdataset_shards.expand(["https://x.org/{0..1}.tar?a=*"]) == [f"https://x.org/{i}.tar?a=*" for i in (0, 1)]
     os.mkdir(tmp_path / "packed")  # noqa: PTH102
     (tmp_path / "packed" / "0.tar.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no tars there; 1 are compressed, such as 0.tar.gz: unpack them"):
+    with pytest.raises(ValueError, match=r"there are no tars; 1 are compressed, such as 0.tar.gz: unpack them"):
         webdataset_shards.expand([str(tmp_path / "packed")])
 
 

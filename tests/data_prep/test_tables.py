@@ -101,7 +101,7 @@ def test_a_first_json_line_without_a_caption_or_malformed(images: Path, first: s
 def test_a_header_in_another_encoding_asks_for_it(images: Path) -> None:
     table = images.parent / "t.csv"
     table.write_bytes("path,Überschrift\na.jpg,x\n".encode("cp1252"))
-    with pytest.raises(ValueError, match="names of its columns are in another encoding; give it with --encoding"):
+    with pytest.raises(ValueError, match="names of its columns are in a different encoding; give it with --encoding"):
         prepare(images, table)
 
 

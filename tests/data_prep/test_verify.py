@@ -128,7 +128,7 @@ def test_what_is_wrong_goes_to_the_quarantine(tmp_path: Path) -> None:
             ("shard-000002.tar", None),
         }
         assert found["shard-000000.tar", "a"] == known.reason
-        assert found["shard-000001.tar", "b"] == "its key is that of a sample in shard-000000.tar"
+        assert found["shard-000001.tar", "b"] == "a sample in shard-000000.tar has the same key"
 
 
 def test_repair_indexes_anew(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,7 @@ def test_repair_encodes_damaged_latents_again(whole: Path, tmp_path: Path, capsy
     assert tar_bytes(out) == made
     assert not (out / quarantine.FILE).exists()
     damage(out / "shard-000000.tar", b"NUMPY")
-    with pytest.raises(ValueError, match="another autoencoder"):
+    with pytest.raises(ValueError, match="a different autoencoder"):
         verify.main([*repair, "--autoencoder", autoencoder, "--scale", "0.5"])
 
 

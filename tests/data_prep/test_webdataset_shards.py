@@ -217,7 +217,7 @@ def test_an_archive_that_is_gone_is_counted(server: tuple[str, set[str]], tmp_pa
 
 
 def test_no_shards_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no tars there"):
+    with pytest.raises(ValueError, match="there are no tars"):
         prepare(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="no tars there"):
+    with pytest.raises(ValueError, match="there are no tars"):
         prepare(tmp_path / "absent.tar", tmp_path / "out")

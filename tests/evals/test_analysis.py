@@ -336,7 +336,7 @@ def test_the_script_writes_numbers_and_pictures(backbones, tmp_path, kind, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--grid", "4"], "--grid: is for --kind flux"),
+        (["--grid", "4"], "--grid: it is only for --kind flux"),
         (["--timesteps", "2000"], r"--timesteps 2000: must lie in 0\.\."),
     ],
 )
@@ -349,7 +349,7 @@ def test_options_that_do_not_fit_are_told(backbones, tmp_path, options, message)
 def test_outputs_that_are_no_tensor_are_told():
     network = torch.nn.Sequential(torch.nn.Identity())
     watch(network, "0", ChannelStatistics())
-    with pytest.raises(ValueError, match="--module 0: gives a tuple"):
+    with pytest.raises(ValueError, match="--module 0: it returns a tuple"):
         network((torch.zeros(1), torch.zeros(1)))
 
 
@@ -357,14 +357,14 @@ def test_what_is_not_there_is_told(backbones, tmp_path):
     def load(kind, model, text=None):
         return load_backbone(kind, str(model), text, torch.device("cpu"), torch.float32)
 
-    with pytest.raises(ValueError, match="is of DiTTransformer2DModel, this --kind is FluxTransformer2DModel"):
+    with pytest.raises(ValueError, match="it is a DiTTransformer2DModel, but this --kind is FluxTransformer2DModel"):
         load("flux", backbones["dit"])
     with pytest.raises(ValueError, match="DICO_ALLOW_DOWNLOAD=1"):
         load("dit", "nobody/none")
     save_file({"words": torch.zeros(3)}, tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="holds words; known are tokens and pooled"):
+    with pytest.raises(ValueError, match="it contains words; known names are tokens and pooled"):
         load("pixart", backbones["pixart"], tmp_path / "text.safetensors")
     save_file({"tokens": torch.zeros(3, 7)}, tmp_path / "text.safetensors")
     pixart = load("pixart", backbones["pixart"], tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match=r"tokens is \(3, 7\), this network takes"):
+    with pytest.raises(ValueError, match=r"tokens is \(3, 7\), but this network takes"):
         pixart(torch.zeros(1, *pixart.shape), torch.tensor([0]))

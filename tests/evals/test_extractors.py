@@ -88,7 +88,7 @@ def test_clean_fids_network_from_torchscript(images: list[np.ndarray], tmp_path:
     found = load_inception(settings, weights, CPU)(images[:1])
     expected = Inception("clean", Weights(None, "seeded", None), CPU)(images[:1])
     torch.testing.assert_close(found[POOL], expected[POOL], rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="goes with pt_inception"):
+    with pytest.raises(ValueError, match="requires pt_inception"):
         Extractor(file=TORCHSCRIPT, resize="legacy_pytorch")
 
 

@@ -85,5 +85,5 @@ def test_an_npz_without_images(tmp_path, arrays):
 
 def test_a_folder_without_images_tells_what_it_has(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"no images in it .*1 \.heic"):
+    with pytest.raises(ValueError, match=r"there are no images in it .*1 \.heic"):
         open_images(tmp_path, "none")

@@ -50,11 +50,11 @@ def test_a_change_renames_and_rehashes() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("coco30k", [], "unknown; there are clean-coco30k, coco-repa"),
+        ("coco30k", [], "unknown; known protocols: clean-coco30k, coco-repa"),
         ("coco-uvit", ["guidance=3"], "guidance: unknown key"),
         ("coco-uvit", ["sampler.steps=ten"], "sampler.steps"),
-        ("coco-uvit", ["prompts.rule=uniform"], "goes with rule: uniform"),
-        ("coco-uvit", ["name=mine"], "name cannot change"),
+        ("coco-uvit", ["prompts.rule=uniform"], "required with rule: uniform"),
+        ("coco-uvit", ["name=mine"], "the name must be that of the file"),
     ],
 )
 def test_wrong_protocols(name: str, change: list[str], message: str) -> None:
@@ -67,7 +67,7 @@ def test_metrics_of_another_protocol() -> None:
 
     parser = argparse.ArgumentParser()
     add_protocol_options(parser)
-    with pytest.raises(ValueError, match="--metrics sfid: not of coco-uvit"):
+    with pytest.raises(ValueError, match="--metrics sfid: not in coco-uvit"):
         chosen_protocol(parser.parse_args(["--protocol", "coco-uvit", "--metrics", "fid,sfid"]))
 
 
@@ -115,7 +115,7 @@ def test_draw_is_of_distinct_images_and_any_caption(annotations: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (Prompts(rule="drawn", count=101), "100 images have captions, this protocol draws 101"),
+        (Prompts(rule="drawn", count=101), "100 images have captions, but this protocol draws 101"),
         (Prompts(rule="drawn", count=10, annotated_images=40504), "annotates 100 images.*split of 40504"),
     ],
 )
@@ -136,7 +136,7 @@ def test_missing_wrong_and_empty_images(tmp_path: Path) -> None:
     _save(folder, "b.png", (16, 16))
     with pytest.raises(ValueError, match=r"1 of 2 reference images are missing \(c.png\)$"):
         find_files(("a.png", "c.png"), folder)
-    with pytest.raises(ValueError, match="another split, or empty"):
+    with pytest.raises(ValueError, match="a different split, or empty"):
         find_files(("c.png",), folder)
     with pytest.raises(ValueError, match="20x16 pixels, expected 16x16"):
         open_images(folder, "none", 16).read(range(2))
@@ -144,7 +144,7 @@ def test_missing_wrong_and_empty_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.png: "):
         open_images(folder, "none").read(range(2))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in it"):
+    with pytest.raises(ValueError, match="there are no images in it"):
         open_images(tmp_path / "empty", "none")
     with pytest.raises(ValueError, match="neither a folder nor an npz"):
         open_images(tmp_path / "nothing", "none")
@@ -164,7 +164,7 @@ def test_npz_in_adms_layout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="8x8 pixels, expected 16x16"):
         open_images(path, "none", 16)
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
-    with pytest.raises(ValueError, match="another extractor: mean"):
+    with pytest.raises(ValueError, match="a different extractor: mean"):
         read_adm_statistics(tmp_path / "small.npz")
     with pytest.raises(ValueError, match="has no images"):
         open_images(tmp_path / "small.npz", "none")
@@ -175,12 +175,12 @@ def test_statistics_of_another_extractor(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, [], World(0, 1, 0, torch.device("cpu")), 4)
     extractor = load_protocol("imagenet50k-adm").extractor
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ValueError, match="statistics of another extractor: the FID Inception's"):
+    with pytest.raises(ValueError, match="statistics of a different extractor, the FID Inception"):
         cache.of_path(tmp_path / "adm.npz", extractor)
     kept = tmp_path / "kept.safetensors"
     tensors = {"n": torch.tensor(3), "mean.pool": torch.zeros(2), "cov.pool": torch.eye(2)}
     save_file(tensors, kept, {"source": json.dumps({"networks": [{"sha256": "another"}]})})
-    with pytest.raises(ValueError, match="statistics of another extractor"):
+    with pytest.raises(ValueError, match="statistics of a different extractor"):
         cache.of_path(kept, extractor)
     save_file(tensors, kept, {"source": json.dumps({"networks": []})})
     assert cache.of_path(kept, extractor).n == 3
@@ -191,11 +191,14 @@ def test_warnings_and_metrics_without_their_features() -> None:
     assert [line.split()[0] for line in scoring.warnings(100, few)] == ["50", "100"]
     assert scoring.warnings(30000, FeatureSet(40504, {})) == []
     settings = load_protocol("coco-uvit").scoring
-    for metric, message in (("sfid", "this extractor gives pool only"), ("kid", "statistics only, no images")):
+    for metric, message in (("sfid", "this extractor only gives pool"), ("kid", "statistics only, no images")):
         with pytest.raises(ValueError, match=message):
             scoring.check_metrics(settings, [metric], 100, {POOL}, few)  # type: ignore[list-item]
     some = FeatureSet(3, {}, {POOL: torch.randn(3, 2)})
-    for metric, message in (("is", "9 samples cannot be cut into 10 parts"), ("recall", "3 images have no 3 neighb")):
+    for metric, message in (
+        ("is", "9 samples cannot be divided into 10 parts"),
+        ("recall", "3 images have fewer than 3 neighb"),
+    ):
         with pytest.raises(ValueError, match=message):
             scoring.check_metrics(settings, [metric], 9, {POOL, LOGITS}, some)  # type: ignore[list-item]
 
@@ -227,7 +230,7 @@ def test_a_download_of_other_content_is_not_kept(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("DICO_ALLOW_DOWNLOAD", "1")
     monkeypatch.setitem(weights._SOURCES, extractor.file, source.as_uri())
     cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match=r"expected 6726825d\.\.\.; not kept"):
+    with pytest.raises(ValueError, match=r"expected 6726825d\.\.\.; the file was deleted"):
         weights.find_weights(extractor, None, cache)
     assert not any(cache.iterdir())
     fits = extractor.model_copy(update={"sha256": weights._sha256(source)[:8]})

@@ -65,7 +65,7 @@ def test_networks_by_name_beside_what_was_published(tmp_path, capsys):
 
 def test_networks_of_text_and_of_classes_do_not_compete():
     assert isinstance(network_of("U-ViT-S/2", setting("text")), Network)
-    with pytest.raises(ValueError, match=r"DiT-S/2: is not made for condition text"):
+    with pytest.raises(ValueError, match=r"DiT-S/2: it does not support condition text"):
         throughput.by_name(["U-ViT-S/2", "DiT-S/2"], 1)
     with pytest.raises(ValueError, match=r"DiT-S: not one of DiCo-S, .*DiT-S/2"):
         throughput.by_name(["DiT-S"], 1)

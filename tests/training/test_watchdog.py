@@ -2,11 +2,12 @@ import os
 import re
 import signal
 import socket
+from dataclasses import asdict
 
 import pytest
 
 from dico_t2i.command import HANG_EXIT_CODE
-from dico_t2i.training.ranks.watchdog import Progress, Seat, judge
+from dico_t2i.training.ranks.watchdog import Progress, Seat, _Judge, _Link, judge
 
 from . import watchdog_ranks as faults
 from .watchdog_ranks import AT, Ranks
@@ -123,6 +124,25 @@ def test_only_the_rank_furthest_behind_is_judged():
     assert find(seat(0, 10, 100), seat(1, 9, 61), seat(2, 10, 100)).text.endswith("; ranks 0, 2 wait for it")
     assert find(seat(0, 10, 100), seat(1, 9, 61, limit=120)) is None
     assert find(seat(0, 10, 100), seat(1, 9, 61, end=""), seat(2, 10, 20)).ranks == [0]
+
+
+def test_a_rank_that_arrives_late_leaves_the_blame_to_nobody():
+    here, there = socket.socketpair()
+    judge_of_two, rank_1 = _Judge(2, None, 0), _Link(there)
+    judge_of_two.seats[1] = Seat(Progress(1), _Link(here))
+
+    def look(beats, idle, own_beats, own_idle):
+        rank_1.send(asdict(Progress(1, beats=beats, step=120, phase="save", idle_s=idle, limit_s=300)))
+        own = Progress(0, beats=own_beats, step=120, phase="step", idle_s=own_idle, limit_s=60)
+        return judge_of_two.exchange(own, elapsed=30, interval_s=1)
+
+    assert look(9, 0, 10, 0) is None
+    assert [look(9, idle, 10, idle) for idle in (30, 60, 90, 120)] == [None] * 4
+    assert look(10, 0, 10, 150) is None  # rank 1 has arrived; rank 0's main thread has not run yet
+    assert look(11, 0, 11, 0) is None
+    assert look(12, 0, 11, 30) is None
+    assert look(12, 30, 11, 60) is None
+    assert look(12, 60, 11, 90).ranks == [0]
 
 
 def test_silence_counts_as_standing_still_and_explains_more():

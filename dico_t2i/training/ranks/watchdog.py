@@ -242,6 +242,7 @@ class _Judge:
         self.listener, self.token = listener, token
         self._strangers: list[_Link] = []
         self._bad_news_s = 0.0
+        self._fewest, self._standstill_s = 0, 0.0  # beats of the slowest rank, and time since they last changed
 
     @property
     def may_leave(self) -> bool:
@@ -262,7 +263,11 @@ class _Judge:
                 seat.link.send({"main": asdict(own)})
         broken = any(seat.died or seat.progress.end for seat in self.seats)
         self._bad_news_s = self._bad_news_s + elapsed if broken else 0.0
-        return judge(self.seats, interval_s, settled=self._bad_news_s > _SETTLE * interval_s or len(self.seats) == 1)
+        settled = self._bad_news_s > _SETTLE * interval_s or len(self.seats) == 1
+        fewest = min((seat.progress.beats for seat in _running(self.seats)), default=0)
+        self._standstill_s = self._standstill_s + elapsed if fewest == self._fewest else 0.0
+        self._fewest = fewest
+        return judge(self.seats, interval_s, settled, self._standstill_s)
 
     def spread(self, verdict: Verdict, own: Progress, interval_s: float) -> None:
         """Send the verdict to all ranks, twice, since a message may be dropped, and wait until they receive it."""
@@ -323,12 +328,16 @@ class _Witness:
         self.link.connection.close()
 
 
-def judge(seats: Sequence[Seat], interval_s: float, settled: bool) -> Verdict | None:
+def judge(
+    seats: Sequence[Seat], interval_s: float, settled: bool, standstill_s: float = float("inf")
+) -> Verdict | None:
     """The ranks that are at fault, or None.
 
     settled: whether the first failure (a death or an exception) is so old that those of other ranks have arrived, too.
+    standstill_s: time since the slowest rank's last beat. When that rank arrives in a collective, the others have been
+    idle for as long as it was slow, but none of them is at fault.
     """
-    running = [seat for seat in seats if seat.progress.end != _DONE]
+    running = _running(seats)
     dead = [seat for seat in running if seat.died]
     failed = [seat for seat in running if seat.progress.end]
     unheard = [seat for seat in running if seat.silent_s > _UNHEARD * interval_s and not seat.progress.end]
@@ -341,7 +350,7 @@ def judge(seats: Sequence[Seat], interval_s: float, settled: bool) -> Verdict | 
         return _verdict(unheard, _silence) if unheard else _verdict(failed, _failure)
     fewest = min((seat.progress.beats for seat in running), default=0)
     last = [seat for seat in running if seat.progress.beats == fewest]
-    stuck = [seat for seat in last if seat.idle_s > seat.progress.limit_s]
+    stuck = [seat for seat in last if min(seat.idle_s, standstill_s) > seat.progress.limit_s]
     if not stuck:
         return None
     silent = [seat for seat in stuck if seat in unheard]
@@ -350,6 +359,10 @@ def judge(seats: Sequence[Seat], interval_s: float, settled: bool) -> Verdict | 
     them = "it" if len(found.ranks) == 1 else "them"
     others = f"; {_ranks(waiting)} for {them}" if waiting else "; no rank makes progress" if len(seats) > 1 else ""
     return Verdict(found.ranks, found.step, found.text + others)
+
+
+def _running(seats: Sequence[Seat]) -> list[Seat]:
+    return [seat for seat in seats if seat.progress.end != _DONE]
 
 
 def _verdict(guilty: Sequence[Seat], describe: Callable[[Seat], str]) -> Verdict:
