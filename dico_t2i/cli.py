@@ -244,7 +244,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from dico_t2i.commands.demo import check_gradio, serve
 
     check_gradio()
-    from dico_t2i.commands.sample import choose_device
+    from dico_t2i.sampling.pipeline import choose_device
 
     checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
     serve(checkpoints, arguments.weights, *choose_device(arguments.dtype), arguments.host, arguments.port)

@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.progress import Progress
+from torch import Tensor
 
-from dico_t2i.config import SamplerConfig, parse_section
+from dico_t2i.config import SamplerConfig
 from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
 from dico_t2i.ops.backend import OPERATORS
@@ -28,8 +29,8 @@ from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.weights import exported_weights, locate_checkpoint
 from dico_t2i.sampling.images import image_path, save_grid, save_image
 from dico_t2i.sampling.labels import CLASSES, class_number
-from dico_t2i.sampling.options import Options
-from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
+from dico_t2i.sampling.options import Options, changed_sampler
+from dico_t2i.sampling.pipeline import Pipeline, choose_device, load_pipeline
 from dico_t2i.text_lines import check_text, read_lines
 
 _RECORD = "sample.json"
@@ -53,17 +54,20 @@ def run(arguments: argparse.Namespace) -> int:
     encoder = pipeline.conditioner.text_encoder
     if encoder is not None and encoder.seeded:
         print(f"text encoder: {encoder.description}", file=sys.stderr)
-    _begin(arguments.out, {**record, "sampler": sampler.model_dump(mode="json")})
     if len(missing) < len(conditions):
         there = len(conditions) - len(missing)
         print(f"{arguments.out} already has {there} of {len(conditions)} images", file=sys.stderr)
-    _make(pipeline, arguments, conditions, seeds, sampler, options, missing)
+    for batch, images in _batches(pipeline, arguments, conditions, seeds, sampler, options, missing):
+        _begin(arguments.out, {**record, "sampler": sampler.model_dump(mode="json")})
+        for index, image in zip(batch, images, strict=True):
+            if index in missing:
+                save_image(image, str(conditions[index]), seeds[index], image_path(arguments.out, index))
     save_grid([image_path(arguments.out, number) for number in range(len(conditions))], arguments.out)
     print(f"{len(conditions)} images and grid.png in {arguments.out}")
     return 0
 
 
-def _make(
+def _batches(
     pipeline: Pipeline,
     arguments: argparse.Namespace,
     conditions: Sequence[str | int],
@@ -71,8 +75,11 @@ def _make(
     sampler: SamplerConfig,
     options: Options,
     missing: set[int],
-) -> None:
-    """Sample all batches with missing images completely, as the last bits of an image may depend on its batch."""
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield the numbers and images of each batch with missing images.
+
+    Batches are sampled completely, as the last bits of an image may depend on its batch.
+    """
     batches = [range(i, min(i + arguments.batch, len(seeds))) for i in range(0, len(seeds), arguments.batch)]
     batches = [batch for batch in batches if missing.intersection(batch)]
     with Progress(transient=True) as progress:
@@ -84,12 +91,10 @@ def _make(
 
             part = slice(batch.start, batch.stop)
             decode_batch = arguments.decode_batch
-            images = pipeline.generate(
-                conditions[part], seeds[part], sampler, len(batch), report, decode_batch, options
+            yield (
+                batch,
+                pipeline.generate(conditions[part], seeds[part], sampler, len(batch), report, decode_batch, options),
             )
-            for index, image in zip(batch, images, strict=True):
-                if index in missing:
-                    save_image(image, str(conditions[index]), seeds[index], image_path(arguments.out, index))
 
 
 def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtype: torch.dtype) -> dict[str, Any]:
@@ -211,14 +216,6 @@ def _check_conditions(arguments: argparse.Namespace, numbers: Sequence[str | int
 
 def chosen_sampler(arguments: argparse.Namespace, default: SamplerConfig) -> SamplerConfig:
     """The config's sampler, changed by --fast and then by the other options."""
-    changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
-    asked = {key: value for key, value in changes.items() if value is not None}
     fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
-    return parse_section({**default.model_dump(), **fast, **asked}, type(default), "options")
-
-
-def choose_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype for sampling; the default dtype is bf16 on a GPU and fp32 on a CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return device, torch.bfloat16 if wished == "bf16" else torch.float32
+    asked = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
+    return changed_sampler(default, {**fast, **{key: value for key, value in asked.items() if value is not None}})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dico_t2i.config import AutoencoderConfig
 from dico_t2i.data.batches import Batch
+from dico_t2i.data.remote import base_name
 from dico_t2i.encoders.local import config_hash, file_hash, load_diffusers, read_json, reading, resolve
 from dico_t2i.randomness import normal
 
@@ -143,7 +144,7 @@ class DiffusersAutoencoder(Autoencoder):
     class_name: str
 
     def __init__(self, config: AutoencoderConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._kind, self._name = config.kind, Path(config.path).name
+        self._kind, self._name = config.kind, base_name(config.path)
         self._settings_file, self._weights_file = find_autoencoder(config)
         self._model = self._load(dtype).to(device)
         downscale = 2 ** (len(self._widths()) - 1)

@@ -1,8 +1,8 @@
-"""Finds and loads the files of pretrained models: from a local folder, the Hugging Face cache, or the hub if allowed.
+"""Finds and loads the files of pretrained models: from a local folder, a cache, or the hub or a URL if allowed.
 
-DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it is searched before the cache. The hub
-is used only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no network, where attempts
-to connect take minutes to fail.
+DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it is searched before the caches. The
+network is used only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have none, where
+attempts to connect take minutes to fail. Files of a URL are cached in ~/.cache/dico_t2i/weights.
 """
 
 import hashlib
@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from dico_t2i.data.remote import download, is_url, without_query
+from dico_t2i.files import temporary, user_cache
+
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
 WEIGHTS_FOLDER = "DICO_WEIGHTS"
 
@@ -29,13 +32,13 @@ class MissingModelError(ValueError):
 
 
 def download_allowed() -> bool:
-    """Whether the user allows this process to use the hub."""
+    """Whether the user allows this process to use the network for weights."""
     return os.environ.get(ALLOW_DOWNLOAD) == "1"
 
 
 @contextmanager
 def downloads(allowed: bool) -> Iterator[None]:
-    """Allow or forbid this process to use the hub inside the context."""
+    """Allow or forbid this process to use the network for weights inside the context."""
     before = os.environ.pop(ALLOW_DOWNLOAD, None)
     if allowed:
         os.environ[ALLOW_DOWNLOAD] = "1"
@@ -53,16 +56,19 @@ if not download_allowed():
 
 
 def prefetched(weights: Path, name: str) -> Path:
-    """Where `dico prefetch` puts a model inside its folder: under its hub id, or under its folder's name."""
+    """Where `dico prefetch` puts a model inside its folder: under its hub id, its URL, or its folder's name."""
+    name = name.removeprefix("file://")
+    if is_url(name):
+        return weights.joinpath("urls", *_url_parts(name))
     return weights / (name if is_hub_id(name) else Path(name).name)
 
 
 def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
     """The local paths of a model's files, all from one place.
 
-    name: a local folder or a hub id. files: the possible names of each file, the preferred one first. key: the config
-    key that holds the name, for the error message. Raises MissingModelError, without using the network unless it is
-    allowed.
+    name: a local folder, the URL of a folder, or a hub id. files: the possible names of each file, the preferred one
+    first. key: the config key that holds the name, for the error message. Raises MissingModelError, without using the
+    network unless it is allowed.
     """
     looked = []
     for place, find in _places(name):
@@ -163,9 +169,16 @@ def config_hash(config: dict) -> str:
 
 
 def _places(name: str) -> Iterator[tuple[str, Finder]]:
-    yield _in_folder(Path(name).expanduser())
+    name = name.removeprefix("file://")
+    if not is_url(name):
+        yield _in_folder(Path(name).expanduser())
     if weights := os.environ.get(WEIGHTS_FOLDER):
         yield _in_folder(prefetched(Path(weights).expanduser(), name))
+    if is_url(name):
+        cache = prefetched(user_cache() / "weights", name)
+        yield _in_folder(cache)
+        if download_allowed():
+            yield without_query(name), lambda file: _download_url(name, file, cache)
     if not is_hub_id(name):
         return
     from huggingface_hub import constants
@@ -201,10 +214,32 @@ def _download(name: str, file: str) -> Path | None:
         return None
 
 
+def _url_parts(url: str) -> list[str]:
+    """The host and the folders of a URL."""
+    return [part for part in without_query(url).partition("://")[2].split("/") if part not in ("", ".", "..")]
+
+
+def _download_url(url: str, file: str, cache: Path) -> Path | None:
+    """Download a file of the folder at a URL to the cache; None if there is no such file. Raises OSError."""
+    folder = without_query(url)
+    cache.mkdir(parents=True, exist_ok=True)
+    part = temporary(cache / file)
+    try:
+        download(f"{folder.rstrip('/')}/{file}{url[len(folder) :]}", part)
+        return part.replace(cache / file)
+    except FileNotFoundError:
+        return None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequence[str]) -> str:
-    lines = [f"{key}: no usable copy of {name!r} was found. Searched in:", *(f"  {line}" for line in looked)]
+    shown = without_query(name)
+    lines = [f"{key}: no usable copy of {shown!r} was found. Searched in:", *(f"  {line}" for line in looked)]
+    if is_url(name):
+        return "\n".join([*lines, *_advice_for_urls()])
     if not is_hub_id(name):
-        return "\n".join([*lines, f"Set {key} to a folder with these files, or to a hub id."])
+        return "\n".join([*lines, f"Set {key} to a folder with these files, to its URL, or to a hub id."])
     wanted = " ".join(dict.fromkeys(names[0] for names in files))
     lines += [
         "On a machine with network access, run",
@@ -214,3 +249,11 @@ def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequen
     if not download_allowed():
         lines.append(f"Or set {ALLOW_DOWNLOAD}=1 to let this machine download it.")
     return "\n".join(lines)
+
+
+def _advice_for_urls() -> Iterator[str]:
+    if download_allowed():
+        yield "The URL must be that of a folder with these files."
+    else:
+        yield "On a machine with network access, run dico prefetch --config FILE --out DIR, then set DICO_WEIGHTS=DIR."
+        yield f"Or set {ALLOW_DOWNLOAD}=1 to let this machine download it."

@@ -1,13 +1,45 @@
 """Prepares the images and masks that sampling begins with, and puts the kept pixels back into the results."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dico_t2i.diffusion.given import GivenLatents
+
+Kept = tuple[Tensor, Tensor]  # the pixels (1, 3, H, W) uint8 of an image, and its mask (1, H, W) bool
+
 # The default strengths: an image changes, but stays recognisable; a masked region does not depend on what was there.
-IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
+_IMAGE_STRENGTH = 0.8
+_MASK_STRENGTH = 1.0
 _WHITE = 128  # the least grey level that counts as white in a mask
+
+
+def begin_with(
+    image: Image.Image | None,
+    strength: float | None,
+    mask: Image.Image | None,
+    size: tuple[int, int],
+    downscale: int,
+    encode: Callable[[Tensor], Tensor],
+) -> tuple[GivenLatents | None, Kept | None]:
+    """The latents that sampling begins with, and the pixels to keep; None without an image or a mask.
+
+    size: height and width in pixels. encode: from pixels (1, 3, H, W) uint8 to scaled latents. Raises ValueError for an
+    image, a mask or a strength that cannot be used.
+    """
+    check_image_given(image, strength, mask)
+    if image is None:
+        return None, None
+    chosen = chosen_strength(strength, mask is not None)
+    pixels = fit_image(image, *size)[None]
+    masks = None if mask is None else fit_mask(mask, *size)[None]
+    latents = encode(pixels)
+    if masks is None:
+        return GivenLatents(latents, chosen), None
+    return GivenLatents(latents, chosen, latent_mask(masks, downscale).to(latents.device)), (pixels, masks)
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> Tensor:
@@ -41,18 +73,24 @@ def latent_mask(masks: Tensor, downscale: int) -> Tensor:
     return F.max_pool2d(masks[:, None].float(), downscale) > 0
 
 
-def keep_pixels(images: Tensor, given: Tensor, masks: Tensor) -> Tensor:
-    """The images with the pixels of the given ones outside of the masks.
-
-    images (N, 3, H, W) uint8; given (N or 1, 3, H, W) uint8; masks (N or 1, H, W) bool.
-    """
-    return torch.where(masks[:, None], images, given)
+def keep_pixels(images: Tensor, kept: Kept | None) -> Tensor:
+    """The images (N, 3, H, W) uint8 with the kept pixels outside of the mask."""
+    return torch.where(kept[1][:, None], images, kept[0]) if kept else images
 
 
-def check_strength(strength: float) -> None:
-    """Raise ValueError for a strength that is not more than 0 and at most 1."""
+def chosen_strength(strength: float | None, masked: bool) -> float:
+    """The strength, or its default if it is None. Raises ValueError if it is not more than 0 and at most 1."""
+    if strength is None:
+        return _MASK_STRENGTH if masked else _IMAGE_STRENGTH
     if not 0 < strength <= 1:
         raise ValueError(f"strength: {strength} must be more than 0 and at most 1; 1 begins with noise alone")
+    return strength
+
+
+def check_image_given(image: object, strength: object, mask: object) -> None:
+    """Raise ValueError for a strength or a mask without an image."""
+    if image is None and (strength is not None or mask is not None):
+        raise ValueError(f"{'strength' if mask is None else 'mask'}: it needs an image to begin with")
 
 
 def _fitted(image: Image.Image, height: int, width: int, by: Image.Resampling) -> Image.Image:

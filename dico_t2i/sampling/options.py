@@ -1,11 +1,13 @@
 """What sampled images depend on besides their prompts, seeds and sampler."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
-from dico_t2i.config import Config, ConfigError, SizedConfig
-from dico_t2i.sampling.given import IMAGE_STRENGTH, MASK_STRENGTH, check_strength
+from dico_t2i.config import Config, ConfigError, SamplerConfig, SizedConfig, parse_section
+from dico_t2i.sampling.given import check_image_given, chosen_strength
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,8 @@ class Options:
     mask: Image.Image | None = None
 
     def __post_init__(self) -> None:
-        if self.image is None and (self.strength is not None or self.mask is not None):
-            raise ValueError(
-                f"{'strength' if self.mask is None else 'mask'}: it needs an image; give one, or leave it out"
-            )
-        check_strength(self.chosen_strength)
-
-    @property
-    def chosen_strength(self) -> float:
-        if self.strength is None:
-            return IMAGE_STRENGTH if self.mask is None else MASK_STRENGTH
-        return self.strength
+        check_image_given(self.image, self.strength, self.mask)
+        chosen_strength(self.strength, self.mask is not None)
 
 
 def image_size(config: Config, options: Options) -> tuple[int, int]:
@@ -53,3 +46,9 @@ def image_size(config: Config, options: Options) -> tuple[int, int]:
             f" {trained}x{trained} only; leave them out"
         )
     return height, width
+
+
+def changed_sampler(sampler: SamplerConfig, changes: Mapping[str, Any]) -> SamplerConfig:
+    """A sampler with those of the changes that are not None. Raises ConfigError for values that are out of range."""
+    asked = {key: value for key, value in changes.items() if value is not None}
+    return parse_section({**sampler.model_dump(), **asked}, SamplerConfig, "options")

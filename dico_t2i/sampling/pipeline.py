@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dico_t2i import randomness
+from dico_t2i.command import progress_bar
 from dico_t2i.config import Config, SamplerConfig, load_config
 from dico_t2i.diffusion import GivenLatents, ModelFn, guided, sample
 from dico_t2i.encoders import Autoencoder
@@ -23,8 +25,10 @@ from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network, build_network
 from dico_t2i.runs.checkpoint import read_weights
 from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint
-from dico_t2i.sampling.given import fit_image, fit_mask, keep_pixels, latent_mask
-from dico_t2i.sampling.options import Options, image_size
+from dico_t2i.sampling.given import Kept, begin_with, keep_pixels
+from dico_t2i.sampling.images import to_pil
+from dico_t2i.sampling.labels import conditions_of
+from dico_t2i.sampling.options import Options, changed_sampler, image_size
 
 Progress = Callable[[int, int], None]
 
@@ -38,6 +42,50 @@ class Pipeline:
     autoencoder: Autoencoder
     conditioner: Conditioner
     device: torch.device
+
+    @staticmethod
+    def load(path: str | Path, weights: str | None = None, dtype: str | None = None) -> "Pipeline":
+        """The pipeline of a run, of one of its checkpoints, or of an exported folder; on the GPU if there is one.
+
+        weights: "weight", or an average such as "ema_0.9999"; by default the first average. dtype: "bf16" or "fp32"; by
+        default bf16 on a GPU and fp32 on a CPU. Raises ValueError that says what is missing.
+        """
+        return load_pipeline(Path(path), weights, *choose_device(dtype))
+
+    def __call__(
+        self,
+        prompts: str | int | Sequence[str | int],
+        *,
+        seed: int = 0,
+        per_prompt: int = 1,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch: int = 16,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Images of prompts, or of classes by number or ImageNet name, with a progress bar.
+
+        seed: the seed of the first image; the next ones count up from it. per_prompt: how many images of each. sampler,
+        steps, guidance: by default the config's. batch: how many images are sampled at a time. options: the fields of
+        ``Options``: negative_prompt, height, width, image, strength, mask. The same arguments give the images of ``dico
+        sample``. Raises ValueError for arguments that do not fit the model.
+        """
+        listed = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        conditions = [one for one in conditions_of(listed, self.config.model) for _ in range(per_prompt)]
+        chosen = changed_sampler(self.config.sampler, {"kind": sampler, "steps": steps, "guidance": guidance})
+        seeds = range(seed, seed + len(conditions))
+        with progress_bar() as bar:
+            task = bar.add_task("sampling", total=None)
+            images = self.generate(
+                conditions,
+                seeds,
+                chosen,
+                batch,
+                lambda done, total: bar.update(task, completed=done, total=total),
+                options=Options(**options),
+            )
+        return [to_pil(image) for image in images]
 
     @torch.no_grad()
     def generate(
@@ -72,7 +120,7 @@ class Pipeline:
 
             latents = self._latents(self._conditioning(conditions[chunk]), null, seeds[chunk], sampler, canvas, report)
             images += [self.autoencoder.decode(part).cpu() for part in latents.split(decode_batch)]
-        return keep_pixels(torch.cat(images), *canvas.kept) if canvas.kept else torch.cat(images)
+        return keep_pixels(torch.cat(images), canvas.kept)
 
     def check(self, options: Options, sampler: SamplerConfig) -> None:
         """Raise ValueError for options that do not fit the model or the sampler, before anything is computed."""
@@ -89,15 +137,10 @@ class Pipeline:
         height, width = image_size(self.config, options)
         scale = self.autoencoder.downscale
         shape = (self.config.model.in_channels, height // scale, width // scale)
-        if options.image is None:
-            return _Canvas(shape)
-        image = fit_image(options.image, height, width)[None]
-        latents = self.autoencoder.mean_latents(image)
-        if options.mask is None:
-            return _Canvas(shape, GivenLatents(latents, options.chosen_strength))
-        mask = fit_mask(options.mask, height, width)[None]
-        anew = latent_mask(mask, scale).to(self.device)
-        return _Canvas(shape, GivenLatents(latents, options.chosen_strength, anew), (image, mask))
+        given, kept = begin_with(
+            options.image, options.strength, options.mask, (height, width), scale, self.autoencoder.mean_latents
+        )
+        return _Canvas(shape, given, kept)
 
     def _latents(
         self,
@@ -159,13 +202,12 @@ class Pipeline:
 class _Canvas:
     """What the latents of all images have in common.
 
-    shape: (C, H, W). given: the latents of the image that sampling begins with. kept: that image (1, 3, H, W) uint8 and
-    the mask (1, H, W) bool of what is made anew, if there is one.
+    shape: (C, H, W). given: the latents of the image that sampling begins with. kept: the pixels that a mask keeps.
     """
 
     shape: tuple[int, int, int]
     given: GivenLatents | None = None
-    kept: tuple[Tensor, Tensor] | None = None
+    kept: Kept | None = None
 
 
 def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
@@ -192,6 +234,13 @@ def as_cuda_graph(network: ModelFn, like: Tensor) -> ModelFn:
         return output.clone()  # since the next replay writes into the same memory
 
     return replay
+
+
+def choose_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype for sampling; the default dtype is bf16 on a GPU and fp32 on a CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return device, torch.bfloat16 if wished == "bf16" else torch.float32
 
 
 def load_pipeline(path: Path, weights: str | None, device: torch.device, dtype: torch.dtype) -> Pipeline:
