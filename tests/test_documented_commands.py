@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dico_t2i.models import DiCoConfig
-from tests.documents import PAGES, ROOT, page_commands
+from tests import forkserver
+from tests.documents import PAGES, ROOT, blocks, page_commands
 from tests.encoders.test_text import PROJECTED, save_clip
 from tests.models.test_official import released_state
 from tests.shards import image_bytes
@@ -161,3 +164,36 @@ def test_what_they_made(place: Path) -> None:
     assert sorted(path.name for path in (place / "weights").iterdir()) == ["manifest.json", "openai", "stabilityai"]
     assert len(list((place / "runs/coco_dwc/checkpoints").glob("step-*"))) == 1
     assert list((place / "runs/coco_dwc/tensorboard").iterdir())
+
+
+def run_as_script(examples: list[str], folder: Path) -> str:
+    (folder / "examples.py").write_text("\n".join(examples))
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    command = [sys.executable, str(folder / "examples.py")]
+    done = forkserver.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_as_notebook(examples: list[str], folder: Path) -> str:
+    """All that the cells show."""
+    import nbclient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    book = new_notebook(cells=list(map(new_code_cell, examples)))
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    shown = json.dumps([book.cells, book.metadata])
+    assert "from_python" in shown
+    assert "2/2" in shown  # of the progress bar
+    return shown
+
+
+def test_the_examples_of_python_run_one_after_the_other(place: Path) -> None:
+    """In a notebook where its packages are installed, else as a script."""
+    examples = [block.text for block in blocks(ROOT / "docs" / "python.md") if block.language == "python"]
+    assert [len(example.strip().splitlines()) <= 6 for example in examples] == [True] * 3
+    shown = (run_as_notebook if find_spec("nbclient") else run_as_script)(examples, place)
+    assert "the run is in runs/from_python" in shown
+    assert len(list((place / "runs/from_python/checkpoints").glob("step-*"))) == 1
+    with Image.open(place / "bus.png") as image:
+        assert image.size == (256, 256)

@@ -263,7 +263,9 @@ class DiCoPipeline(DiffusionPipeline):
         network = self.transformer.config
         if network.condition == "class":
             raise ValueError(f"{name}: this model takes classes, which have no features")
-        wanted = {name: (tokens, (network.text_tokens, network.text_dim))}
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            name: (tokens, (network.text_tokens, network.text_dim))
+        }
         if network.pooled_text:
             wanted[name.replace("prompt", "pooled_prompt")] = (pooled, (network.pooled_dim,))
         for key, (found, shape) in wanted.items():
