@@ -6,8 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -88,23 +87,6 @@ def test_the_encoder_of_an_alignment_is_among_them(vae, tmp_path):
     prefetch(config, tmp_path / "weights", report=lambda line: None)
     assert check(tmp_path / "weights", config) == 5
     assert (tmp_path / "weights" / "dinov2" / "preprocessor_config.json").read_text() == "preprocessor_config.json"
-
-
-def test_a_model_at_a_url_is_fetched_and_found_without_network(vae, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    handler = partial(SimpleHTTPRequestHandler, directory=str(vae.parent))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    config = config_of(f"http://127.0.0.1:{server.server_port}/{vae.name}")
-    prefetch(config, tmp_path / "weights", report=lambda line: None)
-    server.shutdown()
-    server.server_close()
-    assert check(tmp_path / "weights", config) == 2
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    monkeypatch.setenv("DICO_WEIGHTS", str(tmp_path / "weights"))
-    assert file_hash(find_autoencoder(config.autoencoder)[0]) == file_hash(vae / "config.json")
-    with pytest.raises(PrefetchError, match="cannot be reached"):
-        prefetch(config_of("http://127.0.0.1:9/none"), tmp_path / "weights")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 DIR/manifest.json               sizes and hashes, written last
 DIR/<hub id>/<file>             files that the encoders find with DICO_WEIGHTS=DIR
-DIR/urls/<host>/<path>/<file>   the same, of models that the config names by URL
 DIR/files/<name>                single files, such as the weights of an evaluation's feature extractor
 """
 
@@ -17,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dico_t2i.config import Config
-from dico_t2i.data.remote import is_url, without_query
 from dico_t2i.encoders import MissingModelError, find_autoencoder, find_vision_encoder
 from dico_t2i.encoders.local import downloads, file_hash, is_hub_id, prefetched
 from dico_t2i.encoders.text import find_tower, pretrained_source
@@ -59,7 +57,7 @@ def prefetch(config: Config, out: Path, urls: Sequence[str] = (), report: Report
     with downloads(allowed=True):
         for name, find in _models(config).items():
             for file in dict.fromkeys(find()):
-                add(prefetched(Path(), name) / file.name, without_query(name), partial(shutil.copyfile, file))
+                add(prefetched(Path(), name) / file.name, name, partial(shutil.copyfile, file))
     for url in urls:
         add(_url_target(url), url, partial(_download, url))
 
@@ -90,7 +88,7 @@ def check(out: Path, config: Config | None = None) -> int:
 
 
 def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
-    """For each pretrained model of a config: its folder, URL or hub id -> a function that finds its files."""
+    """For each pretrained model of a config: its folder or hub id -> a function that finds its files."""
     models: dict[str, Callable[[], list[Path]]] = {}
     if config.autoencoder.kind != "pixels":
         models[config.autoencoder.path] = partial(find_autoencoder, config.autoencoder)
@@ -114,16 +112,14 @@ def _ask_network_once(config: Config, urls: Sequence[str]) -> None:
             with downloads(allowed=False):
                 find()
         except MissingModelError as error:
-            if not (is_hub_id(name) or is_url(name)):
+            if not is_hub_id(name):
                 raise
             missing[name] = str(error)
-    wanted_urls = [*urls, *filter(is_url, missing)]
-    hosts = {f"{urlsplit(url).scheme}://{urlsplit(url).netloc}": without_query(url) for url in wanted_urls}
-    hosts = {host: url for host, url in hosts.items() if host.startswith("http")}
-    if any(map(is_hub_id, missing)):
+    hosts = {f"{urlsplit(url).scheme}://{urlsplit(url).netloc}": url for url in urls}
+    if missing:
         from huggingface_hub import constants
 
-        hosts[constants.ENDPOINT] = ", ".join(filter(is_hub_id, missing))
+        hosts[constants.ENDPOINT] = ", ".join(missing)
     for host, wanted in hosts.items():
         if problem := _unreachable(host):
             details = "".join(f"\n{text}" for text in missing.values())

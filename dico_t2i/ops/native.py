@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dico_t2i.files import user_cache
 from dico_t2i.ops import plain
 
 SOURCES = [Path(__file__).with_name(name) for name in ("operators.c", "scans.c")]
@@ -54,7 +53,7 @@ def _built(compiler: str) -> Path:
     runtime = _openmp()
     texts = [path.read_text() for path in (HEADER, *SOURCES)]
     key = hashlib.sha256(repr((texts, compiler, FLAGS, runtime, _cpu())).encode()).hexdigest()[:24]
-    folder = user_cache() / "operators"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_t2i" / "operators"
     path = folder / f"{key}.so"
     if path.exists():
         return path

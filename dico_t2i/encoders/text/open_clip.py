@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
-from dico_t2i.data.remote import base_name, is_url, without_query
+from dico_t2i.data.remote import base_name, is_url
 from dico_t2i.encoders.local import MissingModelError, config_hash, read_json, reading, resolve
 from dico_t2i.encoders.text.clip import TOKENS, VOCABULARY, check_size, clip_size, open_clip_folder, seeded_size
 from dico_t2i.encoders.text.features import TextFeatures, TowerSize
@@ -147,10 +147,9 @@ def _files(config: TextTowerConfig, tag: dict[str, Any]) -> list[Path]:
 
 def _place(config: TextTowerConfig, tag: dict[str, Any]) -> tuple[str, str]:
     """The folder, URL or hub id, and the name of the file in it, which is empty for open_clip's usual names."""
-    address = without_query(config.pretrained)
-    if is_url(address) and address.endswith(_WEIGHTS):
-        folder, _, file = address.rpartition("/")
-        return folder + config.pretrained[len(address) :], file
+    if is_url(config.pretrained) and config.pretrained.endswith(_WEIGHTS):
+        folder, _, file = config.pretrained.rpartition("/")
+        return folder, file
     name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
     return name, file
 
