@@ -1,6 +1,7 @@
 """Parameters and multiply-accumulates of a network, counted without allocating it."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from dico_t2i.ops import SCANS
 
 def count_parameters(config: NetworkConfig) -> int:
     """The number of parameters of the network that a config describes."""
+    return _parameters(config.model_copy(update={"checkpoint_stages": ()}))
+
+
+@cache
+def _parameters(config: NetworkConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build_network(config).parameters())
 
@@ -23,16 +29,17 @@ def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
 
     input_shape is (N, C, H, W). Papers often call this number FLOPs. Elementwise operations are not counted.
     """
-    return sum(_macs_by_operator(config, input_shape).values())
+    return sum(_macs_by_operator(config, tuple(input_shape)).values())
 
 
 def count_scan_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
     """The part of ``count_macs`` that belongs to recurrences along tokens, which papers leave out."""
-    macs = _macs_by_operator(config, input_shape)
+    macs = _macs_by_operator(config, tuple(input_shape))
     return sum(macs.get(operator, 0) for operator in SCANS)
 
 
-def _macs_by_operator(config: NetworkConfig, input_shape: Sequence[int]) -> dict[Any, int]:
+@cache
+def _macs_by_operator(config: NetworkConfig, input_shape: tuple[int, ...]) -> dict[Any, int]:
     with torch.device("meta"):
         model, inputs = build_network(config), example_inputs(config, input_shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
