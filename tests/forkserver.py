@@ -134,12 +134,18 @@ def forkable(arguments: list[str], env: Mapping[str, str], servers: Mapping[str,
         return False
     names = {name for name in env.keys() | servers.keys() if name.startswith(READ_ON_IMPORT)}
     same = all(env.get(name) == servers.get(name) for name in names - {"PYTHONUNBUFFERED", "PYTHONPATH"})
-    return same and _more_folders(env) == _more_folders(servers)
+    return same and all(_hides_nothing(folder) for folder in _more_folders(env))
 
 
 def _more_folders(env: Mapping[str, str]) -> list[str]:
     """The folders of PYTHONPATH besides the repository's, which a server and its forks have."""
     return [folder for folder in env.get("PYTHONPATH", "").split(":") if folder not in ("", str(ROOT))]
+
+
+def _hides_nothing(folder: str) -> bool:
+    """Whether a folder of PYTHONPATH has no module in place of one that the server may have imported."""
+    modules = {path.stem for path in Path(folder).glob("*.py")} | {p.parent.name for p in Path(folder).glob("*/*.py")}
+    return modules <= {"sitecustomize"}
 
 
 class _Server:
@@ -256,6 +262,10 @@ class Program:
         # multiprocessing's name of the main module, under which processes send objects back.
         sys.modules["__mp_main__"] = alias = type(sys)("__mp_main__")
         alias.__getattr__ = lambda name: getattr(sys.modules["__main__"], name)  # type: ignore[method-assign]
+        for folder in _more_folders(self.env):
+            sys.path.append(folder)
+            if (customize := Path(folder, "sitecustomize.py")).exists():
+                runpy.run_path(str(customize))
         first, *rest = self.arguments[self.arguments[0] == "-u" :]
         if first == "-m":
             if rest[0] == "torch.distributed.run":
@@ -324,12 +334,21 @@ def _serve(connection: socket.socket, set_on_import: dict[str, str]) -> NoReturn
             os.close(descriptor)
 
 
+def _trace_a_step() -> None:
+    """Trace a small network as each run does once; torch imports half a second of modules the first time."""
+    from dico_t2i.config import load_config
+    from dico_t2i.plan.cost import traced_pass
+
+    traced_pass(load_config(ROOT / "configs" / "quickstart.yaml", ["model.depths=[1, 1, 1, 1, 1]"]), 1)
+
+
 def preload() -> dict[str, str]:
     """Do the slow imports; returns the environment variables that they set. A process that has done them may fork."""
     before = dict(os.environ)
     gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
+    _trace_a_step()
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         sys.exit(f"the fork server has {threads} threads after its imports; a fork would lose all but one")

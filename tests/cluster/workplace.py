@@ -32,7 +32,7 @@ class Workplace:
             "data": {**TINY["data"], "path": str(data)},
             "log": {"every": {"steps": 1}, "wandb": "disabled"},
         }
-        tree["train"] = {**TINY["train"], "duration": {"steps": STEPS}}
+        tree["train"] = {**TINY["train"], "duration": {"steps": STEPS}, "micro_batch": 4}
         tree["checkpoint"] = {"every": {"steps": 20}}
         cluster = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "30", "python": str(python)}
         cluster["env"] = {"OMP_NUM_THREADS": 1}
