@@ -27,7 +27,7 @@ def noise(seed: int, count: int = 3) -> Tensor:
     return torch.randn(count, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def run(process: Any, kind: Any, given: GivenLatents | None, steps: int = 8, **options: Any) -> Tensor:
+def run(process: Any, kind: Any, given: GivenLatents | None, steps: int = 9, **options: Any) -> Tensor:
     config = DiffusionConfig(kind=process)
     sampler = SamplerConfig(kind=kind, steps=steps)
     return sample(config, sampler, network, noise(0), lambda k: noise(1 + k), False, given=given, **options)
@@ -112,7 +112,7 @@ def test_a_hook_sees_what_the_mask_left() -> None:
     clean = noise(90, 1)
     last = []
     run("flow", "euler", GivenLatents(clean, 1.0, mask), on_step=lambda k, t, x: last.append(x) or x)
-    assert len(last) == 8
+    assert len(last) == 9
     assert torch.equal(last[-1], clean.expand(3, -1, -1, -1))
 
 
