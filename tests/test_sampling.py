@@ -255,7 +255,7 @@ def test_a_call_makes_images_of_pillow_with_the_options_of_the_command():
     assert one.size == (8, 12)
     with pytest.raises(ValueError, match="3 is not a prompt"):
         pipe(3)
-    with pytest.raises(ValueError, match=r"options: guidance: .*greater than or equal to 0"):
+    with pytest.raises(ValueError, match=r"options:\n  guidance: .*greater than or equal to 0"):
         pipe(PROMPTS[0], guidance=-1)
     with pytest.raises(TypeError, match="hight"):
         pipe(PROMPTS[0], hight=12)
