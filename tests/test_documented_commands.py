@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,34 +165,15 @@ def test_what_they_made(place: Path) -> None:
     assert list((place / "runs/coco_dwc/tensorboard").iterdir())
 
 
-def run_as_script(examples: list[str], folder: Path) -> str:
-    (folder / "examples.py").write_text("\n".join(examples))
-    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
-    command = [sys.executable, str(folder / "examples.py")]
-    done = forkserver.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def run_as_notebook(examples: list[str], folder: Path) -> str:
-    """All that the cells show."""
-    import nbclient
-    from nbformat.v4 import new_code_cell, new_notebook
-
-    book = new_notebook(cells=list(map(new_code_cell, examples)))
-    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    shown = json.dumps([book.cells, book.metadata])
-    assert "from_python" in shown
-    assert "2/2" in shown  # of the progress bar
-    return shown
-
-
 def test_the_examples_of_python_run_one_after_the_other(place: Path) -> None:
-    """In a notebook where its packages are installed, else as a script."""
     examples = [block.text for block in blocks(ROOT / "docs" / "python.md") if block.language == "python"]
     assert [len(example.strip().splitlines()) <= 6 for example in examples] == [True] * 3
-    shown = (run_as_notebook if find_spec("nbclient") else run_as_script)(examples, place)
-    assert "the run is in runs/from_python" in shown
+    (place / "examples.py").write_text("\n".join(examples))
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    command = [sys.executable, str(place / "examples.py")]
+    done = forkserver.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the run is in runs/from_python" in done.stdout
     assert len(list((place / "runs/from_python/checkpoints").glob("step-*"))) == 1
     with Image.open(place / "bus.png") as image:
         assert image.size == (256, 256)
