@@ -102,6 +102,16 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="sampling steps (default: the config's sampler.steps)")
     parser.add_argument("--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps is given")
     parser.add_argument("--guidance", type=float, help="the scale w in uncond + w (cond - uncond); 1: no guidance")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="a text that guidance leads away from")
+    parser.add_argument("--height", type=positive, help="in pixels (default: the size of training)")
+    parser.add_argument("--width", type=positive, help="in pixels (default: the size of training)")
+    parser.add_argument("--init-image", type=Path, metavar="FILE", help="an image to begin with, cropped to the size")
+    parser.add_argument(
+        "--strength", type=float, help="how far results depart from --init-image, 0 to 1 (default: 0.8, with --mask 1)"
+    )
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="white where --init-image is made anew; all other pixels stay"
+    )
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     parser.add_argument("--adapter", type=Path, metavar="FILE", help="an adapter (LoRA) to add to the weights")
     parser.add_argument("--adapter-scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
@@ -254,7 +264,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from dico_t2i.commands.demo import check_gradio, serve
 
     check_gradio()
-    from dico_t2i.commands.sample import choose_device
+    from dico_t2i.sampling.pipeline import choose_device
 
     checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
     serve(checkpoints, arguments.weights, *choose_device(arguments.dtype), arguments.host, arguments.port)

@@ -30,7 +30,8 @@ class CacheConfig(Section):
 class DataConfig(Section):
     """The shards to train on, and the order of their samples."""
 
-    path: Text | None = None  # The folder of the shards, or a URL that fsspec reads, such as http://... or s3://...
+    # The folder of the shards, or a URL that fsspec reads, such as https://..., s3://... or hf://datasets/OWNER/NAME.
+    path: Text | None = None
     mixture: tuple[SourceConfig, ...] = ()  # Several data sets to mix, in place of path.
     cache: CacheConfig | None = None  # A local cache of shards: required for URLs and useful for slow network folders.
     buckets: Flag = False  # Makes batches of the shapes that the data set's index lists, instead of squares.
