@@ -21,7 +21,7 @@ def test_every_key_and_its_comment_is_there():
 
     def keys(section):
         for name, field in section.model_fields.items():
-            yield name
+            yield field.alias or name
             options = [field.annotation, *getattr(field.annotation, "__args__", ())]
             for inner in options:
                 if isinstance(inner, type) and issubclass(inner, Section):

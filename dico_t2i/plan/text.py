@@ -11,11 +11,9 @@ from dico_t2i.plan.plan import USABLE, Plan
 
 def render(plans: Sequence[Plan]) -> RenderableType:
     """The plan of each stage, and a table of all stages if there are several, for rich's console."""
-    parts = [
-        part
-        for plan in plans
-        for part in (*_head(plan), _memory(plan), _time(plan), _communication(plan), *_rest(plan))
-    ]
+    parts: list[RenderableType] = []
+    for plan in plans:
+        parts += [*_head(plan), _memory(plan), _time(plan), _communication(plan), *_rest(plan)]
     return Group(*parts, *([_stages(plans)] if len(plans) > 1 else []))
 
 

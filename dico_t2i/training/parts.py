@@ -67,8 +67,8 @@ def build_parts(stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], ses
     config = stage.config
     inputs = _input_maker(config, world, WORKING_DTYPE[config.train.precision])
     text_encoder = inputs.conditioner.text_encoder
-    for later, data in zip(stages[1:], indexes[1:], strict=True):
-        _checked_validation(later.config, data, world, inputs)
+    for later, its_index in zip(stages[1:], indexes[1:], strict=True):
+        _checked_validation(later.config, its_index, world, inputs)
     validation = _checked_validation(config, index, world, inputs)
     micro_batch, accumulation = config.batching(world.size)
     base = find_base(config, run)

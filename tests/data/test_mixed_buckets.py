@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
         with ShardWriter(root / name, 11) as writer:
             for number, size in enumerate(np.random.default_rng(0).permutation(np.array(sizes)).tolist()):
                 key = f"{name}{size[0]:03d}x{size[1]:03d}-{number:03d}"
-                writer.write({"__key__": key, "png": encoded(*size), "json": {"captions": [key]}})
+                writer.write({"__key__": key, "png": encoded(*size), "json": {"captions": [f"{number}:0"]}})
         assign_buckets(root / name, SHAPES)
     return root
 

@@ -139,7 +139,7 @@ def config(*stages):
     [
         ({"name": "small"}, "two stages have the name small"),
         ({"name": "b", "model": {"hidden_size": 16}}, "stages.1.model: hidden_size: all stages train one network"),
-        ({"name": "b", "model": {"dropout_prob": 0}}, "a null class cannot come or go"),
+        ({"name": "b", "model": {"dropout_prob": 0}, "sampler": {"guidance": 1}}, "a null class cannot come or go"),
         ({"name": "b", "data": {"image_size": 10}}, "stages.b:\n  data.image_size: 10 must be divisible by 4"),
         ({"name": "b", "train": {"rate": 1}}, "stages.b:\n  train.rate: unknown key"),
         ({"name": "b", "seed": 1}, "stages.1.seed: unknown key"),
