@@ -82,7 +82,8 @@ class Adam8bitEMA(AdamWEMA):
             adamw(
                 [flat[start:stop]],
                 [gradient[start:stop]],
-                *([moment] for moment in moments.values()),
+                [moments[MOMENTS[0]]],
+                [moments[MOMENTS[1]]],
                 [],
                 [step],
                 fused=True,

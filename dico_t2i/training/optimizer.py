@@ -105,7 +105,7 @@ class MuonEMA(AdamWEMA):
     def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
         self.names = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
         trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for name, p in trained if name not in self.names]},
             {"params": [p for name, p in trained if name in self.names], "matrices": True},
         ]
@@ -179,8 +179,9 @@ def _changes(directions: Sequence[Tensor]) -> list[Tensor]:
     changes = [torch.zeros_like(direction) for direction in directions]
     for change, direction in zip(changes, directions, strict=True):
         change.grad = direction
-    options = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
-    torch.optim.Muon(changes, lr=1.0, adjust_lr_fn="match_rms_adamw", **options).step()
+    torch.optim.Muon(
+        changes, lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="match_rms_adamw"
+    ).step()
     return [change.detach() for change in changes]
 
 
