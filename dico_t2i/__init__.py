@@ -8,12 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dico_t2i.config import load_config
-    from dico_t2i.sampling.pipeline import Pipeline
-    from dico_t2i.training.from_python import train
+    from dico_t2i.config import load_config as load_config
+    from dico_t2i.sampling.pipeline import Pipeline as Pipeline
+    from dico_t2i.training.from_python import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "load_config", "train"]
 
 _MODULES = {
     "Pipeline": "dico_t2i.sampling.pipeline",

@@ -66,7 +66,7 @@ def test_a_process_trains_as_often_as_it_likes(tmp_path, shapes_data):
     command = [sys.executable, "-c", TWICE, str(runs.config), str(tmp_path)]
     done = forkserver.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == [str(tmp_path / "called"), "(16, 16)"]
+    assert {str(tmp_path / "called"), "(16, 16)"} <= set(done.stdout.splitlines())
     assert list(runs.losses("called")) == [1, 2, 3, 4]
     events = [line["event"] for line in runs.metrics("called") if "event" in line]
     assert "resume" in events

@@ -85,7 +85,7 @@ def test_a_data_set_of_the_hub_is_read_through_the_cache(tmp_path):
     server.server_close()
     assert done.returncode == 0, done.stderr
     assert done.stdout == "8\n"
-    copied = {path.name for path in (tmp_path / "cache").rglob("*.tar*")}
+    copied = {path.name for path in (tmp_path / "cache").rglob("[!.]*.tar*")}
     assert copied == {path.name for path in (tmp_path / "set").glob("*.tar*")}
 
 
