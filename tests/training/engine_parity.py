@@ -1,6 +1,6 @@
 """Run under torchrun: the engine at each ZeRO stage against plain optimizers on the whole batch.
 
-A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT, where WHAT is muon, adamw_8bit, or adapter for training one alone.
+A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT, where WHAT is muon, or adapter for training one alone.
 """
 
 import copy
@@ -77,7 +77,7 @@ def engine_result(stage, precision, what, world):
     train = TrainConfig(
         duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage
     )
-    optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what in ("muon", "adamw_8bit") else OPTIMIZER
+    optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
     engine = Engine(network, train, optimizer, (MICRO, accumulation), world)

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from dico_t2i.config import ConfigError, OptimizerConfig, Span, parse_config
 from dico_t2i.runs.checkpoint import newest_checkpoint
-from dico_t2i.training.optimizer import Matrix, MuonEMA, learning_rate
+from dico_t2i.runs.kinds import MOMENTS
+from dico_t2i.training.eight_bit import Adam8bitEMA
+from dico_t2i.training.optimizer import AdamWEMA, Matrix, MuonEMA, learning_rate
 from tests.faults.harness import CONFIG, Run, write_data
 
 WSD = "optimizer={schedule: wsd, decay: {steps: 4}, warmup: {steps: 2}, lr: 0.01, ema: [0.9]}"
@@ -53,6 +55,30 @@ def test_muon_with_equal_gradients_is_torchs_own():
             stepping.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_moments_of_8_bits_change_little_and_survive_a_checkpoint_unchanged():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    start = torch.randn(5000)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    config = OptimizerConfig(lr=1e-3, ema=(0.9,), weight_decay=0.1)
+    packed, plain = Adam8bitEMA([ours], config), AdamWEMA([theirs], config)
+    for _ in range(30):
+        ours.grad = (torch.randn(5000) + 0.5) * torch.logspace(-3, 0, 5000)
+        theirs.grad = ours.grad.clone()
+        packed.step()
+        plain.step()
+    assert 0 < (ours - theirs).norm() < 0.03 * (theirs - start).norm()
+    state = packed.state[ours]
+    assert state["exp_avg"].nbytes == 5120 + 4 * 20
+    before = {name: state[name] for name in MOMENTS}
+    whole = {name: packed.part(ours, name, 0, 5000) for name in MOMENTS}
+    assert all(torch.equal(packed.part(ours, name, 300, 777), whole[name][300:777]) for name in MOMENTS)
+    state |= whole
+    packed.settle()
+    for name in MOMENTS:
+        assert all(torch.equal(a, b) for a, b in zip(state[name], before[name], strict=True))
 
 
 def test_8_bit_moments_go_on_where_they_stopped(tmp_path, data):
