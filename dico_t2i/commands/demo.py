@@ -199,9 +199,8 @@ def _fields(pipeline: Pipeline) -> list[Any]:
     guidance = gr.Slider(0, 15, config.sampler.guidance, step=0.1, label="Guidance (1 is none)", elem_id="guidance")
     negative = gr.Textbox(label="Negative prompt", elem_id="negative", visible=text)
     with gr.Accordion("Begin with an image", open=False):
-        drawing = gr.ImageMask(
-            type="pil", label="Paint over what is made anew; without paint, all of it changes", elem_id="drawing"
-        )
+        gr.Markdown("Paint over what is made anew. Without paint, all of the image changes.")
+        drawing = gr.ImageMask(type="pil", show_label=False, elem_id="drawing")
         strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength (1 begins with noise alone)", elem_id="strength")
     return [prompts, seed, each, *sides, sampler, steps, guidance, negative, drawing, strength]
 
