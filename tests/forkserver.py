@@ -134,7 +134,8 @@ def forkable(arguments: list[str], env: Mapping[str, str], servers: Mapping[str,
         return False
     names = {name for name in env.keys() | servers.keys() if name.startswith(READ_ON_IMPORT)}
     same = all(env.get(name) == servers.get(name) for name in names - {"PYTHONUNBUFFERED", "PYTHONPATH"})
-    return same and all(_hides_nothing(folder) for folder in _more_folders(env))
+    more = set(_more_folders(env)) - set(_more_folders(servers))
+    return same and all(map(_hides_nothing, more))
 
 
 def _more_folders(env: Mapping[str, str]) -> list[str]:
