@@ -69,20 +69,22 @@ class Session:
 
         Raises CheckpointError if all are damaged.
         """
-        found = ckpt.candidates(self.run.checkpoints)
-        for path in found:
-            checkpoint = self._verified(path)
+        skipped = []
+        for path in ckpt.candidates(self.run.checkpoints):
+            checkpoint, problem = self._verified(path)
             if checkpoint is not None:
                 return checkpoint
+            skipped.append(f"{path} is skipped: {problem}")
+            self.event(0, "bad checkpoint", skipped[-1])
         if ckpt.ever_saved(self.run.checkpoints):
             raise ckpt.CheckpointError(
-                f"{self.run.checkpoints}: all {len(found)} checkpoints are damaged;"
-                " restore one, or start a new run with a different name (name=...)"
+                f"{self.run.checkpoints}: all {len(skipped)} checkpoints are damaged; restore one, or start a new run"
+                " with a different name (name=...)\n" + "\n".join(skipped)
             )
         return None
 
-    def _verified(self, path: Path) -> ckpt.Checkpoint | None:
-        """The checkpoint, after each rank has verified its share of the files; None if any of them is damaged."""
+    def _verified(self, path: Path) -> tuple[ckpt.Checkpoint | None, str]:
+        """The checkpoint, after each rank has verified its share of the files; None, and why, if any is damaged."""
         problem, checkpoint = "", None
         try:
             checkpoint = ckpt.open_checkpoint(path)
@@ -90,7 +92,4 @@ class Session:
         except ckpt.CheckpointError as error:
             problem = str(error)
         problem = first_message(problem, self.world.device)
-        if problem:
-            self.event(0, "bad checkpoint", f"{path} is skipped: {problem}")
-            return None
-        return checkpoint
+        return (None if problem else checkpoint), problem

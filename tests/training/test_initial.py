@@ -207,7 +207,7 @@ def test_a_run_remembers_what_it_started_from_and_goes_on_from_its_own(runs, tra
     output = runs.train("first", *options, "train.duration.steps=3")
     assert "resumed from" in output
     assert "[init]" not in output
-    assert "init.from" in runs.train("first", "optimizer.ema=[0.9]", "init.from=/other", code=2)
+    assert "init.weights: 'raw' -> None" in runs.train("first", "optimizer.ema=[0.9]", f"init.from={trained}", code=2)
     export(runs.folder / "first", None, tmp_path / "export", encoders=False)
     card = (tmp_path / "export" / "README.md").read_text()
     assert f"| init | {trained} (weight) | 4 | {source.sha256[:12]} |" in card
