@@ -27,6 +27,7 @@ from dico_t2i.report.history import read_history
 from dico_t2i.runs.log import json_lines
 
 SHAPES = Path("configs/shapes")
+WIDTH = 150
 SHOWN = {"val_loss": "held-out loss", "colour": "colour", "background": "background", "shape": "shape"}
 SHOWN |= {"place": "place", "all": "all of it", "images_per_s": "images/s", "seconds": "seconds"}
 
@@ -78,7 +79,9 @@ def print_table(rows: Sequence[dict[str, Any]], seeds: int) -> None:
     for row in rows:
         cells = [Path(row["config"]).stem, f"{row['parameters'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}"]
         table.add_row(*cells, *(_shown(key, **row[key]) for key in SHOWN))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, WIDTH)  # narrower, names and numbers would be cut
+    console.print(table)
 
 
 def _shown(key: str, values: Sequence[float], mean: float, deviation: float) -> str:
