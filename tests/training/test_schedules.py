@@ -92,7 +92,7 @@ def test_8_bit_moments_go_on_where_they_stopped(tmp_path, data):
     assert equal(whole, stopped)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long)])
 def test_muon_goes_on_where_it_stopped(tmp_path, data, stage):
     whole, stopped = (Run(tmp_path, data, name, MUON, f"train.zero_stage={stage}") for name in ("whole", "stopped"))
     whole.train("train.duration.steps=4")
