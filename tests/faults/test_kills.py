@@ -10,8 +10,8 @@ from .harness import OwnDeath, Report, compare, survive
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in range(3)), 3])
 def test_a_run_survives_kills(new_run, whole_run, stage, capsys, long):
-    """Inside a save, between two steps, and with more kills at the start, too."""
-    kills, steps = (7, 60) if long else (3, 26)
+    """Inside a save and between two steps; with more kills, at the start too."""
+    kills, steps = (7, 60) if long else (2, 20)
     overrides = (f"train.duration.steps={steps}", f"train.zero_stage={stage}")
     run = new_run(*overrides)
     report = survive(run, kills, ranks=2, seed=stage)
