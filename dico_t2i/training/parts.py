@@ -58,6 +58,7 @@ def build_parts(
     changes: the changes of the config since the last start, to be reported.
     Raises ConfigError, DataError or MissingModelError before training starts.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     dtype = WORKING_DTYPE[config.train.precision]
     inputs = _input_maker(config, world, dtype)
     text_encoder = inputs.conditioner.text_encoder
