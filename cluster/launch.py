@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--local: one run on one node; leave out --sweep, and use --nodes 1")
     _check_python(configs[0].cluster)
     for config in configs:
-        config.batching(config.cluster.ranks)  # raises if the ranks do not fit
+        for stage in config.stage_configs:
+            stage.batching(stage.cluster.ranks)  # raises if the ranks do not fit
         if not arguments.dry_run:
-            _check_inputs(config, arguments.after)
+            _check_inputs(config, arguments.runs, arguments.after)
     return _launch(arguments, configs)
 
 
@@ -100,18 +101,25 @@ def _config(arguments: argparse.Namespace, more: list[str]) -> Config:
     return config.model_copy(update={"cluster": chosen_cluster(arguments, config.cluster)})
 
 
-def _check_inputs(config: Config, after: str | None) -> None:
-    """Raise ValueError if the data or a model is missing. Data that the job ``after`` makes is not checked."""
+def _check_inputs(config: Config, runs: Path, after: str | None) -> None:
+    """Raise ValueError if data, a model or the weights to start from are missing.
+
+    Data and weights that the job ``after`` makes are not checked.
+    """
     from dico_t2i.data.checks import check_data
     from dico_t2i.data.sources import load_data
     from dico_t2i.encoders import find_autoencoder
     from dico_t2i.encoders.conditioner import find_fitting_text_encoder
+    from dico_t2i.runs.folder import RunFolder
+    from dico_t2i.training.initial import check_initial
 
     find_autoencoder(config.autoencoder)
     if config.model.condition == "text":
         find_fitting_text_encoder(config)
     if after is None:
-        check_data(config, load_data(config.data))
+        check_initial(config, RunFolder(runs, config.name))
+        for stage in config.stage_configs:
+            check_data(stage, load_data(stage.data))
 
 
 def _check_python(cluster: ClusterConfig) -> None:
@@ -201,29 +209,32 @@ def _check_free(run_folder: Path) -> None:
 
 
 def _plan(config: Config, allow: bool) -> None:
-    """Print the plan of a run on GPUs. Raises ValueError, with settings that fit, if memory does not suffice."""
+    """Print the plan of each stage on GPUs. Raises ValueError, with settings that fit, if memory does not suffice."""
     if not config.cluster.gpus_per_node:
         return
     from rich.console import Console
 
-    from dico_t2i.plan.plan import make_plan
-    from dico_t2i.plan.text import refusal, render
+    from dico_t2i.plan.plan import make_plans
+    from dico_t2i.plan.text import refusals, render
 
-    plan = make_plan(config)
-    Console().print(render(plan), highlight=False)
-    if not plan.estimate.fits and not allow:
-        raise ValueError(f"{refusal(plan)}\n  or use --no-plan to launch it anyway")
+    plans = make_plans(config)
+    Console().print(render(plans), highlight=False)
+    if (refused := refusals(plans)) and not allow:
+        raise ValueError(f"{refused}\n  or use --no-plan to launch it anyway")
 
 
 def _describe(config: Config, lead: int, arguments: argparse.Namespace) -> str:
     """A description of the request to the scheduler."""
     cluster = config.cluster
-    micro, accumulation = config.batching(cluster.ranks)
+    batches = []
+    for number, stage in enumerate(config.stage_configs):
+        micro, accumulation = stage.batching(cluster.ranks)
+        batch = f"batch {stage.train.global_batch} = {cluster.ranks} ranks x {micro} x {accumulation} pass(es)"
+        batches.append(f"\n  stage {config.stages[number].name}: {batch}" if config.stages else f" {batch}")
     devices = "GPUs" if cluster.gpus_per_node else "CPU processes"
     where = "this machine" if arguments.local else f"partition {cluster.partition or '(default)'}"
     return (
-        f"{config.name}: {cluster.nodes} x {cluster.ranks_per_node} {devices} on {where};"
-        f" batch {config.train.global_batch} = {cluster.ranks} ranks x {micro} x {accumulation} pass(es)\n"
+        f"{config.name}: {cluster.nodes} x {cluster.ranks_per_node} {devices} on {where};{''.join(batches)}\n"
         f"time limit {cluster.time}, ranks save {lead} s before it; at most {cluster.max_requeues} requeues"
     )
 

@@ -23,6 +23,7 @@ class RunState:
     word: str  # done, running, stopped, failed, cut off, new, unreadable
     step: int
     steps: int | None
+    stage: str  # the name of the newest stage; empty for a run without stages
     loss: float | None
     images_per_s: float | None
     eta_s: float | None
@@ -44,6 +45,7 @@ def read_state(run_folder: Path) -> RunState:
         word=_word(run_folder, events),
         step=_newest_step(lines),
         steps=totals[-1] if totals else None,
+        stage=next((str(line["stage"]) for line in reversed(events) if "stage" in line), ""),
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         eta_s=last.get("eta_s"),
@@ -56,7 +58,9 @@ def read_state(run_folder: Path) -> RunState:
 def unreadable(run_folder: Path, why: str) -> RunState:
     """The state of a run that cannot be read."""
     nothing = dict.fromkeys(("steps", "loss", "images_per_s", "eta_s", "checkpoint_age_s"))
-    return RunState(name=run_folder.name, word="unreadable", step=0, restarts=0, trouble=f"step ?: {why}", **nothing)
+    return RunState(
+        name=run_folder.name, word="unreadable", step=0, stage="", restarts=0, trouble=f"step ?: {why}", **nothing
+    )
 
 
 def measured_pause(run_folder: Path) -> float | None:

@@ -23,7 +23,7 @@ from cluster.state import RunState, read_state, unreadable
 from dico_t2i.command import USER_ERROR, run, script_parser
 
 Row = tuple[RunState, slurm.Job | None]
-_COLUMNS = ("run", "state", "step", "loss", "images/s", "left", "saved", "restarts", "job")
+_COLUMNS = ("run", "state", "step", "stage", "loss", "images/s", "left", "saved", "restarts", "job")
 _DROPPED = ("restarts", "loss", "saved", "job", "images/s", "left")  # hidden in this order if the terminal is narrow
 
 
@@ -97,6 +97,8 @@ def _job(folder: Path) -> slurm.Job | None:
 def _table(rows: Sequence[Row], without: Sequence[str]) -> Table:
     """The table; long names are folded over several lines and never cut."""
     columns = [column for column in _COLUMNS if column not in without]
+    if not any(state.stage for state, _ in rows):
+        columns.remove("stage")
     table = Table()
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in ("state", "step"))
@@ -105,6 +107,7 @@ def _table(rows: Sequence[Row], without: Sequence[str]) -> Table:
             "run": escape(state.name),
             "state": _word(state, job),
             "step": f"{state.step}/{state.steps}" if state.steps else str(state.step),
+            "stage": escape(state.stage),
             "loss": _number(state.loss, "{:.4f}"),
             "images/s": _number(state.images_per_s, "{:.0f}"),
             "left": _clock(state.eta_s) if state.word != "done" else "",

@@ -34,7 +34,6 @@ from data_prep.importing.conversion import (
 )
 from data_prep.importing.files import is_image, not_read, walk
 from data_prep.importing.filters import Dropped
-from dico_t2i import randomness
 from dico_t2i.command import run, script_parser
 from dico_t2i.data.tar import compression
 from dico_t2i.text_lines import read_lines
@@ -292,6 +291,8 @@ class ImageNet:
         self.classes = {synset: number for number, synset in enumerate(sorted(names or there))}
         self.meta = {"source": "imagenet", "classes": len(self.classes), "images": len(listing.names)}
         self._keys = _keys(listing)
+        from dico_t2i import randomness  # imports torch, for which --help would wait
+
         self._order = randomness.permutation(0, "imagenet", 0, len(listing.names))
 
     def units(self) -> Iterator[Images]:

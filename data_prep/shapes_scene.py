@@ -5,7 +5,7 @@ its centre, in units of its radius.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Plane = NDArray[np.float64]
+Palette = Mapping[str, tuple[int, int, int]]
 
 # Objects and backgrounds have no colour name in common, so a word of a prompt says which of the two it means.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -83,7 +84,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, size: int) 
     return points.mean(axis=(1, 3))
 
 
-def render(scene: Scene, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+def render(scene: Scene, size: int, rng: np.random.Generator, colours: Palette = COLOURS) -> NDArray[np.uint8]:
     """The anti-aliased image of a scene, (size, size, 3) uint8; ``rng`` draws the jitter of place and size."""
     image = np.empty((size, size, 3))
     image[:] = BACKGROUNDS[scene.background]
@@ -91,7 +92,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> NDArray[np.uint
         x, y = PLACES[item.place] + rng.uniform(-POSITION_JITTER, POSITION_JITTER, 2)
         radius = SIZES[item.size] * (1 + rng.uniform(-SIZE_JITTER, SIZE_JITTER))
         mask = coverage(item.shape, (x, y), radius, size)[..., None]
-        image = image * (1 - mask) + np.array(COLOURS[item.colour]) * mask
+        image = image * (1 - mask) + np.array(colours[item.colour]) * mask
     return image.round().astype(np.uint8)
 
 

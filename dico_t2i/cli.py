@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, help="a YAML file; see configs/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of the run folders (default: runs)")
+    parser.add_argument("--stage", metavar="NAME", help="begin at this stage, and leave out those before it")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
 
 
@@ -38,7 +39,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from dico_t2i.training.ranks.distributed import leave_world
     from dico_t2i.training.trainer import train
 
-    code = train(config, arguments.runs)
+    code = train(config, arguments.runs, begin=arguments.stage)
     leave_world()
     return code
 
@@ -65,16 +66,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from dico_t2i.plan.plan import make_plan
-    from dico_t2i.plan.text import refusal, render
+    from dico_t2i.plan.plan import make_plans
+    from dico_t2i.plan.text import refusals, render
 
-    plan = make_plan(config)
-    Console().print(render(plan), highlight=False)
+    plans = make_plans(config)
+    Console().print(render(plans), highlight=False)
     if arguments.json:
-        content = {**asdict(plan), "hardware": plan.hardware.model_dump()}
+        contents = [{**asdict(plan), "hardware": plan.hardware.model_dump()} for plan in plans]
+        content = {"stages": contents} if config.stages else contents[0]
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if not plan.estimate.fits:
-        raise ValueError(refusal(plan))
+    if refused := refusals(plans):
+        raise ValueError(refused)
     return 0
 
 
@@ -100,7 +102,19 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="sampling steps (default: the config's sampler.steps)")
     parser.add_argument("--fast", action="store_true", help="dpm++ with 20 steps, unless --sampler or --steps is given")
     parser.add_argument("--guidance", type=float, help="the scale w in uncond + w (cond - uncond); 1: no guidance")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="a text that guidance leads away from")
+    parser.add_argument("--height", type=positive, help="in pixels (default: the size of training)")
+    parser.add_argument("--width", type=positive, help="in pixels (default: the size of training)")
+    parser.add_argument("--init-image", type=Path, metavar="FILE", help="an image to begin with, cropped to the size")
+    parser.add_argument(
+        "--strength", type=float, help="how far results depart from --init-image, 0 to 1 (default: 0.8, with --mask 1)"
+    )
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="white where --init-image is made anew; all other pixels stay"
+    )
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="an adapter (LoRA) to add to the weights")
+    parser.add_argument("--adapter-scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
     parser.add_argument("--batch", type=positive, default=16, help="images sampled at a time (default: 16)")
     parser.add_argument("--decode-batch", type=positive, default=16, help="images decoded at a time (default: 16)")
     parser.add_argument(
@@ -118,16 +132,32 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the folder to write; of an adapter alone, a file (.safetensors)"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FILE",
+        help="an adapter (LoRA) to add to the weights; with it --checkpoint may be an exported folder",
+    )
+    parser.add_argument("--adapter-scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
     parser.add_argument(
         "--no-encoders", action="store_true", help="leave the autoencoder and the text encoder out of the folder"
     )
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from dico_t2i.export.adapter import export_adapter, export_merged, is_adapter
     from dico_t2i.export.folder import export
 
-    export(arguments.checkpoint, arguments.weights, arguments.out, not arguments.no_encoders)
+    what = arguments.checkpoint, arguments.weights, arguments.out
+    if arguments.out.suffix == ".safetensors" and not arguments.adapter:
+        export_adapter(*what)
+    elif arguments.adapter or is_adapter(arguments.checkpoint):
+        export_merged(*what, not arguments.no_encoders, arguments.adapter, arguments.adapter_scale)
+    else:
+        export(*what, not arguments.no_encoders)
     print(f"exported to {arguments.out}")
     return 0
 
@@ -234,7 +264,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from dico_t2i.commands.demo import check_gradio, serve
 
     check_gradio()
-    from dico_t2i.commands.sample import choose_device
+    from dico_t2i.sampling.pipeline import choose_device
 
     checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
     serve(checkpoints, arguments.weights, *choose_device(arguments.dtype), arguments.host, arguments.port)

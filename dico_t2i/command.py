@@ -4,9 +4,11 @@ import argparse
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 USER_ERROR = 2  # an error that only the user can correct; argparse uses the same code
@@ -63,8 +65,16 @@ def part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
+def shows_bars(console: "Console") -> bool:
+    """Whether a console can show a progress bar: a terminal, or a notebook that has ipywidgets."""
+    return console.file.isatty() or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 def progress_bar() -> "Progress":
-    """A rich progress bar with counts and the time left."""
+    """A rich progress bar with counts and the time left; in a notebook only if it can show one."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "left")
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "left")
+    return Progress(*columns, console=console, disable=console.is_jupyter and not shows_bars(console))

@@ -20,6 +20,7 @@ def make_pages(folder: Path) -> None:
         # pdoc looks for the types of a dataclass in the package that exports it as well; it then shows their names.
         warnings.filterwarnings("ignore", "Error parsing type annotation", module=r"pdoc\.")
         warnings.filterwarnings("ignore", "The module specification", module=r"pdoc\.")  # is part of one before
+        warnings.filterwarnings("ignore", "Cannot determine where", module=r"pdoc\.")  # of a TypedDict's keys
         pdoc.pdoc(*_modules(), output_directory=folder)
 
 

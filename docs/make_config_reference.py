@@ -28,6 +28,7 @@ _WORDS = {
     "Text": "text",
     "AnyText": "text",
     "Flag": "true or false",
+    "Changes": "mapping to keys of that section",
     "str": "text",
     "None": "none",
 }
@@ -69,9 +70,10 @@ names the line and the character.
 
 The network, the diffusion process, the frozen encoders, the seed, the batch and the order of the data stay the same
 once a run has a checkpoint. Before that, and for all other keys, a new start may bring a different config, and
-reports what has changed. A start that is refused writes nothing. A run folder that is copied or renamed resumes under
-its new name (`name=NEW`). Each checkpoint keeps hashes of the encoders' weights: training, sampling, export, demo and
-evaluations refuse to use different ones; checkpoints of older versions, which have no hashes, are used with a note.
+reports what has changed; so do stages that have not begun. A start that is refused writes nothing. A run folder that
+is copied or renamed resumes under its new name (`name=NEW`). Each checkpoint keeps hashes of the encoders' weights:
+training, sampling, export, demo and evaluations refuse to use different ones; checkpoints of older versions, which
+have no hashes, are used with a note.
 """
 
 
@@ -149,7 +151,12 @@ class _Page:
 
     def _row(self, field: ast.AnnAssign) -> str:
         assert isinstance(field.target, ast.Name)
-        cells = (f"`{field.target.id}`", self._type(field.annotation), self._default(field), self._comment(field))
+        cells = (
+            f"`{field.target.id.rstrip('_')}`",
+            self._type(field.annotation),
+            self._default(field),
+            self._comment(field),
+        )
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
     def _type(self, node: ast.expr) -> str:
@@ -189,6 +196,8 @@ class _Page:
         if field.value is None:
             return ""
         match field.value:
+            case ast.Call(func=ast.Name(id="Field")):  # which gives the key its name
+                return ""
             case ast.Call(keywords=keywords):
                 inner = ", ".join(f"{k.arg}: {_yaml(k.value)}" for k in keywords)
                 return f"`{{{inner}}}`" if inner else "its defaults"

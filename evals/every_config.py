@@ -63,7 +63,8 @@ def small(config: Config, data: Path, steps: int) -> Config:
     tree.update(model=model, autoencoder={"kind": "pixels"}, preview={}, checkpoint={}, cluster={})
     tree["data"] = {"path": str(data), "image_size": SIZE, "flip": False, "streams": BATCH, "workers": 0}
     tree["optimizer"].pop("warmup", None)
-    tree.pop("validation", None)
+    for key in ("validation", "init", "adapter", "stages"):
+        tree.pop(key, None)
     tree["train"] = {"duration": {"steps": steps}, "global_batch": BATCH, "micro_batch": BATCH, "precision": "fp32"}
     tree["log"] = {"every": {"steps": 1}, "wandb": "disabled"}
     tree["sampler"]["steps"] = 5

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.shapes_scene import Scene, held_out_prompts, parse, render
+from data_prep.shapes_scene import COLOURS, Palette, Scene, held_out_prompts, parse, render
 from dico_t2i.command import run, script_parser
 from dico_t2i.data.decode import decode_whole
 from dico_t2i.data.errors import SampleError
@@ -30,7 +30,7 @@ from evals.shapes.reader import read
 PROPERTIES = ("colour", "background", "shape", "place", "size")
 
 
-def accuracy(images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, float]:
+def accuracy(images: NDArray[np.uint8], scenes: Sequence[Scene], colours: Palette = COLOURS) -> dict[str, float]:
     """The share of images that show their scene's colour, background, shape, place, size, all five; and ``n``.
 
     images: (N, size, size, 3) uint8. Each scene has one object. Raises ValueError if there are no images, or not as
@@ -38,13 +38,13 @@ def accuracy(images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, fl
     """
     if len(images) != len(scenes) or not len(scenes):
         raise ValueError(f"{len(images)} images for {len(scenes)} scenes; expected equal numbers, and at least one")
-    right = np.array([_compare(image, scene) for image, scene in zip(images, scenes, strict=True)])
+    right = np.array([_compare(image, scene, colours) for image, scene in zip(images, scenes, strict=True)])
     shares = dict(zip(PROPERTIES, right.mean(axis=0).tolist(), strict=True))
     return {**shares, "all": float(right.all(axis=1).mean()), "n": len(scenes)}
 
 
-def _compare(image: NDArray[np.uint8], scene: Scene) -> list[bool]:
-    seen, (item,) = read(image), scene.objects
+def _compare(image: NDArray[np.uint8], scene: Scene, colours: Palette) -> list[bool]:
+    seen, (item,) = read(image, colours), scene.objects
     asked = {"background": scene.background, **vars(item)}
     return [getattr(seen, name) == asked[name] for name in PROPERTIES]
 

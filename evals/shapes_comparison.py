@@ -5,7 +5,8 @@
 
 Each network and seed is a separate run, runs/NAME-SEED; started again, all of them resume where they stopped. Prompt
 accuracy is that of evals/prompt_accuracy.py, on held-out combinations. Means over the seeds are shown and, after the
-sign, their standard deviations. The loss of a run is from its last validation, its speed the median of its reports.
+sign, their standard deviations. The loss of a run is from its last validation, its speed the median of its reports,
+and its seconds those of its training, without the time between its starts.
 """
 
 import json
@@ -22,11 +23,13 @@ from rich.table import Table
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import load_config
 from dico_t2i.models import count_macs, count_parameters
+from dico_t2i.report.history import read_history
 from dico_t2i.runs.log import json_lines
 
 SHAPES = Path("configs/shapes")
+WIDTH = 150
 SHOWN = {"val_loss": "held-out loss", "colour": "colour", "background": "background", "shape": "shape"}
-SHOWN |= {"place": "place", "all": "all of it", "images_per_s": "images/s"}
+SHOWN |= {"place": "place", "all": "all of it", "images_per_s": "images/s", "seconds": "seconds"}
 
 
 def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Sequence[str]) -> dict[str, float]:
@@ -49,7 +52,8 @@ def measure(config: Path, seed: int, runs: Path, prompts: Path, overrides: Seque
     if not losses or not speeds:
         raise ValueError(f"{folder}: it was never validated, or reported no speed; see validation.every and log.every")
     numbers: dict[str, float] = json.loads(accuracy.read_text())["samples"]
-    return {**numbers, "val_loss": losses[-1], "images_per_s": statistics.median(speeds)}
+    seconds = read_history(folder).seconds
+    return {**numbers, "val_loss": losses[-1], "images_per_s": statistics.median(speeds), "seconds": seconds}
 
 
 def _python(*command: str) -> None:
@@ -75,11 +79,13 @@ def print_table(rows: Sequence[dict[str, Any]], seeds: int) -> None:
     for row in rows:
         cells = [Path(row["config"]).stem, f"{row['parameters'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}"]
         table.add_row(*cells, *(_shown(key, **row[key]) for key in SHOWN))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, WIDTH)  # narrower, names and numbers would be cut
+    console.print(table)
 
 
 def _shown(key: str, values: Sequence[float], mean: float, deviation: float) -> str:
-    form = {"val_loss": ".4f", "images_per_s": ".0f"}.get(key, ".1%")
+    form = {"val_loss": ".4f", "images_per_s": ".0f", "seconds": ".0f"}.get(key, ".1%")
     return f"{mean:{form}} ± {deviation:{form}}"
 
 

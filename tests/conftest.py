@@ -36,8 +36,13 @@ def long(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("long")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that side by side (pytest -n, file by file) all end at about the same time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest first, so that side by side (pytest -n, file by file) all end at about the same time.
+
+    Cases with the marker ``long`` belong to the long form alone.
+    """
+    if not config.getoption("long"):
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
 
     def place(item: pytest.Item) -> int:

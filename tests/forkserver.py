@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +58,8 @@ READ_ON_IMPORT = (
     "TRITON_",
     "XDG_",
 )
+# With these, the imports start no thread.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -118,13 +120,33 @@ def _can_be_forked(call: dict[str, Any], env: dict[str, str]) -> bool:
         return False
     unusual = any(call[name] for name in ("shell", "preexec_fn", "pass_fds", "executable"))
     unusual |= call["process_group"] != -1 or call["umask"] != -1 or any(call[x] is not None for x in ("uid", "gid"))
-    word = os.fspath(command[2] if command[1] == "-u" else command[1])
-    if unusual or not (word in ("-m", "-c") or word.endswith(".py")):
+    if unusual:
         return False
     server = _server()
-    ours, theirs = server.set_on_import | env, server.set_on_import | server.env
-    names = {name for name in ours.keys() | theirs.keys() if name.startswith(READ_ON_IMPORT)}
-    return all(ours.get(name) == theirs.get(name) for name in names - {"PYTHONUNBUFFERED"})
+    arguments = [os.fspath(word) for word in command[1:]]
+    return forkable(arguments, server.set_on_import | env, server.set_on_import | server.env)
+
+
+def forkable(arguments: list[str], env: Mapping[str, str], servers: Mapping[str, str]) -> bool:
+    """Whether these arguments name a program, and the libraries would read on import what they read in the server."""
+    word = next(iter(arguments[arguments[:1] == ["-u"] :]), "")
+    if not (word in ("-m", "-c") or word.endswith(".py")):
+        return False
+    names = {name for name in env.keys() | servers.keys() if name.startswith(READ_ON_IMPORT)}
+    same = all(env.get(name) == servers.get(name) for name in names - {"PYTHONUNBUFFERED", "PYTHONPATH"})
+    more = set(_more_folders(env)) - set(_more_folders(servers))
+    return same and all(map(_hides_nothing, more))
+
+
+def _more_folders(env: Mapping[str, str]) -> list[str]:
+    """The folders of PYTHONPATH besides the repository's, which a server and its forks have."""
+    return [folder for folder in env.get("PYTHONPATH", "").split(":") if folder not in ("", str(ROOT))]
+
+
+def _hides_nothing(folder: str) -> bool:
+    """Whether a folder of PYTHONPATH has no module in place of one that the server may have imported."""
+    modules = {path.stem for path in Path(folder).glob("*.py")} | {p.parent.name for p in Path(folder).glob("*/*.py")}
+    return modules <= {"sitecustomize"}
 
 
 class _Server:
@@ -158,7 +180,7 @@ def _server() -> _Server:
     global _connection
     if _connection is None or _connection.owner != os.getpid():
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        env = {**os.environ, **ONE_THREAD}
         command = [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())]
         subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
@@ -178,7 +200,7 @@ def _reaper_of_orphans() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Program:
+class Program:
     """What a fork is to become."""
 
     arguments: list[str]
@@ -193,6 +215,7 @@ class _Program:
         os.chdir(self.cwd)
         os.environ.clear()
         os.environ.update(self.env)
+        sys.path.append(str(ROOT))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for standard, given in enumerate(streams):
             os.dup2(given, standard)
@@ -237,6 +260,13 @@ class _Program:
     def run(self) -> None:
         """Go on as the interpreter does with these arguments."""
         sys.orig_argv = [sys.executable, *self.arguments]
+        # multiprocessing's name of the main module, under which processes send objects back.
+        sys.modules["__mp_main__"] = alias = type(sys)("__mp_main__")
+        alias.__getattr__ = lambda name: getattr(sys.modules["__main__"], name)  # type: ignore[method-assign]
+        for folder in _more_folders(self.env):
+            sys.path.append(folder)
+            if (customize := Path(folder, "sitecustomize.py")).exists():
+                runpy.run_path(str(customize))
         first, *rest = self.arguments[self.arguments[0] == "-u" :]
         if first == "-m":
             if rest[0] == "torch.distributed.run":
@@ -284,7 +314,7 @@ def _serve(connection: socket.socket, set_on_import: dict[str, str]) -> NoReturn
         file, *streams = received
         with os.fdopen(file) as request:
             request.seek(0)
-            program = _Program(**json.load(request))
+            program = Program(**json.load(request))
         read, write = os.pipe()
         middle = os.fork()
         if middle == 0:
@@ -305,20 +335,34 @@ def _serve(connection: socket.socket, set_on_import: dict[str, str]) -> NoReturn
             os.close(descriptor)
 
 
-def main() -> None:
-    """The server: import, then fork on request."""
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _trace_a_step() -> None:
+    """Trace a small network as each run does once; torch imports half a second of modules the first time."""
+    from dico_t2i.config import load_config
+    from dico_t2i.plan.cost import traced_pass
+
+    traced_pass(load_config(ROOT / "configs" / "quickstart.yaml", ["model.depths=[1, 1, 1, 1, 1]"]), 1)
+
+
+def preload() -> dict[str, str]:
+    """Do the slow imports; returns the environment variables that they set. A process that has done them may fork."""
     before = dict(os.environ)
     gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
+    _trace_a_step()
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         sys.exit(f"the fork server has {threads} threads after its imports; a fork would lose all but one")
     gc.freeze()
     gc.enable()
-    _serve(connection, {name: value for name, value in os.environ.items() if before.get(name) != value})
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
+def main() -> None:
+    """The server: import, then fork on request."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _serve(connection, preload())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def test_every_key_and_its_comment_is_there():
 
     def keys(section):
         for name, field in section.model_fields.items():
-            yield name
+            yield field.alias or name
             options = [field.annotation, *getattr(field.annotation, "__args__", ())]
             for inner in options:
                 if isinstance(inner, type) and issubclass(inner, Section):
@@ -30,7 +30,8 @@ def test_every_key_and_its_comment_is_there():
     assert not [key for key in keys(Config) if f"| `{key}` |" not in page]
     comment = "The largest gradient norm, to which larger ones are scaled down; 0 turns clipping off."
     assert f"| `clip` | number >= 0 | `0.0` | {comment} |" in page
-    assert "transformers, a local folder or a hub id; for open_clip, an architecture such as ViT-L-14." in page
+    comment = "a local folder, the URL of a folder, or a hub id; for open_clip, an architecture such as ViT-L-14."
+    assert f"For t5 and transformers, {comment}" in page
     sections = page[page.index("| key | type |") :]
     rows = [line for line in sections.splitlines() if line.startswith("| `")]
     assert not [row for row in rows if not row.rstrip(" |").endswith(".")], "every key needs a sentence"

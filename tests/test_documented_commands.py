@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dico_t2i.models import DiCoConfig
-from tests.documents import PAGES, ROOT, page_commands
+from tests import forkserver
+from tests.documents import PAGES, ROOT, blocks, page_commands
 from tests.encoders.test_text import PROJECTED, save_clip
 from tests.models.test_official import released_state
 from tests.shards import image_bytes
@@ -161,3 +163,17 @@ def test_what_they_made(place: Path) -> None:
     assert sorted(path.name for path in (place / "weights").iterdir()) == ["manifest.json", "openai", "stabilityai"]
     assert len(list((place / "runs/coco_dwc/checkpoints").glob("step-*"))) == 1
     assert list((place / "runs/coco_dwc/tensorboard").iterdir())
+
+
+def test_the_examples_of_python_run_one_after_the_other(place: Path) -> None:
+    examples = [block.text for block in blocks(ROOT / "docs" / "python.md") if block.language == "python"]
+    assert [len(example.strip().splitlines()) <= 6 for example in examples] == [True] * 3
+    (place / "examples.py").write_text("\n".join(examples))
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    command = [sys.executable, str(place / "examples.py")]
+    done = forkserver.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the run is in runs/from_python" in done.stdout
+    assert len(list((place / "runs/from_python/checkpoints").glob("step-*"))) == 1
+    with Image.open(place / "bus.png") as image:
+        assert image.size == (256, 256)

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from data_prep import shapes
-from dico_t2i.commands.demo import build, generate, read_conditions, read_settings, resized
+from dico_t2i.commands.demo import build, generate, read_conditions, read_drawing, read_settings
 from dico_t2i.commands.demo import launch as launch_page
 from dico_t2i.config import ConfigError
 from dico_t2i.report import write_report
+from dico_t2i.sampling.options import Options
 from dico_t2i.sampling.pipeline import load_pipeline
 from tests import forkserver
 from tests.browser import browser
@@ -151,13 +152,32 @@ def test_the_report_draws_everything_in_light_and_dark_and_on_a_telephone(run, t
 
 
 def test_other_sizes_are_those_that_the_network_can_halve(pipeline):
-    settings = read_settings(pipeline, "a\n\n b ", 3, 2, 24, "ddim", 2, 1.0)
+    settings = read_settings(pipeline, "a\n\n b ", 3, 2, 24, 24, "ddim", 2, 1.0)
     assert settings.conditions == ("a", "a", "b", "b")
     assert settings.seeds == (3, 4, 5, 6)
     assert generate(pipeline, settings).shape == (4, 3, 24, 24)
-    assert resized(pipeline, 16) is pipeline
+    wide = read_settings(pipeline, "a", 3, 1, 16, 24, "ddim", 2, 1.0)
+    assert generate(pipeline, wide).shape == (1, 3, 16, 24)
     with pytest.raises(ConfigError, match="must be divisible by 4"):
-        resized(pipeline, 18)
+        read_settings(pipeline, "a", 3, 1, 18, 16, "ddim", 2, 1.0)
+
+
+def test_the_editor_gives_an_image_and_a_mask_of_what_is_painted(pipeline):
+    background, painted = Image.new("RGB", (16, 16), "red"), Image.new("RGBA", (16, 16))
+    assert read_drawing(None) == read_drawing({"background": None, "layers": None}) == (None, None)
+    assert read_drawing({"background": background, "layers": [painted]}) == (background, None)
+    painted.paste((0, 0, 0, 255), (4, 4, 8, 8))
+    image, mask = read_drawing({"background": background, "layers": [painted]})
+    assert mask.getbbox() == (4, 4, 8, 8)
+    drawing = {"background": background, "layers": [painted]}
+    settings = read_settings(pipeline, PROMPT, 0, 1, 16, 16, "ddim", 3, 2.0, " a blue circle ", drawing, 0.7)
+    assert settings.options == Options("a blue circle", 16, 16, image, 0.7, mask)
+    made = generate(pipeline, settings)[0]
+    outside = torch.ones(16, 16, dtype=torch.bool)
+    outside[4:8, 4:8] = False
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    assert torch.equal(made[:, outside], red[:, None].expand(-1, 240))
+    assert not torch.equal(made[:, 4:8, 4:8], red[:, None, None].expand(-1, 4, 4))
 
 
 def test_what_cannot_be_asked_for_is_said(pipeline, classes):
@@ -170,9 +190,9 @@ def test_what_cannot_be_asked_for_is_said(pipeline, classes):
         with pytest.raises(ValueError, match=problem):
             read_conditions(text, classes)
     with pytest.raises(ValueError, match="the limit is 64"):
-        read_settings(pipeline, "a", 0, 65, 16, "ddim", 2, 1.0)
+        read_settings(pipeline, "a", 0, 65, 16, 16, "ddim", 2, 1.0)
     with pytest.raises(ValueError, match="0 or more"):
-        read_settings(pipeline, "a", -1, 1, 16, "ddim", 2, 1.0)
+        read_settings(pipeline, "a", -1, 1, 16, 16, "ddim", 2, 1.0)
 
 
 def test_a_missing_package_is_said_before_anything_is_loaded(run):

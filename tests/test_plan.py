@@ -44,12 +44,12 @@ def run(module: str, config: Config, folder: Path, *arguments: str) -> dict:
     ("text", "overrides"),
     [
         (False, {"precision": "bf16", "zero_stage": 1, "micro_batch": 8}),
-        (False, {"precision": "fp32", "zero_stage": 1, "micro_batch": 8}),
+        pytest.param(False, {"precision": "fp32", "zero_stage": 1, "micro_batch": 8}, marks=pytest.mark.long),
         (True, {"precision": "bf16", "zero_stage": 2, "micro_batch": 8}),
         (True, {"precision": "bf16", "zero_stage": 3, "micro_batch": 4}),
-        (False, {"precision": "bf16", "zero_stage": 1, "micro_batch": 2}),
+        pytest.param(False, {"precision": "bf16", "zero_stage": 1, "micro_batch": 2}, marks=pytest.mark.long),
         (False, {"precision": "fp32", "zero_stage": 0, "micro_batch": 8}),
-        (False, {"precision": "fp32", "zero_stage": 0, "micro_batch": 2}),
+        pytest.param(False, {"precision": "fp32", "zero_stage": 0, "micro_batch": 2}, marks=pytest.mark.long),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )

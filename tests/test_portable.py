@@ -144,9 +144,12 @@ import json
 import sys
 import numpy as np
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 images = []
 for folder, calls in json.loads(sys.argv[1]):
+    for call in calls:
+        call.update({key: Image.open(call[key]) for key in ("image", "mask_image") if key in call})
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     images += [np.stack([np.asarray(image) for image in pipeline(seed=7, **call).images]) for call in calls]
@@ -174,12 +177,28 @@ def images_of(code, work, folder, python=sys.executable):
         return list(images.values())
 
 
+def picture(height, width):
+    """Noise."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def save_drawing(folder):
+    """Files of an image and of a mask, as arguments of a pipeline."""
+    mask = Image.new("L", (32, 64))
+    mask.paste(255, (3, 0, 20, 40))
+    mask.save(folder / "mask.png")
+    picture(64, 32).save(folder / "image.png")
+    return {"image": str(folder / "image.png"), "mask_image": str(folder / "mask.png")}
+
+
 @pytest.fixture(scope="module")
 def alone(text_model, class_model, flow_model, pooled_model, tmp_path_factory):
     """The images of calls of the pipelines, in a process that cannot import this package."""
     work = [(str(text_model), TEXT_CALLS), (str(class_model), CLASS_CALLS), (str(flow_model), FLOW_CALLS)]
     work.append((str(pooled_model), [{"prompt": PROMPTS}]))
-    images = iter(images_of(FORBID + ALONE, work, tmp_path_factory.mktemp("alone")))
+    folder = tmp_path_factory.mktemp("alone")
+    work.append((str(text_model), [{"prompt": PROMPTS[0], "height": 64, **save_drawing(folder)}]))
+    images = iter(images_of(FORBID + ALONE, work, folder))
     return [[next(images) for _ in calls] for _, calls in work]
 
 
@@ -460,3 +479,87 @@ def test_what_cannot_be_copied_is_refused(tmp_path, monkeypatch):
             standalone([f"inlinable.{name}"], "doc")
     with pytest.raises(InlineError, match="does not define five"):
         standalone(["inlinable.a.five"], "doc")
+
+
+def test_a_mask_gives_the_pictures_of_dico_sample(text_model, alone, tmp_path):
+    (images,) = alone[4]
+    files = save_drawing(tmp_path)
+    words = ["--prompt", PROMPTS[0], "--height", "64", "--init-image", files["image"], "--mask", files["mask_image"]]
+    np.testing.assert_array_equal(images, sampled(text_model, tmp_path / "ours", *words))
+    mask = np.asarray(Image.open(files["mask_image"])) > 0
+    np.testing.assert_array_equal(images[0][~mask], np.asarray(picture(64, 32))[~mask])
+    assert (images[0][mask] != np.asarray(picture(64, 32))[mask]).any()
+
+
+def test_an_image_to_begin_with_gives_the_pictures_of_dico_sample(flow_model, tmp_path):
+    """Of a model of pixels."""
+    from dico_t2i.pipeline import DiCoPipeline
+
+    loaded = DiCoPipeline.from_pretrained(flow_model)
+    loaded.set_progress_bar_config(disable=True)
+    picture(50, 40).save(tmp_path / "image.png")
+    made = np.asarray(loaded(class_labels=3, seed=7, width=64, image=picture(50, 40), strength=0.5).images[0])
+    words = ["--labels", "3", "--width", "64", "--init-image", str(tmp_path / "image.png"), "--strength", "0.5"]
+    np.testing.assert_array_equal(made, sampled(flow_model, tmp_path / "ours", *words)[0])
+
+
+def test_features_take_the_place_of_texts(pipeline, tmp_path):
+    tokens, pooled = pipeline.encode_prompt(PROMPTS)
+    blue, blue_pooled = pipeline.encode_prompt("blue")
+    negative = {"negative_prompt_embeds": blue, "negative_pooled_prompt_embeds": blue_pooled}
+    given = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled, **negative}
+    expected = latents(pipeline, PROMPTS, negative_prompt="blue", seed=1, num_images_per_prompt=2)
+    assert torch.equal(latents(pipeline, None, seed=1, num_images_per_prompt=2, **given), expected)
+    plain = latents(pipeline, None, seed=1, prompt_embeds=tokens, pooled_prompt_embeds=pooled)
+    assert torch.equal(plain, latents(pipeline, PROMPTS, seed=1))
+    with pytest.raises(ValueError, match="prompt_embeds: they take the place of prompt"):
+        latents(pipeline, **given)
+    with pytest.raises(ValueError, match="take the place of negative_prompt"):
+        latents(pipeline, None, negative_prompt="blue", **given)
+    with pytest.raises(ValueError, match=r"pooled_prompt_embeds: this model needs \(N, 16\), found none"):
+        latents(pipeline, None, prompt_embeds=tokens)
+    with pytest.raises(ValueError, match=r"prompt_embeds: this model needs \(N, 77, 16\), found \(2, 76, 16\)"):
+        latents(pipeline, None, prompt_embeds=tokens[:, 1:], pooled_prompt_embeds=pooled)
+
+
+def test_features_serve_a_pipeline_without_a_text_encoder(pipeline):
+    from dico_t2i.export.portable.pipeline import DiCoPipeline
+
+    settings = {
+        key: pipeline.config[key] for key in ("diffusion", "sampler", "image_size", "downscale", "latent_scale")
+    }
+    bare = DiCoPipeline(pipeline.transformer, pipeline.scheduler, pipeline.vae, None, None, **settings)
+    bare.set_progress_bar_config(disable=True)
+    tokens, pooled = pipeline.encode_prompt(PROMPTS)
+    given = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
+    with pytest.raises(ValueError, match="negative_prompt_embeds: guidance needs them"):
+        latents(bare, None, **given)
+    assert torch.equal(
+        latents(bare, None, seed=1, guidance_scale=1.0, **given),
+        latents(pipeline, PROMPTS, seed=1, guidance_scale=1.0),
+    )
+
+
+def test_arguments_of_images_that_do_not_fit_are_named(pipeline, monkeypatch):
+    from diffusers import DDIMScheduler
+
+    with pytest.raises(ValueError, match="strength: it needs an image"):
+        pipeline(PROMPTS[0], strength=0.5)
+    with pytest.raises(ValueError, match="must be more than 0 and at most 1"):
+        pipeline(PROMPTS[0], image=picture(32, 32), strength=0)
+    with pytest.raises(ValueError, match="black everywhere"):
+        pipeline(PROMPTS[0], image=picture(32, 32), mask_image=Image.new("L", (32, 32)))
+    monkeypatch.setattr(pipeline, "scheduler", DDIMScheduler())
+    with pytest.raises(ValueError, match=r"image: it needs a sampler of this pipeline; .* iddpm"):
+        pipeline(PROMPTS[0], image=picture(32, 32))
+    assert latents(pipeline, image=picture(32, 32), sampler="ddim", strength=0.5, num_inference_steps=4).any()
+
+
+def test_the_progress_bar_and_the_number_of_steps_are_those_of_the_strength(pipeline, capsys):
+    pipeline.set_progress_bar_config(disable=False)
+    try:
+        latents(pipeline, sampler="ddim", num_inference_steps=8, image=picture(32, 32), strength=0.5)
+    finally:
+        pipeline.set_progress_bar_config(disable=True)
+    assert pipeline._num_timesteps == 4
+    assert "4/4" in capsys.readouterr().err

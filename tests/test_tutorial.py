@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dico_t2i.runs.log import json_lines
 from tests.documents import ROOT, blocks
+from tests.forked_python import forked_python
 
 PAGE = ROOT / "docs" / "tutorial.md"
 SHARED = ("cluster", "configs", "data_prep", "docs", "evals")
@@ -30,13 +32,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SHARED:
         (folder / name).symlink_to(ROOT / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DICO_", "HF_"))}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "HOME": str(folder / "home")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment |= {"HOME": str(folder / "home")}
     command = ["bash", "-euxo", "pipefail", "-c", script()]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    with tempfile.TemporaryDirectory(prefix="dico-") as short, forked_python(Path(short) / "bin", environment) as bin:
+        environment["PATH"] = f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     assert "stopped with exit code 75" in done.stdout
     return folder

@@ -2,18 +2,20 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
-from dico_t2i.config import SamplerConfig, dump_config, parse_config
-from dico_t2i.sampling.labels import CLASSES, class_number
+from dico_t2i.config import Config, SamplerConfig, dump_config
+from dico_t2i.sampling.images import to_pil
+from dico_t2i.sampling.labels import conditions_of
+from dico_t2i.sampling.options import Options
 from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from dico_t2i.text_lines import split_lines
 
@@ -37,8 +39,8 @@ class Settings:
 
     conditions: tuple[str | int, ...]  # one for each image
     seeds: tuple[int, ...]
-    size: int  # pixels
     sampler: SamplerConfig
+    options: Options
 
 
 def check_gradio() -> None:
@@ -89,22 +91,9 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
 
 def generate(pipeline: Pipeline, settings: Settings, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """Images (N, 3, H, W) uint8, equal to those of ``dico sample`` for the same prompts and seeds."""
-    return resized(pipeline, settings.size).generate(
-        settings.conditions, settings.seeds, settings.sampler, progress=progress
+    return pipeline.generate(
+        settings.conditions, settings.seeds, settings.sampler, progress=progress, options=settings.options
     )
-
-
-def resized(pipeline: Pipeline, size: int) -> Pipeline:
-    """The same weights for images of ``size`` pixels; a convolutional network takes all sizes that it can halve twice.
-
-    Raises ConfigError for a size that does not fit.
-    """
-    config = pipeline.config
-    if size == config.data.image_size:
-        return pipeline
-    tree = config.model_dump(mode="json", exclude_none=True)
-    tree["data"]["image_size"] = size
-    return replace(pipeline, config=parse_config(tree, "image size"))
 
 
 def read_conditions(text: str, pipeline: Pipeline) -> list[str | int]:
@@ -112,23 +101,25 @@ def read_conditions(text: str, pipeline: Pipeline) -> list[str | int]:
 
     Raises ValueError for classes that the model does not have.
     """
-    lines = [line.strip() for line in split_lines(text) if line.strip()]
+    lines: list[str | int] = [line.strip() for line in split_lines(text) if line.strip()]
     if not lines:
         raise ValueError("Write one or several prompts, one on each line.")
-    model = pipeline.config.model
-    if model.condition == "text":
-        return list(lines)
-    if model.num_classes != CLASSES and not all(line.isdecimal() for line in lines):
-        raise ValueError(f"This model has {model.num_classes} classes, which are not ImageNet's: give numbers.")
-    numbers = [class_number(line) for line in lines]
-    beyond = [number for number in numbers if number >= model.num_classes]
-    if beyond:
-        raise ValueError(f"class {beyond[0]}: this model has the classes 0 to {model.num_classes - 1}.")
-    return list(numbers)
+    return conditions_of(lines, pipeline.config.model)
 
 
 def read_settings(
-    pipeline: Pipeline, text: str, seed: float, each: float, size: float, kind: str, steps: float, guidance: float
+    pipeline: Pipeline,
+    text: str,
+    seed: float,
+    each: float,
+    height: float,
+    width: float,
+    kind: str,
+    steps: float,
+    guidance: float,
+    negative_prompt: str = "",
+    drawing: Mapping[str, Any] | None = None,
+    strength: float | None = None,
 ) -> Settings:
     """The settings in the fields of the page. Raises ValueError with a message for the page."""
     conditions = [condition for condition in read_conditions(text, pipeline) for _ in range(int(each))]
@@ -139,8 +130,24 @@ def read_settings(
     changes = {"kind": kind, "steps": int(steps), "guidance": float(guidance)}
     sampler = SamplerConfig.model_validate({**pipeline.config.sampler.model_dump(), **changes})
     seeds = range(int(seed), int(seed) + len(conditions))
-    resized(pipeline, int(size))
-    return Settings(tuple(conditions), tuple(seeds), int(size), sampler)
+    image, mask = read_drawing(drawing)
+    options = Options(
+        negative_prompt.strip() or None, int(height), int(width), image, None if image is None else strength, mask
+    )
+    pipeline.check(options, sampler)
+    return Settings(tuple(conditions), tuple(seeds), sampler, options)
+
+
+def read_drawing(drawing: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """The image of the editor, and a mask that is white where it was painted; None for what is missing."""
+    image = drawing["background"] if drawing else None
+    if drawing is None or image is None:
+        return None, None
+    mask = Image.new("L", image.size)
+    for layer in drawing["layers"] or ():
+        painted = layer.getchannel("A").point(lambda alpha: 255 if alpha else 0)
+        mask = ImageChops.lighter(mask, painted.resize(image.size, Image.Resampling.NEAREST))
+    return image, mask if mask.getbbox() else None
 
 
 def build(pipelines: dict[str, Pipeline]) -> "gradio.Blocks":
@@ -172,27 +179,46 @@ def _fields(pipeline: Pipeline) -> list[Any]:
 
     config = pipeline.config
     text = config.model.condition == "text"
-    unit = 4 if config.autoencoder.kind == "pixels" else 32
-    size = config.data.image_size
-    return [
-        gr.Textbox(
-            label="Prompts, one on each line" if text else "Classes, one on each line: a number or an ImageNet name",
-            value="\n".join(config.preview.prompts[:2]) if text else "207\n360",
-            lines=3,
-            elem_id="prompts",
-        ),
-        gr.Number(label="Seed of the first image", value=0, precision=0, minimum=0, elem_id="seed"),
-        gr.Slider(1, 16, 1, step=1, label="Images of each", elem_id="each"),
-        gr.Slider(unit, 4 * size, size, step=unit, label=f"Image size, pixels (trained at {size})", elem_id="size"),
-        gr.Dropdown(
-            list(get_args(SamplerConfig.model_fields["kind"].annotation)),
-            value=config.sampler.kind,
-            label="Sampler",
-            elem_id="sampler",
-        ),
-        gr.Slider(1, 250, config.sampler.steps, step=1, label="Steps", elem_id="steps"),
-        gr.Slider(0, 15, config.sampler.guidance, step=0.1, label="Guidance (1 is none)", elem_id="guidance"),
-    ]
+    prompts = gr.Textbox(
+        label="Prompts, one on each line" if text else "Classes, one on each line: a number or an ImageNet name",
+        value="\n".join(config.preview.prompts[:2]) if text else "207\n360",
+        lines=3,
+        elem_id="prompts",
+    )
+    seed = gr.Number(label="Seed of the first image", value=0, precision=0, minimum=0, elem_id="seed")
+    each = gr.Slider(1, 16, 1, step=1, label="Images of each", elem_id="each")
+    with gr.Row(elem_id="size"):
+        sides = [_side(config, name) for name in ("height", "width")]
+    sampler = gr.Dropdown(
+        list(get_args(SamplerConfig.model_fields["kind"].annotation)),
+        value=config.sampler.kind,
+        label="Sampler",
+        elem_id="sampler",
+    )
+    steps = gr.Slider(1, 250, config.sampler.steps, step=1, label="Steps", elem_id="steps")
+    guidance = gr.Slider(0, 15, config.sampler.guidance, step=0.1, label="Guidance (1 is none)", elem_id="guidance")
+    negative = gr.Textbox(label="Negative prompt", elem_id="negative", visible=text)
+    with gr.Accordion("Begin with an image", open=False):
+        gr.Markdown("Paint over what is made anew. Without paint, all of the image changes.")
+        drawing = gr.ImageMask(type="pil", show_label=False, elem_id="drawing")
+        strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength (1 begins with noise alone)", elem_id="strength")
+    return [prompts, seed, each, *sides, sampler, steps, guidance, negative, drawing, strength]
+
+
+def _side(config: Config, name: str) -> Any:
+    """A slider for the height or the width of the images."""
+    import gradio as gr
+
+    unit, size = config.model.latent_divisor * config.downscale, config.data.image_size
+    return gr.Slider(
+        unit,
+        4 * size,
+        size,
+        step=unit,
+        label=f"{name.title()}, pixels (trained at {size})",
+        elem_id=name,
+        min_width=120,
+    )
 
 
 def _gallery(name: str, number: int) -> Any:
@@ -234,7 +260,7 @@ def _captioned(images: Tensor, settings: Settings) -> list[tuple[Image.Image, st
     """Images with captions for the gallery; prompt and seed are also stored in the PNG."""
     found = []
     for image, condition, seed in zip(images, settings.conditions, settings.seeds, strict=True):
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        picture = to_pil(image)
         picture.info = {"prompt": str(condition), "seed": str(seed)}
         found.append((picture, f"seed {seed} · {condition}"))
     return found

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,8 @@ def examine(config: Config | None, runs: Path) -> Iterator[Finding]:
     yield _disk(config, runs)
     if config is not None:
         yield from _weights(config)
-        yield from _guarded("data", lambda: _data(config))
+        for stage in config.stage_configs:
+            yield from _guarded("data", partial(_data, stage))
 
 
 def _versions() -> Iterator[Finding]:

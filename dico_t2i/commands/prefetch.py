@@ -1,7 +1,7 @@
 """Collects all pretrained files that a config needs in one folder, for machines without network access.
 
 DIR/manifest.json               sizes and hashes, written last
-DIR/<hub id>/<file>             files that the encoders find with DICO_WEIGHTS=DIR
+DIR/<hub id>/<file>             files that encoders and init find with DICO_WEIGHTS=DIR; of a URL, DIR/<its last name>
 DIR/files/<name>                single files, such as the weights of an evaluation's feature extractor
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dico_t2i.config import Config
+from dico_t2i.data.remote import is_url
 from dico_t2i.encoders import MissingModelError, find_autoencoder, find_vision_encoder
-from dico_t2i.encoders.local import downloads, file_hash, is_hub_id, prefetched
+from dico_t2i.encoders.local import downloads, file_hash, find_weights, is_hub_id, prefetched, weights_place
 from dico_t2i.encoders.text import find_tower, pretrained_source
 from dico_t2i.files import flush, temporary, write_atomically
 
@@ -88,7 +89,7 @@ def check(out: Path, config: Config | None = None) -> int:
 
 
 def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
-    """For each pretrained model of a config: its folder or hub id -> a function that finds its files."""
+    """For each pretrained model of a config: its folder, hub id or URL -> a function that finds its files."""
     models: dict[str, Callable[[], list[Path]]] = {}
     if config.autoencoder.kind != "pixels":
         models[config.autoencoder.path] = partial(find_autoencoder, config.autoencoder)
@@ -98,6 +99,8 @@ def _models(config: Config) -> dict[str, Callable[[], list[Path]]]:
     if config.alignment and config.alignment.encoder.weights == "pretrained":
         encoder = config.alignment.encoder
         models[encoder.model] = partial(find_vision_encoder, encoder)
+    if config.init and (place := weights_place(config.init.from_)):
+        models[place] = partial(find_weights, config.init.from_, "init.from")
     return models
 
 
@@ -112,11 +115,12 @@ def _ask_network_once(config: Config, urls: Sequence[str]) -> None:
             with downloads(allowed=False):
                 find()
         except MissingModelError as error:
-            if not is_hub_id(name):
+            if not is_hub_id(name) and not is_url(name):
                 raise
             missing[name] = str(error)
-    hosts = {f"{urlsplit(url).scheme}://{urlsplit(url).netloc}": url for url in urls}
-    if missing:
+    addresses = [*urls, *filter(is_url, missing)]
+    hosts = {f"{urlsplit(url).scheme}://{urlsplit(url).netloc}": url for url in addresses}
+    if any(map(is_hub_id, missing)):
         from huggingface_hub import constants
 
         hosts[constants.ENDPOINT] = ", ".join(missing)

@@ -11,14 +11,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import Progress
+from torch import Tensor
 
-from dico_t2i.config import SamplerConfig, parse_section
+from dico_t2i.config import SamplerConfig
+from dico_t2i.encoders.local import file_hash
 from dico_t2i.files import write_atomically
 from dico_t2i.ops.backend import OPERATORS
 from dico_t2i.randomness import check_seeds
@@ -26,46 +29,58 @@ from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.weights import exported_weights, locate_checkpoint
 from dico_t2i.sampling.images import image_path, save_grid, save_image
 from dico_t2i.sampling.labels import CLASSES, class_number
-from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
+from dico_t2i.sampling.options import Options, changed_sampler
+from dico_t2i.sampling.pipeline import Pipeline, choose_device, load_pipeline
 from dico_t2i.text_lines import check_text, read_lines
 
 _RECORD = "sample.json"
+_OPTIONS = ("negative_prompt", "height", "width", "init_image", "strength", "mask")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `dico sample`. Raises ValueError or OSError that says what to correct, if possible before loading."""
     conditions = [c for c in _conditions(arguments) for _ in range(arguments.per_prompt)]
     seeds = check_seeds(range(arguments.seed, arguments.seed + len(conditions)))
+    options = _options(arguments)
     device, dtype = choose_device(arguments.dtype)
-    record = _record(arguments, conditions, dtype)
+    record = {**_record(arguments, conditions, dtype), **_adapter(arguments)}
     missing = _missing(arguments.out, record, len(conditions))
     if arguments.exact:
         os.environ[OPERATORS] = "torch"
-    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, device, dtype)
+    adapter = arguments.adapter, arguments.adapter_scale
+    pipeline = load_pipeline(arguments.checkpoint, arguments.weights, device, dtype, *adapter)
     _check_conditions(arguments, conditions, pipeline)
     sampler = chosen_sampler(arguments, pipeline.config.sampler)
+    pipeline.check(options, sampler)
     encoder = pipeline.conditioner.text_encoder
     if encoder is not None and encoder.seeded:
         print(f"text encoder: {encoder.description}", file=sys.stderr)
-    _begin(arguments.out, {**record, "sampler": sampler.model_dump(mode="json")})
     if len(missing) < len(conditions):
         there = len(conditions) - len(missing)
         print(f"{arguments.out} already has {there} of {len(conditions)} images", file=sys.stderr)
-    _make(pipeline, arguments, conditions, seeds, sampler, missing)
+    for batch, images in _batches(pipeline, arguments, conditions, seeds, sampler, options, missing):
+        _begin(arguments.out, {**record, "sampler": sampler.model_dump(mode="json")})
+        for index, image in zip(batch, images, strict=True):
+            if index in missing:
+                save_image(image, str(conditions[index]), seeds[index], image_path(arguments.out, index))
     save_grid([image_path(arguments.out, number) for number in range(len(conditions))], arguments.out)
     print(f"{len(conditions)} images and grid.png in {arguments.out}")
     return 0
 
 
-def _make(
+def _batches(
     pipeline: Pipeline,
     arguments: argparse.Namespace,
     conditions: Sequence[str | int],
     seeds: Sequence[int],
     sampler: SamplerConfig,
+    options: Options,
     missing: set[int],
-) -> None:
-    """Sample all batches with missing images completely, as the last bits of an image may depend on its batch."""
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield the numbers and images of each batch with missing images.
+
+    Batches are sampled completely, as the last bits of an image may depend on its batch.
+    """
     batches = [range(i, min(i + arguments.batch, len(seeds))) for i in range(0, len(seeds), arguments.batch)]
     batches = [batch for batch in batches if missing.intersection(batch)]
     with Progress(transient=True) as progress:
@@ -77,10 +92,10 @@ def _make(
 
             part = slice(batch.start, batch.stop)
             decode_batch = arguments.decode_batch
-            images = pipeline.generate(conditions[part], seeds[part], sampler, len(batch), report, decode_batch)
-            for index, image in zip(batch, images, strict=True):
-                if index in missing:
-                    save_image(image, str(conditions[index]), seeds[index], image_path(arguments.out, index))
+            yield (
+                batch,
+                pipeline.generate(conditions[part], seeds[part], sampler, len(batch), report, decode_batch, options),
+            )
 
 
 def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtype: torch.dtype) -> dict[str, Any]:
@@ -93,7 +108,48 @@ def _record(arguments: argparse.Namespace, conditions: Sequence[str | int], dtyp
         "images": len(conditions),
         "first seed": arguments.seed,
         "prompts": hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:16],
+        "options": _given_options(arguments),
     }
+
+
+def _adapter(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The identity and the scale of the adapter, or None. Raises ValueError if there is no such file."""
+    if arguments.adapter is None:
+        return {"adapter": None}
+    if not arguments.adapter.is_file():
+        raise ValueError(f"--adapter {arguments.adapter}: there is no such file")
+    return {"adapter": f"{file_hash(arguments.adapter)[:16]}, scale {arguments.adapter_scale:g}"}
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """The options that images depend on. Raises ValueError if they do not go together, or if a file is not an image."""
+    if arguments.negative_prompt is not None:
+        check_text(arguments.negative_prompt, "--negative-prompt")
+    return Options(
+        arguments.negative_prompt,
+        arguments.height,
+        arguments.width,
+        _read_image(arguments.init_image, "--init-image"),
+        arguments.strength,
+        _read_image(arguments.mask, "--mask"),
+    )
+
+
+def _read_image(path: Path | None, option: str) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{option} {path}: cannot be read as an image: {error}") from None
+
+
+def _given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options in ``_OPTIONS`` that were given; of a file the hash of its content."""
+    given = {key: getattr(arguments, key) for key in _OPTIONS if getattr(arguments, key) is not None}
+    return {key: file_hash(value)[:16] if isinstance(value, Path) else value for key, value in given.items()}
 
 
 def _weights_identity(path: Path) -> dict[str, str]:
@@ -119,6 +175,7 @@ def _missing(out: Path, record: Mapping[str, Any], count: int) -> set[int]:
         before = None
     if not isinstance(before, dict):
         raise ValueError(f"--out {out}: it is not empty, and nothing is overwritten; give a new folder")
+    before.setdefault("options", {})  # which older records lack
     other = [key for key, value in record.items() if before.get(key) != value]
     if other:
         raise ValueError(
@@ -169,14 +226,6 @@ def _check_conditions(arguments: argparse.Namespace, numbers: Sequence[str | int
 
 def chosen_sampler(arguments: argparse.Namespace, default: SamplerConfig) -> SamplerConfig:
     """The config's sampler, changed by --fast and then by the other options."""
-    changes = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
-    asked = {key: value for key, value in changes.items() if value is not None}
     fast = {"kind": "dpm++", "steps": 20} if arguments.fast else {}
-    return parse_section({**default.model_dump(), **fast, **asked}, type(default), "options")
-
-
-def choose_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype for sampling; the default dtype is bf16 on a GPU and fp32 on a CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wished = dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return device, torch.bfloat16 if wished == "bf16" else torch.float32
+    asked = {"kind": arguments.sampler, "steps": arguments.steps, "guidance": arguments.guidance}
+    return changed_sampler(default, {**fast, **{key: value for key, value in asked.items() if value is not None}})

@@ -1,5 +1,6 @@
 """The typed config tree. One object, ``Config``, describes a run and is checked as a whole before anything starts."""
 
+from dico_t2i.config.adapter import AdapterConfig
 from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Span
 from dico_t2i.config.cluster import ClusterConfig, HardwareConfig
 from dico_t2i.config.data import CacheConfig, DataConfig
@@ -36,7 +37,7 @@ from dico_t2i.config.networks import (
     ablated,
 )
 from dico_t2i.config.process import SAMPLER_NAMES, SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
-from dico_t2i.config.training import GuardConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from dico_t2i.config.training import GuardConfig, InitConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from dico_t2i.config.tree import Config
 from dico_t2i.config.yaml12 import AnyText, Text, read_yaml
 
@@ -47,6 +48,7 @@ __all__ = [
     "SAMPLER_NAMES",
     "UVIT_VARIANTS",
     "VARIANTS",
+    "AdapterConfig",
     "AnyText",
     "AutoencoderConfig",
     "CacheConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "DiffusionConfig",
     "GuardConfig",
     "HardwareConfig",
+    "InitConfig",
     "MMDiTConfig",
     "NetworkConfig",
     "NonNegative",

@@ -15,7 +15,8 @@ class SourceConfig(Section):
 
     path: Text  # The folder or URL of this data set, as in data.path.
     name: Annotated[Text, Field(pattern=r"^[\w.-]+$")]  # The name of this data set in metrics and messages.
-    # The share of this data set in the samples is its weight divided by the sum of all weights, exactly.
+    # The share of this data set in the samples is its weight divided by the sum of all weights: exactly, or with
+    # data.buckets up to rounding.
     weight: PositiveFloat = 1.0
 
 
@@ -29,7 +30,8 @@ class CacheConfig(Section):
 class DataConfig(Section):
     """The shards to train on, and the order of their samples."""
 
-    path: Text | None = None  # The folder of the shards, or a URL that fsspec reads, such as http://... or s3://...
+    # The folder of the shards, or a URL that fsspec reads, such as https://..., s3://... or hf://datasets/OWNER/NAME.
+    path: Text | None = None
     mixture: tuple[SourceConfig, ...] = ()  # Several data sets to mix, in place of path.
     cache: CacheConfig | None = None  # A local cache of shards: required for URLs and useful for slow network folders.
     buckets: Flag = False  # Makes batches of the shapes that the data set's index lists, instead of squares.
@@ -72,8 +74,6 @@ class DataConfig(Section):
             raise ValueError(
                 "captions: weighted and data.caption_weights go together, such as caption_weights: {alt: 1, long: 3}"
             )
-        if self.mixture and self.buckets:
-            raise ValueError("mixture: it cannot be used with data.buckets, whose batches come from one data set")
         remote = [path for path in self.paths if "://" in path and not path.startswith("file://")]
         if remote and self.cache is None:
             raise ValueError(

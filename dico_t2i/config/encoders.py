@@ -16,7 +16,7 @@ class AutoencoderConfig(Section):
 
     # kl is Stable Diffusion's autoencoder, tiny is TAESD, and pixels trains without an autoencoder.
     kind: Literal["kl", "tiny", "pixels"] = "kl"
-    path: Text = "stabilityai/sd-vae-ft-ema"  # A local folder or a hub id.
+    path: Text = "stabilityai/sd-vae-ft-ema"  # A local folder, the URL of a folder, or a hub id.
     # The factor that latents are multiplied by for the network; its default is 1 for tiny and pixels.
     scale: PositiveFloat = 0.18215
 
@@ -43,11 +43,12 @@ class TextTowerConfig(Section):
 
     # The family of encoder: CLIP from open_clip, CLIP from transformers, or T5.
     kind: Literal["open_clip", "transformers", "t5"] = "transformers"
-    # For t5 and transformers, a local folder or a hub id; for open_clip, an architecture such as ViT-L-14.
+    # For t5 and transformers, a local folder, the URL of a folder, or a hub id; for open_clip, an architecture such as
+    # ViT-L-14.
     model: Text = "openai/clip-vit-large-patch14"
     # pretrained loads weights; seeded makes random frozen weights, for machines that have none.
     weights: Literal["pretrained", "seeded"] = "pretrained"
-    pretrained: Text = "openai"  # For open_clip only: a tag that it knows, or a file of weights.
+    pretrained: Text = "openai"  # For open_clip only: a tag that it knows, or a file, folder, URL or hub id of weights.
     # The number of tokens that captions are cut or padded to; only t5 takes numbers other than 77.
     tokens: Positive = 77
     seeded: SeededTower = SeededTower()  # The size of the encoder with weights: seeded.
@@ -73,7 +74,7 @@ class VisionEncoderConfig(Section):
     """A frozen image encoder that gives features of image patches."""
 
     kind: Literal["transformers", "timm"] = "transformers"  # The library that the encoder comes from.
-    model: Text = "facebook/dinov2-base"  # A local folder or a hub id.
+    model: Text = "facebook/dinov2-base"  # A local folder, the URL of a folder, or a hub id.
     # pretrained loads weights; seeded makes random frozen weights, for machines that have none.
     weights: Literal["pretrained", "seeded"] = "pretrained"
     # Height and width in pixels that images are resized to; REPA takes 224 for images of 256 and 448 for 512.

@@ -67,6 +67,6 @@ def _suggestion(key: str, section: type[Section]) -> str:
     import difflib
 
     named = issubclass(section, NetworkConfig) and section.variants
-    known = list(section.model_fields) + (["variant"] if named else [])
+    known = [field.alias or name for name, field in section.model_fields.items()] + (["variant"] if named else [])
     near = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; the known keys are: {', '.join(known)}"

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dico_t2i.config.base import AnySection, ConfigError, Span
+from dico_t2i.config.base import AnySection, ConfigError
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.errors import explain
+from dico_t2i.config.merge import SPAN_KEYS, is_span, merged
 from dico_t2i.config.tree import Config
 from dico_t2i.config.yaml12 import ENVIRONMENT, read_value, read_yaml
 from dico_t2i.text_lines import check_text, read_text
@@ -95,25 +96,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
-
-
-# These keys exclude each other, so a file that extends another one replaces a whole section of them.
-_SPAN_KEYS = set(Span.model_fields)
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and not (_is_span(old) and _is_span(value)):
-            value = _merge(old, value)
-        merged[key] = value
-    return merged
-
-
-def _is_span(section: Mapping[str, Any]) -> bool:
-    return bool(section) and set(section) <= _SPAN_KEYS
+    return merged(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -125,12 +108,22 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = read_value(text, raw=parents[-1:] == [ENVIRONMENT])
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    node = tree
+    node: Any = tree
     for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
+        child = node.setdefault(part, {}) if isinstance(node, dict) else _entry(node, part, override)
+        if not isinstance(child, dict | list):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
         node = child
-    if last in _SPAN_KEYS and _is_span(node):
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r}: {parents[-1]} is a list; name an entry of it, or give all of it")
+    if last in SPAN_KEYS and is_span(node):
         node.clear()
     node[last] = value
+
+
+def _entry(entries: list[Any], part: str, override: str) -> Any:
+    """The entry of a list of sections with this name, such as a stage or a data set of a mixture."""
+    for entry in entries:
+        if isinstance(entry, dict) and str(entry.get("name")) == part:
+            return entry
+    raise ConfigError(f"override {override!r}: no entry has the name {part}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, StrictInt, field_validator, model_serializer, model_validator
 
 from dico_t2i.config.base import (
     BelowOne,
@@ -21,18 +21,41 @@ from dico_t2i.config.process import SamplerConfig
 from dico_t2i.config.yaml12 import Flag, Text
 
 
-class OptimizerConfig(Section):
-    """AdamW, its learning rate, and the averages (EMA) of the weights."""
+class InitConfig(Section):
+    """The weights that a new run starts from. Its optimizer, step and data start afresh; see docs/training.md."""
 
+    # A run, one of its checkpoints, an exported folder, or a file of weights (safetensors, or a released DiCo). The
+    # last two may be at a hub id or a URL.
+    from_: Text = Field(alias="from")
+    # For a run or a checkpoint: raw, or an average such as ema_0.9999; with none it is the first average.
+    weights: Text | None = None
+    # Patterns of the parameters that may be missing, left over or of another shape, such as [stages.*.text.*]; those
+    # of the network that are not loaded keep their initial values.
+    ignore: tuple[Text, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _from(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key.rstrip("_"): value for key, value in dump(self).items()}
+
+
+class OptimizerConfig(Section):
+    """The optimizer, its learning rate, and the averages (EMA) of the weights."""
+
+    # adamw; adamw_8bit, which keeps AdamW's moments in 8 bits and needs the package torchao; or muon, which updates the
+    # matrices of linear layers by Muon and all other weights by AdamW.
+    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4  # The learning rate after the warmup.
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # The decays of AdamW's two moments.
     eps: PositiveFloat = 1e-8  # The epsilon in AdamW's denominator.
+    momentum: BelowOne = 0.95  # The decay of Muon's momentum.
     weight_decay: NonNegativeFloat = 0.0  # The decoupled weight decay of all weights.
     # The largest gradient norm, to which larger ones are scaled down; 0 turns clipping off.
     clip: NonNegativeFloat = 0.0
     warmup: Span | None = None  # How long the learning rate rises linearly at the start; with none it starts at lr.
-    # The learning rate after the warmup: constant, or a cosine down to 0 at the end of the run.
-    schedule: Literal["constant", "cosine"] = "constant"
+    # The learning rate after the warmup: constant, or a cosine down to 0 at the end of the run, or wsd (warmup, stable,
+    # decay), which is constant and then falls linearly to 0.
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    decay: Span | None = None  # How long the learning rate falls at the end of the run, with schedule: wsd.
     # The decays per step of the averages of the weights; each gives a separate average.
     ema: tuple[Probability, ...] = (0.9999,)
 
@@ -42,6 +65,12 @@ class OptimizerConfig(Section):
         if len({f"{decay:g}" for decay in decays}) < len(decays):
             raise ValueError("two decays have the same first six digits, which name the averages")
         return decays
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> OptimizerConfig:
+        if (self.schedule == "wsd") != (self.decay is not None):
+            raise ValueError("decay: schedule: wsd needs it, and no other schedule has it")
+        return self
 
 
 class ProfileConfig(Section):
@@ -81,6 +110,52 @@ class TrainConfig(Section):
                 " use stage 1 or 2, or compile: off"
             )
         return self
+
+
+Changes = dict[str, Any]  # keys of a section of the config
+
+_FREE_OF_MODEL = ("dropout_prob", "checkpoint_stages", "latent_size")
+
+
+class StageConfig(Section):
+    """A stage of a run, which trains on from the weights, moments and averages of the stage before it.
+
+    Each section holds the keys that differ from those of the whole config; data: {image_size: 512}, for example.
+    """
+
+    name: Annotated[
+        Text, Field(pattern=r"^[\w.+= -]+$", max_length=100)
+    ]  # The name of the stage in messages and reports.
+    # The changes of the model: dropout_prob, checkpoint_stages, latent_size. All else is the same in all stages.
+    model: Changes = {}
+    diffusion: Changes = {}  # The changes of the diffusion process.
+    data: Changes = {}  # The changes of the data: other shards, another image_size, buckets.
+    optimizer: Changes = {}  # The changes of the optimizer; warmup and schedule count the steps of the stage.
+    train: Changes = {}  # The changes of the loop; its duration is that of the stage.
+    checkpoint: Changes = {}  # The changes of the checkpoints.
+    guard: Changes = {}  # The changes of the guard.
+    preview: Changes = {}  # The changes of the sample grids.
+    validation: Changes | None = {}  # The changes of the validation; null turns it off.
+    sampler: Changes = {}  # The changes of the default sampler.
+
+    @field_validator("model")
+    @classmethod
+    def _one_network(cls, changes: Changes) -> Changes:
+        fixed = sorted(changes.keys() - set(_FREE_OF_MODEL))
+        if fixed:
+            free = ", ".join(_FREE_OF_MODEL)
+            raise ValueError(f"{fixed[0]}: all stages train one network; a stage may only change {free}")
+        return changes
+
+    @property
+    def changes(self) -> Changes:
+        """Return the changes of all sections."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set - {"name"}}
+
+    @model_serializer
+    def _with_nulls(self) -> dict[str, Any]:
+        """Keep null, which turns a key of the whole config off."""
+        return {"name": self.name, **self.changes}
 
 
 class CheckpointConfig(Section):

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from dico_t2i.config.adapter import AdapterConfig
 from dico_t2i.config.base import ConfigError, Section, Seed
 from dico_t2i.config.cluster import ClusterConfig
 from dico_t2i.config.data import DataConfig
 from dico_t2i.config.encoders import AlignmentConfig, AutoencoderConfig, TextEncoderConfig
-from dico_t2i.config.networks import ModelConfig, SizedConfig
+from dico_t2i.config.errors import explain
+from dico_t2i.config.merge import merged
+from dico_t2i.config.networks import DiCoConfig, ModelConfig, SizedConfig
 from dico_t2i.config.process import DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.config.training import (
     CheckpointConfig,
     GuardConfig,
+    InitConfig,
     LogConfig,
     OptimizerConfig,
     PreviewConfig,
+    StageConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -32,12 +37,16 @@ class Config(Section):
     name: Annotated[Text, Field(pattern=r"^\w[\w.+= -]*$", max_length=200)]
     seed: Seed = 0  # The seed of all random draws: initial weights, data order, noise, timesteps, samples.
     model: ModelConfig  # The network.
+    # The weights that the run starts from; with none they are random. A checkpoint of the run itself comes first.
+    init: InitConfig | None = None
     diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process and its loss.
     autoencoder: AutoencoderConfig = AutoencoderConfig()  # The autoencoder.
     text_encoder: TextEncoderConfig = TextEncoderConfig()  # The text encoder, for a model with condition: text.
     # Alignment of features with an image encoder (REPA); with none the run trains on the diffusion loss alone.
     alignment: AlignmentConfig | None = None
     data: DataConfig  # The training data.
+    # A low-rank adapter of the weights of init, which stay as they are; with none all weights are trained.
+    adapter: AdapterConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()  # The optimizer, the learning rate and the averages of the weights.
     train: TrainConfig  # Duration, batch size, precision and other settings of the training loop.
     checkpoint: CheckpointConfig = CheckpointConfig()  # When checkpoints are written, and which are kept.
@@ -47,6 +56,8 @@ class Config(Section):
     validation: ValidationConfig | None = None  # The loss on held-out data; with none it is not measured.
     sampler: SamplerConfig = SamplerConfig()  # The default sampler of `dico sample` and of evaluations.
     cluster: ClusterConfig = ClusterConfig()  # The cluster that the run is launched on and planned for.
+    # The stages of the run, one after the other, each with changes of this config; with none the run has one stage.
+    stages: tuple[StageConfig, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -86,6 +97,7 @@ class Config(Section):
         spans = {
             "train.duration": self.train.duration,
             "optimizer.warmup": self.optimizer.warmup,
+            "optimizer.decay": self.optimizer.decay,
             "log.every": self.log.every,
             "preview.every": self.preview.every,
             "validation.every": self.validation and self.validation.every,
@@ -100,6 +112,26 @@ class Config(Section):
     def _alignment_sees_squares(self) -> Config:
         if self.alignment and self.data.buckets:
             raise ValueError("alignment: its image encoder takes squares only; leave out data.buckets or alignment")
+        return self
+
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> Config:
+        if self.optimizer.kind == "muon" and self.train.zero_stage == 3:
+            raise ValueError(
+                "optimizer.kind: muon needs whole matrices, which zero_stage: 3 divides; use a stage from 0 to 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> Config:
+        if self.adapter is None:
+            return self
+        if not isinstance(self.model, DiCoConfig):
+            raise ValueError(f"adapter: it is for kind: dico, not for kind: {self.model.kind}; leave it out")
+        if self.init is None or self.init.ignore:
+            raise ValueError("adapter: it is added to all weights of a network; name it in init.from, without ignore")
+        if self.alignment:
+            raise ValueError("adapter: alignment would train a projector beside it; leave one of the two out")
         return self
 
     @model_validator(mode="after")
@@ -133,6 +165,39 @@ class Config(Section):
                 f"data.buckets: kind: {model.kind} learns positions for squares of one size; leave buckets out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Config:
+        names = [stage.name for stage in self.stages]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"stages: two stages have the name {twice}; give them different names")
+        for name, config in zip(names, self.stage_configs, strict=False):
+            model = config.model
+            if model.condition == "class" and bool(model.dropout_prob) != bool(self.model.dropout_prob):
+                raise ValueError(f"stages.{name}.model.dropout_prob: a null class cannot come or go between stages")
+            learned = isinstance(model, SizedConfig) and model.learned_positions
+            if learned and config.latent_size != self.latent_size:
+                raise ValueError(
+                    f"stages.{name}.data.image_size: kind: {model.kind} learns positions for squares of one size; keep"
+                    f" {self.data.image_size}"
+                )
+        return self
+
+    @property
+    def stage_configs(self) -> tuple[Config, ...]:
+        """Return the config of each stage; of a run without stages, this config alone.
+
+        Raises ValueError that names the stage whose changes do not make a valid config.
+        """
+        return tuple(map(self._at, self.stages)) or (self,)
+
+    def _at(self, stage: StageConfig) -> Config:
+        tree = self.model_dump(mode="json", exclude_none=True, exclude={"stages"})
+        try:
+            return Config.model_validate(merged(tree, stage.changes))
+        except ValidationError as error:
+            raise ValueError(f"stages.{stage.name}:\n{explain(error, Config)}") from None
 
     @property
     def downscale(self) -> int:

@@ -145,9 +145,10 @@ class Samples:
     seed: int
     wanted: Wanted
     shapes: dict[int | None, tuple[int, ...]]  # by bucket: of images in pixels, or of stored moments
+    first_position: int = 0  # of the order, in the run
 
     def batch(self, positions: np.ndarray) -> Batch:
-        index = torch.from_numpy(positions)
+        index = torch.from_numpy(positions + self.first_position)
         flips = [False] * len(positions)
         if self.data.flip:
             flips = (randomness.uniform(self.seed, "flip", index) < 0.5).tolist()
@@ -193,7 +194,7 @@ class Samples:
                 if isinstance(last, QuarantinedError):
                     tally.quarantined += attempt == 1
                 else:
-                    tally.bad.append(BadSample(position, names[shard], last.key, last.reason))
+                    tally.bad.append(BadSample(position + self.first_position, names[shard], last.key, last.reason))
             shard, member = self.order.replacement(position, attempt)
         raise DataError(
             f"{self.reader.index.location}/{last.shard}: more than {MAX_REPLACEMENTS} bad samples in a row,"

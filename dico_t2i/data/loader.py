@@ -42,13 +42,15 @@ def make_loader(
     *,
     seed: int,
     start_step: int = 0,
+    first_position: int = 0,
     timeout_s: float = 0.0,
 ) -> Iterable[Batch]:
     """Endless micro-batches of a rank: for each step from ``start_step``, its positions in order, cut into equal parts.
 
-    timeout_s: the longest wait for a worker's micro-batch; 0 means no limit. Raises DataError if the sizes do not
-    divide, or if the latents in the index do not fit the config. The iteration raises DataError, with the worker's
-    name, if a worker has died or is late.
+    first_position: the samples of the run before the first one of this order, as after a stage; random draws and the
+    positions in batches count them, too. timeout_s: the longest wait for a worker's micro-batch; 0 means no limit.
+    Raises DataError if the sizes do not divide, or if the latents in the index do not fit the config. The iteration
+    raises DataError, with the worker's name, if a worker has died or is late.
     """
     positions_of = partial(
         rank_positions,
@@ -66,7 +68,7 @@ def make_loader(
     reader = ShardReader(
         index, open_shards, data.retries, data.retry_wait_s, extensions=extensions, obey_quarantine=True
     )
-    samples = Samples(data, reader, order, seed, wanted, pixel_shapes(data, index))
+    samples = Samples(data, reader, order, seed, wanted, pixel_shapes(data, index), first_position)
     plan = MicroBatches(samples, positions_of, share.micro_batch, per_rank // share.micro_batch, start_step)
     if not data.workers:
         return DataLoader(plan, batch_size=None, pin_memory=torch.cuda.is_available())

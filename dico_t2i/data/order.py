@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, gcd, lcm
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from dico_t2i.data.errors import DataError
 NEIGHBOURS = 8  # first replacements, from the same stream; further ones come from anywhere in the epoch
 MIXTURE_BLOCK = 256  # the least number of entries over which the weights of a mixture are exact
 MAX_MIXTURE_BLOCK = 1 << 16
+MIXED_BUCKET_BLOCK = 1 << 12  # entries over which the shares of several data sets in one bucket are rounded
 
 Value = TypeVar("Value")
 Place = tuple[int, int]  # a shard, and the index of a member in it; with buckets, among the bucket's members in it
@@ -51,7 +52,13 @@ class SampleOrder(Protocol):
         """The bucket of the global batch of a position; None without buckets."""
 
     def sources(self, positions: np.ndarray) -> np.ndarray | None:
-        """The index of each position's data set, int64 (n,); None if there is only one data set."""
+        """The index of each position's data set, int64 (n,); None if there is only one data set.
+
+        The positions are of one global batch.
+        """
+
+    def counts(self, position: int) -> np.ndarray | None:
+        """The number of samples of each data set before a global batch; None if there is only one data set."""
 
 
 class Order:
@@ -129,6 +136,9 @@ class Order:
     def sources(self, positions: np.ndarray) -> np.ndarray | None:
         return None
 
+    def counts(self, position: int) -> np.ndarray | None:
+        return None
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of the shards, and the start of each in the sequence of samples."""
         if epoch not in self._epochs:
@@ -145,6 +155,14 @@ class Order:
         return _recent(self._blocks, name, keep=2 * self.streams)
 
 
+class Source(NamedTuple):
+    """A data set of a mixture: its name, its first shard among the shards of all, and its weight."""
+
+    name: str
+    start: int
+    weight: float
+
+
 class BucketOrder:
     """An order in which each global batch is from one bucket; the buckets alternate in a shuffled sequence.
 
@@ -152,24 +170,75 @@ class BucketOrder:
     ``Order``. An epoch has as many batches of a bucket as its samples fill completely; it leaves out the remaining
     ``dropped`` samples, different ones in each epoch. A member's index counts the samples of its bucket in its shard.
     Raises DataError if no bucket fills a batch.
+
+    With ``sources`` every bucket has a ``MixtureOrder``, and a batch has samples of all data sets that have the bucket.
+    Each data set keeps its own shares of the buckets, and all its buckets together have its weight.
     """
 
-    def __init__(self, seed: int, counts: np.ndarray, streams: int, shuffle_block: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        counts: np.ndarray,
+        streams: int,
+        shuffle_block: int,
+        global_batch: int,
+        sources: Sequence[Source] = (),
+    ) -> None:
         self.seed, self.streams, self.global_batch = seed, streams, global_batch
+        self._orders: dict[int, Order | MixtureOrder] = {}
+        self._lengths: dict[int, int] = {}  # the positions of each bucket's order in an epoch
+        self._sources: dict[int, np.ndarray] = {}  # of a mixture: the numbers of the data sets in each bucket
         totals = counts.sum(0, dtype=np.int64)
-        self._orders = {
-            bucket: Order(seed, counts[:, bucket], streams, shuffle_block, f" of bucket {bucket}")
-            for bucket in np.flatnonzero(totals >= global_batch).tolist()
-        }
-        self.steps = {bucket: order.epoch_length // global_batch for bucket, order in self._orders.items()}
+        if sources:
+            self._mix(counts, shuffle_block, sources)
+        else:
+            for bucket in np.flatnonzero(totals >= global_batch).tolist():
+                order = Order(seed, counts[:, bucket], streams, shuffle_block, f" of bucket {bucket}")
+                self._orders[bucket], self._lengths[bucket] = order, order.epoch_length
+        self.steps = {bucket: length // global_batch for bucket, length in self._lengths.items()}
         if not self.steps:
             raise DataError(
                 f"no bucket has the {global_batch} samples of a global batch (the largest has {totals.max()});"
                 " use fewer buckets, a smaller train.global_batch or more data"
             )
-        self.dropped = int(totals.sum()) - self.epoch_length
-        self.unused = int(totals[totals < global_batch].sum())  # in buckets that are too small for a batch
+        self.dropped = max(0, int(totals.sum()) - self.epoch_length)
+        used = np.isin(np.arange(len(totals)), list(self.steps))
+        self.unused = int(totals[~used].sum())  # in buckets that are too small for a batch
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def _mix(self, counts: np.ndarray, shuffle_block: int, sources: Sequence[Source]) -> None:
+        """Mix the data sets in each bucket, in the proportion of their weights and of their shares of the bucket."""
+        parts = np.split(counts, [source.start for source in sources[1:]])
+        samples = np.array([part.sum(0, dtype=np.int64) for part in parts])  # (sources, buckets)
+        shares, steps = _bucket_shares(samples, [source.weight for source in sources], self.streams, self.global_batch)
+        for bucket in np.flatnonzero(steps).tolist():
+            own = {number: row[bucket] for number, row in enumerate(shares) if row[bucket]}
+            orders = [
+                Order(
+                    self.seed,
+                    parts[number][:, bucket],
+                    self.streams,
+                    shuffle_block,
+                    f" of {sources[number].name} in bucket {bucket}",
+                )
+                for number in own
+            ]
+            starts, weights = [sources[number].start for number in own], _whole_parts(list(own.values()))
+            self._orders[bucket] = MixtureOrder(self.seed, orders, starts, weights, f" in bucket {bucket}")
+            self._lengths[bucket] = steps[bucket] * self.global_batch
+            self._sources[bucket] = np.array(list(own))
+
+    @property
+    def shares(self) -> np.ndarray | None:
+        """The fraction of each data set in the samples of an epoch, (sources,); None if there is only one data set."""
+        if not self._sources:
+            return None
+        shares = np.zeros(1 + max(int(numbers.max()) for numbers in self._sources.values()))
+        for bucket, numbers in self._sources.items():
+            order = self._orders[bucket]
+            assert isinstance(order, MixtureOrder)
+            shares[numbers] += self.steps[bucket] * order.per_block / order.block
+        return shares / sum(self.steps.values())
 
     @property
     def epoch_length(self) -> int:
@@ -194,7 +263,23 @@ class BucketOrder:
         return self._batch(position // self.global_batch)[0]
 
     def sources(self, positions: np.ndarray) -> np.ndarray | None:
-        return None
+        step = int(positions[0]) // self.global_batch
+        bucket, first = self._batch(step)
+        found = self._orders[bucket].sources(first + positions - step * self.global_batch)
+        return None if found is None else self._sources[bucket][found]
+
+    def counts(self, position: int) -> np.ndarray | None:
+        if not self._sources:
+            return None
+        epoch, within = divmod(position // self.global_batch, sum(self.steps.values()))
+        before = self._sequence(epoch)[0][:within]
+        total = np.zeros(1 + max(int(numbers.max()) for numbers in self._sources.values()), dtype=np.int64)
+        for bucket, numbers in self._sources.items():
+            turn = int(np.count_nonzero(before == bucket))
+            own = self._orders[bucket].counts(epoch * self._lengths[bucket] + turn * self.global_batch)
+            assert own is not None
+            total[numbers] += own
+        return total
 
     def _batch(self, step: int) -> tuple[int, int]:
         """The bucket of a step, and the step's first position in the order of the bucket."""
@@ -203,7 +288,7 @@ class BucketOrder:
             self._epochs[epoch] = self._sequence(epoch)
         buckets, turns = _recent(self._epochs, epoch, keep=2)
         bucket = int(buckets[within])
-        return bucket, epoch * self._orders[bucket].epoch_length + int(turns[within]) * self.global_batch
+        return bucket, epoch * self._lengths[bucket] + int(turns[within]) * self.global_batch
 
     def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The bucket of each step of an epoch, and the number of earlier steps of that bucket."""
@@ -217,11 +302,13 @@ class MixtureOrder:
 
     starts: the index of each source's first shard among the shards of all sources. Each stream shuffles the sequence of
     sources in each block. Each source goes through its own epochs in its own order, in the same stream. Raises
-    DataError if the weights are not in a simple proportion.
+    DataError if the weights are not in a simple proportion. name: as of ``Order``.
     """
 
-    def __init__(self, seed: int, orders: Sequence[Order], starts: Sequence[int], weights: Sequence[float]) -> None:
-        self.seed, self.streams = seed, orders[0].streams
+    def __init__(
+        self, seed: int, orders: Sequence[Order], starts: Sequence[int], weights: Sequence[float], name: str = ""
+    ) -> None:
+        self.seed, self.streams, self.name = seed, orders[0].streams, name
         self._orders, self._starts = tuple(orders), tuple(starts)
         self.per_block = _proportion(weights)  # entries of each source
         self.block = int(self.per_block.sum())
@@ -277,7 +364,7 @@ class MixtureOrder:
         """The source of each entry of one block of one stream, and the number of its earlier entries in the block."""
         if name not in self._patterns:
             sources = np.repeat(np.arange(len(self.per_block)), self.per_block)
-            sources = sources[randomness.permutation(self.seed, "sources", name, self.block)]
+            sources = sources[randomness.permutation(self.seed, "sources" + self.name, name, self.block)]
             self._patterns[name] = sources, _turns(sources)
         return _recent(self._patterns, name, keep=2 * self.streams)
 
@@ -318,6 +405,46 @@ def _proportion(weights: Sequence[float]) -> np.ndarray:
             f" {MAX_MIXTURE_BLOCK}; use rounder numbers"
         )
     return np.array(whole) * ceil(MIXTURE_BLOCK / sum(whole))
+
+
+def _bucket_shares(
+    samples: np.ndarray, weights: Sequence[float], streams: int, global_batch: int
+) -> tuple[list[list[Fraction]], list[int]]:
+    """Each source's share of each bucket in the samples of an epoch, and the number of batches of each bucket.
+
+    samples: int64 (sources, buckets). The shares of a source add up to its weight and are in the proportion of its
+    samples. A source has no share of a bucket of which it has fewer samples than there are streams, and no source has a
+    share of a bucket that does not fill a batch. Raises DataError if nothing of a source is left.
+    """
+    usable, exact = samples >= streams, [Fraction(str(weight)) for weight in weights]
+    while True:
+        own = np.where(usable, samples, 0)
+        sums = own.sum(1).tolist()
+        if not all(sums):
+            raise DataError(
+                f"data set {sums.index(0)} of the mixture (counted from 0): no bucket has both {streams} of its"
+                f" samples, one for each stream, and a batch of {global_batch}; use fewer buckets, or leave it out"
+            )
+        shares = [
+            [weight / sum(exact) * count / total for count in row]
+            for weight, row, total in zip(exact, own.tolist(), sums, strict=True)
+        ]
+        steps = [int(sum(column) * sum(sums) // global_batch) for column in zip(*shares, strict=True)]
+        empty = (np.array(steps) == 0) & usable.any(0)
+        if not empty.any():
+            return shares, steps
+        usable[:, empty] = False
+
+
+def _whole_parts(shares: Sequence[Fraction]) -> list[int]:
+    """Whole numbers, at least 1 each, in the proportion of the shares: MIXED_BUCKET_BLOCK in all."""
+    exact = [share / sum(shares) * MIXED_BUCKET_BLOCK for share in shares]
+    parts = [max(1, int(value)) for value in exact]
+    while missing := MIXED_BUCKET_BLOCK - sum(parts):
+        change = 1 if missing > 0 else -1
+        gaps = [change * (value - part) for value, part in zip(exact, parts, strict=True)]
+        parts[gaps.index(max(gaps))] += change
+    return parts
 
 
 def _turns(values: np.ndarray) -> np.ndarray:

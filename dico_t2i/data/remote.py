@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ def patiently(work: Callable[[], Result], retries: int, wait_s: float) -> Result
 
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it. Raises DataError if a package is missing."""
+    if url.startswith("hf://") and os.environ.get("DICO_ALLOW_DOWNLOAD") != "1":
+        raise DataError(f"{url}: set DICO_ALLOW_DOWNLOAD=1 to let this machine use the Hugging Face hub")
     import fsspec
 
     options: dict[str, Any] = {}

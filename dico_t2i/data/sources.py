@@ -13,7 +13,7 @@ from dico_t2i.config import DataConfig
 from dico_t2i.data.cache import cached_index
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex, load_index
-from dico_t2i.data.order import BucketOrder, MixtureOrder, Order, SampleOrder
+from dico_t2i.data.order import BucketOrder, MixtureOrder, Order, SampleOrder, Source
 from dico_t2i.data.shard import ShardIndex
 
 MULTIPLE = 32  # heights and widths in pixels are divisible by it: by 8 for an autoencoder, times 4 for the network
@@ -67,7 +67,7 @@ def load_data(data: DataConfig) -> DatasetIndex:
     if not data.mixture:
         return indexes[0]
     sources = tuple((source.name, index) for source, index in zip(data.mixture, indexes, strict=True))
-    _check_alike(sources, data.cached_text)
+    _check_alike(sources, data.cached_text, data.buckets)
     starts = np.cumsum([0, *(len(index.names) for index in indexes)]).tolist()
     return MixedIndex(
         root=indexes[0].root,
@@ -76,6 +76,7 @@ def load_data(data: DataConfig) -> DatasetIndex:
         samples=np.concatenate([index.samples for index in indexes]),
         bytes=np.concatenate([index.bytes for index in indexes]),
         meta=indexes[0].meta,
+        bucket_counts=_all_bucket_counts(sources, data.image_size) if data.buckets else None,
         quarantine={
             start + shard: keys
             for start, index in zip(starts, indexes, strict=False)
@@ -88,7 +89,10 @@ def load_data(data: DataConfig) -> DatasetIndex:
 def make_order(data: DataConfig, index: DatasetIndex, seed: int, global_batch: int) -> SampleOrder:
     """The order of a config's samples. Raises DataError for too few samples or missing buckets."""
     if data.buckets:
-        return BucketOrder(seed, _bucket_counts(index, data.image_size), data.streams, data.shuffle_block, global_batch)
+        counts, mixture = _bucket_counts(index, data.image_size), []
+        if isinstance(index, MixedIndex):
+            mixture = [Source(s.name, start, s.weight) for s, start in zip(data.mixture, index.starts, strict=True)]
+        return BucketOrder(seed, counts, data.streams, data.shuffle_block, global_batch, mixture)
     if not isinstance(index, MixedIndex):
         return Order(seed, index.samples, data.streams, data.shuffle_block)
     orders = []
@@ -118,13 +122,15 @@ def _without_place(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {part: value for part, value in identity.items() if part.rpartition(".")[2] not in _PLACES}
 
 
-def _check_alike(sources: tuple[tuple[str, DatasetIndex], ...], cached_text: bool) -> None:
-    """Raise DataError if data sets differ in kind, or if their latents come from different encoders."""
+def _check_alike(sources: tuple[tuple[str, DatasetIndex], ...], cached_text: bool, buckets: bool) -> None:
+    """Raise DataError if data sets differ in kind or in buckets, or if their latents come from different encoders."""
     first_name, first = sources[0]
     encoders = ("autoencoder", "text_encoder") if cached_text else ("autoencoder",)
     for name, index in sources[1:]:
         pairs: dict[str, tuple[Any, Any]] = {"kind": (first.kind, index.kind)}
         pairs |= {key: (first.meta.get(key), index.meta.get(key)) for key in _LATENTS if first.kind == "latents"}
+        if buckets:
+            pairs["buckets"] = (first.buckets, index.buckets)
         for key in encoders:
             ours, theirs = first.meta.get(key, {}), index.meta.get(key, {})
             pairs |= {} if same_encoder(ours, theirs) else {key: (ours, theirs)}
@@ -134,6 +140,11 @@ def _check_alike(sources: tuple[tuple[str, DatasetIndex], ...], cached_text: boo
                     f"data.mixture: {first_name} and {name} cannot be mixed: {key} is {ours!r} in {first.location},"
                     f" {theirs!r} in {index.location}"
                 )
+
+
+def _all_bucket_counts(sources: tuple[tuple[str, DatasetIndex], ...], size: int) -> np.ndarray:
+    """The bucket counts of the shards of all data sets: int64 (shards, buckets)."""
+    return np.concatenate([_bucket_counts(index, size) for _, index in sources])
 
 
 def _bucket_counts(index: DatasetIndex, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Everything here works on tensors and on a callable that stands for the network, 
 from dico_t2i.config import DiffusionConfig
 from dico_t2i.diffusion import iddpm
 from dico_t2i.diffusion.flow import Flow, build_flow
+from dico_t2i.diffusion.given import GivenLatents
 from dico_t2i.diffusion.guidance import guided
 from dico_t2i.diffusion.iddpm import IDDPM, StepDistribution
 from dico_t2i.diffusion.process import ModelFn, Process
@@ -15,6 +16,7 @@ from dico_t2i.diffusion.schedule import Schedule, space_timesteps
 __all__ = [
     "IDDPM",
     "Flow",
+    "GivenLatents",
     "ModelFn",
     "Process",
     "Schedule",

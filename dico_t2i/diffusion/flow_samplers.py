@@ -17,14 +17,13 @@ from torch import Tensor
 
 from dico_t2i.config import SamplerConfig
 from dico_t2i.diffusion.flow import Flow, shifted
+from dico_t2i.diffusion.given import GivenLatents, StepHook, begin
 from dico_t2i.diffusion.process import ModelFn
 
 Velocity = Callable[[Tensor, float], Tensor]
 Steps = Generator[Tensor, Tensor, None]  # yields the latents after each step, and is sent those to continue with
 StepNoise = Callable[[int], Tensor]
 Progress = Callable[[int, int], None]
-# Step k, its timestep and the latents after it -> the latents to continue with.
-StepHook = Callable[[int, float, Tensor], Tensor]
 
 # From this time the stochastic sampler takes one step without noise to the data, as REPA's sampler does.
 _LAST_NOISY_TIME = 0.04
@@ -38,19 +37,29 @@ def sample_flow(
     step_noise: StepNoise,
     progress: Progress | None = None,
     on_step: StepHook | None = None,
+    given: GivenLatents | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W) from standard normal x of the same shape; arguments as in ``samplers.sample``."""
+    left, x, on_step = begin(
+        given, x, flow_times(sampler)[:-1], lambda time: shifted(time, 1 / sampler.shift), _on_path, on_step
+    )
+    total = 2 * len(left) - 1 if sampler.kind == "heun" else len(left)
     evaluations = count(1)
 
     def velocity(x: Tensor, time: float) -> Tensor:
         t = torch.full((len(x),), flow.steps * time, dtype=torch.float64, device=x.device)
         v = flow.velocity(model_fn, x, t)
         if progress:
-            progress(next(evaluations), sampler.steps)
+            progress(next(evaluations), total)
         return v
 
-    times = flow_times(sampler)
+    times = [*left, 0.0]
     return _run(_SOLVERS[sampler.kind](velocity, x, times, step_noise), times, on_step)
+
+
+def _on_path(time: float, latents: Tensor, noise: Tensor) -> Tensor:
+    """The latents at a time of the linear path."""
+    return (1 - time) * latents + time * noise
 
 
 def _run(steps: Steps, times: Sequence[float], on_step: StepHook | None) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dico_t2i.config import DiffusionConfig, SamplerConfig, check_sampler
 from dico_t2i.diffusion.flow import build_flow
-from dico_t2i.diffusion.flow_samplers import Progress, StepHook, StepNoise, sample_flow
+from dico_t2i.diffusion.flow_samplers import Progress, StepNoise, sample_flow
+from dico_t2i.diffusion.given import GivenLatents, StepHook, begin
 from dico_t2i.diffusion.iddpm import IDDPM, build
 from dico_t2i.diffusion.process import ModelFn, full_precision
 from dico_t2i.diffusion.schedule import Schedule
@@ -34,6 +35,7 @@ def sample(
     learn_sigma: bool,
     progress: Progress | None = None,
     on_step: StepHook | None = None,
+    given: GivenLatents | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W) from standard normal ``noise`` of the same shape; float32, or float64 if noise is.
 
@@ -41,18 +43,19 @@ def sample(
     ``guidance.guided``). ``step_noise(k)`` returns the standard normal noise of step k = 0, 1, ..., shaped like
     ``noise``; deterministic samplers do not call it. An image depends only on its own noise. ``progress(done, steps)``
     is called after each evaluation of the network. ``on_step`` is called at the end of each step, before ``progress``,
-    and sampling continues with the latents that it returns. Raises ValueError for a sampler of a different process, or
-    for a number of steps or an eta that is out of range.
+    and sampling continues with the latents that it returns. ``given`` are the latents of images to begin with, or to
+    keep in part: of the sampler's steps those below their strength are made, counted from 0. Raises ValueError for a
+    sampler of a different process, or for a number of steps, an eta or a strength that is out of range.
     """
     check_sampler(diffusion_config, sampler)
     x = full_precision(noise)
     if diffusion_config.kind == "flow":
-        return sample_flow(build_flow(diffusion_config), sampler, model_fn, x, step_noise, progress, on_step)
+        return sample_flow(build_flow(diffusion_config), sampler, model_fn, x, step_noise, progress, on_step, given)
     if sampler.kind == "dpm++":
-        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress, on_step)
+        return _dpm_solver(diffusion_config, sampler.steps, model_fn, x, learn_sigma, progress, on_step, given)
     diffusion = build(diffusion_config, learn_sigma, respacing=str(sampler.steps))
     step = partial(_STEPS[sampler.kind], diffusion, sampler, model_fn, step_noise)
-    return reverse_loop(diffusion, step, x, progress, on_step)
+    return reverse_loop(diffusion, step, x, progress, on_step, given)
 
 
 def _ancestral(
@@ -79,17 +82,33 @@ def reverse_loop(
     x: Tensor,
     progress: Progress | None = None,
     on_step: StepHook | None = None,
+    given: GivenLatents | None = None,
 ) -> Tensor:
-    """Apply ``step(x, t, k)`` for t from the last kept step down to 0; k counts up from 0."""
-    steps = diffusion.num_timesteps
-    for k in range(steps):
-        t = torch.full((len(x),), steps - 1 - k, device=x.device)
-        x = step(x, t, k)
+    """Apply ``step(x, t, k)`` for t from the last kept step, or the first below ``given``'s strength, down to 0.
+
+    k counts up from 0.
+    """
+    timesteps = diffusion.schedule.timestep_map.tolist()
+    levels = range(diffusion.num_timesteps - 1, -1, -1)
+    time_of = partial(_time, diffusion.diffusion_steps)
+    left, x, on_step = begin(given, x, levels, lambda i: time_of(timesteps[i]), partial(_noised, diffusion), on_step)
+    for k, level in enumerate(left):
+        x = step(x, torch.full((len(x),), level, device=x.device), k)
         if on_step:
-            x = on_step(k, int(diffusion.schedule.timestep_map[steps - 1 - k]), x)
+            x = on_step(k, timesteps[level], x)
         if progress:
-            progress(k + 1, steps)
+            progress(k + 1, len(left))
     return x
+
+
+def _time(steps: int, timestep: int) -> float:
+    """The time of a timestep in 0..steps - 1 as a fraction of the process; the noisiest is 1."""
+    return (timestep + 1) / steps
+
+
+def _noised(diffusion: IDDPM, level: int, latents: Tensor, noise: Tensor) -> Tensor:
+    """The latents with the noise of a kept step."""
+    return diffusion.q_sample(latents, torch.full((len(noise),), level, device=noise.device), noise)
 
 
 def _dpm_solver(
@@ -100,6 +119,7 @@ def _dpm_solver(
     learn_sigma: bool,
     progress: Progress | None,
     on_step: StepHook | None,
+    given: GivenLatents | None,
 ) -> Tensor:
     """DPM-Solver++ of order 2 (Lu et al. 2022) on the prediction channels; its state is in float32."""
     from diffusers import DPMSolverMultistepScheduler
@@ -113,7 +133,8 @@ def _dpm_solver(
         algorithm_type="dpmsolver++",
         final_sigmas_type="zero",  # ends at x_0 with a first-order step
     )
-    timesteps = log_snr_timesteps(diffusion.schedule, steps)
+    levels = log_snr_timesteps(diffusion.schedule, steps)
+    timesteps, x, on_step = begin(given, x, levels, partial(_time, config.steps), partial(_noised, diffusion), on_step)
     scheduler.set_timesteps(timesteps=timesteps)
     for k, t in enumerate(timesteps):
         prediction, _ = diffusion.predict(model_fn, x, torch.full((len(x),), t, device=x.device))
@@ -121,7 +142,7 @@ def _dpm_solver(
         if on_step:
             x = on_step(k, t, x)
         if progress:
-            progress(k + 1, steps)
+            progress(k + 1, len(timesteps))
     return x
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dico_t2i.config import AutoencoderConfig
 from dico_t2i.data.batches import Batch
+from dico_t2i.data.remote import base_name
 from dico_t2i.encoders.local import config_hash, file_hash, load_diffusers, read_json, reading, resolve
 from dico_t2i.randomness import normal
 
@@ -77,6 +78,10 @@ class Autoencoder(ABC):
         """``sample_latents`` with this autoencoder's scale."""
         return sample_latents(moments, noise, self.scale)
 
+    def mean_latents(self, images: Tensor) -> Tensor:
+        """The posterior means of images, scaled: (N, 3, H, W) uint8 -> (N, C, h, w) float32."""
+        return self.moments(images).chunk(2, dim=1)[0] * self.scale
+
     def of_batch(self, batch: Batch, position: Tensor, seed: int) -> Tensor:
         """Scaled latents (N, C, h, w), float32, of a micro-batch's images or cached moments, on the encoder's device.
 
@@ -139,7 +144,7 @@ class DiffusersAutoencoder(Autoencoder):
     class_name: str
 
     def __init__(self, config: AutoencoderConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._kind, self._name = config.kind, Path(config.path).name
+        self._kind, self._name = config.kind, base_name(config.path)
         self._settings_file, self._weights_file = find_autoencoder(config)
         self._model = self._load(dtype).to(device)
         downscale = 2 ** (len(self._widths()) - 1)

@@ -1,8 +1,8 @@
-"""Finds and loads the files of pretrained models: from a local folder, the Hugging Face cache, or the hub if allowed.
+"""Finds and loads the files of pretrained models: from a local folder, a cache, or the hub or a URL if allowed.
 
-DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it is searched before the cache. The hub
-is used only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have no network, where attempts
-to connect take minutes to fail.
+DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it is searched before the cache. The
+network is used only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have none, where
+attempts to connect take minutes to fail.
 """
 
 import hashlib
@@ -18,8 +18,16 @@ from typing import Any
 
 import torch
 
+from dico_t2i.data.remote import download, is_url
+from dico_t2i.files import temporary
+
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
 WEIGHTS_FOLDER = "DICO_WEIGHTS"
+URL_CACHE = Path("~/.cache/dico_t2i/files")  # files from URLs, in a folder for each URL
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+# The files of an exported folder that training can start from.
+_EXPORT = (("config.yaml",), ("export.json",), ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors"))
 
 Finder = Callable[[str], Path | None]
 
@@ -29,13 +37,13 @@ class MissingModelError(ValueError):
 
 
 def download_allowed() -> bool:
-    """Whether the user allows this process to use the hub."""
+    """Whether the user allows this process to use the hub, and URLs of models."""
     return os.environ.get(ALLOW_DOWNLOAD) == "1"
 
 
 @contextmanager
 def downloads(allowed: bool) -> Iterator[None]:
-    """Allow or forbid this process to use the hub inside the context."""
+    """Allow or forbid this process to use the hub and URLs inside the context."""
     before = os.environ.pop(ALLOW_DOWNLOAD, None)
     if allowed:
         os.environ[ALLOW_DOWNLOAD] = "1"
@@ -53,16 +61,16 @@ if not download_allowed():
 
 
 def prefetched(weights: Path, name: str) -> Path:
-    """Where `dico prefetch` puts a model inside its folder: under its hub id, or under its folder's name."""
+    """Where `dico prefetch` puts a model inside its folder: under its hub id, or the last name of its path or URL."""
     return weights / (name if is_hub_id(name) else Path(name).name)
 
 
 def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
     """The local paths of a model's files, all from one place.
 
-    name: a local folder or a hub id. files: the possible names of each file, the preferred one first. key: the config
-    key that holds the name, for the error message. Raises MissingModelError, without using the network unless it is
-    allowed.
+    name: a local folder, a hub id, or the URL of a folder. files: the possible names of each file, the preferred one
+    first. key: the config key that holds the name, for the error message. Raises MissingModelError, without using the
+    network unless it is allowed.
     """
     looked = []
     for place, find in _places(name):
@@ -77,6 +85,26 @@ def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
         gaps = [" or ".join(names) for names, path in zip(files, paths, strict=True) if path is None]
         looked.append(f"{place}: lacks {', '.join(gaps)}" if found else f"{place}: not found")
     raise MissingModelError(_explain(name, files, key, looked))
+
+
+def find_weights(name: str, key: str) -> list[Path]:
+    """The local path of weights that a config names: a run, a checkpoint, an exported folder or a file.
+
+    A hub id or URL stands for an exported folder, of which config, origin and weights are returned; followed by the
+    name of a file of weights it stands for that file. Raises MissingModelError as ``resolve`` does.
+    """
+    place = weights_place(name)
+    if place is None:
+        return [Path(name).expanduser()]
+    return resolve(place, _EXPORT if place == name else [[name.rpartition("/")[2]]], key)
+
+
+def weights_place(name: str) -> str | None:
+    """The hub id or URL of the folder that holds the weights; None if they are a local path."""
+    folder, _, file = name.rpartition("/")
+    place = folder if file.endswith(_WEIGHTS) else name
+    known = is_url(place) or is_hub_id(place)
+    return place if known and not Path(name).expanduser().exists() else None
 
 
 def read_json(path: Path) -> dict:
@@ -163,9 +191,14 @@ def config_hash(config: dict) -> str:
 
 
 def _places(name: str) -> Iterator[tuple[str, Finder]]:
-    yield _in_folder(Path(name).expanduser())
+    if not is_url(name):
+        yield _in_folder(Path(name).expanduser())
     if weights := os.environ.get(WEIGHTS_FOLDER):
         yield _in_folder(prefetched(Path(weights).expanduser(), name))
+    if is_url(name):
+        yield _in_folder(_copies(name))
+        if download_allowed():
+            yield name, lambda file: _fetch(name, file)
     if not is_hub_id(name):
         return
     from huggingface_hub import constants
@@ -201,11 +234,36 @@ def _download(name: str, file: str) -> Path | None:
         return None
 
 
+def _copies(url: str) -> Path:
+    """The folder of the local copies of a URL's files."""
+    return URL_CACHE.expanduser() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+def _fetch(url: str, file: str) -> Path | None:
+    """Download a file of a URL, unless there is a copy. Returns None if the server has no such file."""
+    path = _copies(url) / file
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = temporary(path)
+    try:
+        download(f"{url.rstrip('/')}/{file}", part)
+        part.replace(path)
+    except FileNotFoundError:
+        return None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
 def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequence[str]) -> str:
     lines = [f"{key}: no usable copy of {name!r} was found. Searched in:", *(f"  {line}" for line in looked)]
-    if not is_hub_id(name):
-        return "\n".join([*lines, f"Set {key} to a folder with these files, or to a hub id."])
     wanted = " ".join(dict.fromkeys(names[0] for names in files))
+    if is_url(name):
+        lines.append(f"Set {ALLOW_DOWNLOAD}=1 to let this machine download {wanted}, or use dico prefetch.")
+        return "\n".join(lines)
+    if not is_hub_id(name):
+        return "\n".join([*lines, f"Set {key} to a folder with these files, to a hub id, or to a URL."])
     lines += [
         "On a machine with network access, run",
         f"  hf download {name} {wanted} --local-dir {name.split('/')[1]}",

@@ -18,6 +18,8 @@ from dico_t2i.config import (
 )
 from dico_t2i.models import count_parameters
 from dico_t2i.runs.evaluations import doubts, measured, protocol_name, shown_numbers
+from dico_t2i.runs.lineage import KEY as LINEAGE
+from dico_t2i.runs.lineage import Lineage, lineage_table
 
 
 def model_card(
@@ -27,7 +29,7 @@ def model_card(
     parts: Sequence[str],
     evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The text of README.md: use, network, data, training, last numbers, evaluations, limits.
+    """The text of README.md: use, network, data, training, lineage, last numbers, evaluations, limits.
 
     origin: the content of export.json. metrics: a line of metrics.jsonl, or empty. parts: the encoders that are in the
     folder. evaluations: the results of these weights.
@@ -38,6 +40,7 @@ def model_card(
         "Network": _table(_network(config)),
         "Data": _table(_data(config)),
         "Training": _table(_training(config, origin)),
+        **({"Lineage": _lineage(origin[LINEAGE])} if origin.get(LINEAGE) else {}),
         "Numbers at export": _numbers(metrics),
         **({"Evaluations": "\n\n".join(map(_evaluation, evaluations))} if evaluations else {}),
         "Limits": "\n".join(f"- {line}" for line in _limits(config, parts, evaluations)),
@@ -155,6 +158,12 @@ def _training(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
         "precision": train.precision,
         "condition dropped": config.model.dropout_prob,
     }
+
+
+def _lineage(lineage: Lineage) -> str:
+    """The sources of the weights, the oldest first."""
+    rows = [["what", "from", "step", "sha256"], ["---"] * 4, *lineage_table(lineage)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _diffusion(diffusion: DiffusionConfig, learn_sigma: bool) -> str:

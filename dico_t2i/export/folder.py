@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dico_t2i.config import Config, DiCoConfig, dump_config, load_config
+from dico_t2i.config import Config, DiCoConfig, dump_config
 from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder
 from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.text import TextEncoder, load_text_encoder
@@ -26,6 +26,7 @@ from dico_t2i.export.card import model_card, one_clip
 from dico_t2i.export.inline import standalone
 from dico_t2i.runs.checkpoint import read_weights, verify
 from dico_t2i.runs.evaluations import read_evaluations
+from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.log import last_report
 from dico_t2i.runs.safetensors_writer import write_safetensors
 from dico_t2i.runs.weights import (
@@ -34,9 +35,10 @@ from dico_t2i.runs.weights import (
     chosen_weights,
     exported_weights,
     locate_checkpoint,
+    trained_config,
 )
 from dico_t2i.sampling.labels import CLASSES, class_names
-from dico_t2i.sampling.pipeline import exported_config
+from dico_t2i.sampling.trained import exported_config
 
 _SOURCE_NOTE = (
     "{what} of DiCo, as one file that needs only diffusers, transformers and torch.\n\n"
@@ -58,16 +60,13 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     if exported_weights(path) is not None:
         raise ValueError(f"{path}: it is an exported folder already")
     run, checkpoint = locate_checkpoint(path)
-    config = load_config(run / "config.yaml")
-    if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
-        raise ValueError(
-            "text_encoder: an exported pipeline takes a single CLIP; export with --no-encoders, and sample the folder"
-            " with dico sample, which loads the text encoders that its config.yaml names"
-        )
+    config = trained_config(run, checkpoint)
+    check_encoders(config, encoders)
     kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)
     verify(checkpoint)
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
+    origin[LINEAGE] = checkpoint.state.get(LINEAGE, [])
     metrics = last_report(run / "metrics.jsonl", checkpoint.step)
     arrays = (parameter.numpy() for _, parameter in parameters)
     results = [
@@ -83,6 +82,15 @@ def check_new(out: Path) -> None:
     """Raise ValueError if the folder exists."""
     if out.exists():
         raise ValueError(f"--out {out}: it exists, and nothing is overwritten; give a new folder")
+
+
+def check_encoders(config: Config, encoders: bool) -> None:
+    """Raise ValueError if encoders are to be copied that an exported pipeline cannot take."""
+    if encoders and config.model.condition == "text" and not one_clip(config.text_encoder):
+        raise ValueError(
+            "text_encoder: an exported pipeline takes a single CLIP; export with --no-encoders, and sample the folder"
+            " with dico sample, which loads the text encoders that its config.yaml names"
+        )
 
 
 def write_folder(

@@ -1,8 +1,9 @@
 """The networks and their sizes."""
 
 from dico_t2i.config import DIT_VARIANTS, UVIT_VARIANTS, VARIANTS, DiCoConfig, NetworkConfig
+from dico_t2i.models.adapter import adapter_origin, add_adapter, merge_adapter, read_adapter, write_adapter
 from dico_t2i.models.build import build_network
-from dico_t2i.models.cost import count_macs, count_parameters, count_scan_macs
+from dico_t2i.models.cost import count_macs, count_parameters, count_scan_macs, count_trained
 from dico_t2i.models.dico import STAGES, DiCo
 from dico_t2i.models.network import Network
 
@@ -15,8 +16,14 @@ __all__ = [
     "DiCoConfig",
     "Network",
     "NetworkConfig",
+    "adapter_origin",
+    "add_adapter",
     "build_network",
     "count_macs",
     "count_parameters",
     "count_scan_macs",
+    "count_trained",
+    "merge_adapter",
+    "read_adapter",
+    "write_adapter",
 ]

@@ -1,21 +1,48 @@
 """Parameters and multiply-accumulates of a network, counted without allocating it."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dico_t2i.config import NetworkConfig
+from dico_t2i.config import AdapterConfig, NetworkConfig
+from dico_t2i.models.adapter import add_adapter
 from dico_t2i.models.build import build_network
 from dico_t2i.ops import SCANS
 
 
 def count_parameters(config: NetworkConfig) -> int:
     """The number of parameters of the network that a config describes."""
+    return _parameters(config.model_copy(update={"checkpoint_stages": ()}))
+
+
+@cache
+def _parameters(config: NetworkConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build_network(config).parameters())
+
+
+def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool = False) -> int:
+    """The number of parameters that are trained, which are all without an adapter.
+
+    matrices: count only the weights of linear layers, which Muon updates.
+    """
+    if adapter is None and not matrices:
+        return count_parameters(config)
+    return _trained(config.model_copy(update={"checkpoint_stages": ()}), adapter, matrices)
+
+
+@cache
+def _trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool) -> int:
+    with torch.device("meta"):
+        network = build_network(config)
+        if adapter:
+            add_adapter(network, adapter)
+    linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
+    return sum(p.numel() for p in network.parameters() if p.requires_grad and (not matrices or p in linear))
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
@@ -23,16 +50,17 @@ def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
 
     input_shape is (N, C, H, W). Papers often call this number FLOPs. Elementwise operations are not counted.
     """
-    return sum(_macs_by_operator(config, input_shape).values())
+    return sum(_macs_by_operator(config, tuple(input_shape)).values())
 
 
 def count_scan_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
     """The part of ``count_macs`` that belongs to recurrences along tokens, which papers leave out."""
-    macs = _macs_by_operator(config, input_shape)
+    macs = _macs_by_operator(config, tuple(input_shape))
     return sum(macs.get(operator, 0) for operator in SCANS)
 
 
-def _macs_by_operator(config: NetworkConfig, input_shape: Sequence[int]) -> dict[Any, int]:
+@cache
+def _macs_by_operator(config: NetworkConfig, input_shape: tuple[int, ...]) -> dict[Any, int]:
     with torch.device("meta"):
         model, inputs = build_network(config), example_inputs(config, input_shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dico_t2i.config import Config, DiffusionConfig, NetworkConfig
+from dico_t2i.config import AdapterConfig, Config, DiffusionConfig, NetworkConfig
 from dico_t2i.diffusion import build
-from dico_t2i.models import build_network
+from dico_t2i.models import add_adapter, build_network
 from dico_t2i.models.cost import example_inputs
 from dico_t2i.plan.trace import Pass, trace_training
 
@@ -56,7 +56,8 @@ def step_cost(config: Config, ranks: int, parameters: int, device: torch.device)
 
 def traced_pass(config: Config, micro_batch: int) -> Pass:
     """One forward and backward pass of a rank's micro-batch, with the loss but without the frozen encoders."""
-    return _trace(config.model, config.diffusion, config.latent_size, micro_batch, autocast(config), _dtype(config))
+    precision = autocast(config), _dtype(config)
+    return _trace(config.model, config.adapter, config.diffusion, config.latent_size, micro_batch, *precision)
 
 
 def autocast(config: Config) -> bool:
@@ -85,10 +86,19 @@ def optimizer_traffic(parameters: int, averages: int) -> int:
 
 @cache
 def _trace(
-    model: NetworkConfig, diffusion: DiffusionConfig, size: int, micro: int, autocast: bool, dtype: torch.dtype
+    model: NetworkConfig,
+    adapter: AdapterConfig | None,
+    diffusion: DiffusionConfig,
+    size: int,
+    micro: int,
+    autocast: bool,
+    dtype: torch.dtype,
 ) -> Pass:
     with torch.device("meta"):
-        network = build_network(model).to(dtype).train()
+        network = build_network(model)
+        if adapter:
+            add_adapter(network, adapter)
+        network.to(dtype).train()
         objective = build(diffusion, model.learn_sigma)
 
     def loss() -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.text import TowerSize, text_sizes
-from dico_t2i.models import count_macs, count_parameters, count_scan_macs
+from dico_t2i.models import count_macs, count_parameters, count_scan_macs, count_trained
 from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.plan.cost import optimizer_traffic, traced_pass
 from dico_t2i.plan.trace import Pass
@@ -116,6 +116,17 @@ class Plan:
     def days(self) -> float | None:
         return self.steps * self.estimate.step_s / 86400 if self.steps else None
 
+    @property
+    def gpu_hours(self) -> float | None:
+        return 24 * self.days * self.ranks if self.days else None
+
+
+def make_plans(config: Config) -> list[Plan]:
+    """Plan each stage of a run on its cluster; a run without stages has one plan. Raises as ``make_plan`` does."""
+    stages = zip(config.stages, config.stage_configs, strict=False)
+    plans = [replace(make_plan(own), name=f"{config.name}, stage {stage.name}") for stage, own in stages]
+    return plans or [make_plan(config)]
+
 
 def make_plan(config: Config) -> Plan:
     """Plan a run on its cluster. Raises ConfigError if the number of ranks does not divide the streams."""
@@ -131,7 +142,9 @@ def make_plan(config: Config) -> Plan:
     if config.alignment:
         notes.append("alignment: its image encoder and its projector are left out")
     latents = (1, config.model.in_channels, config.latent_size, config.latent_size)
-    checkpoint_bytes = 4.0 * parameters * (3 + len(config.optimizer.ema))
+    if config.adapter:
+        notes.append(f"adapter: {_trained(config):,} parameters are trained; the others stay as they are")
+    checkpoint_bytes = 4.0 * (_trained(config) * (3 + len(config.optimizer.ema)) - _matrices(config))
     every = (("no stage", ()), ("all stages", config.model.stages))
     stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
     return Plan(
@@ -199,22 +212,40 @@ class _Moment(NamedTuple):
 
 def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
     """The memory of one device; tests/test_plan.py compares it with measurements of DeepSpeed."""
-    stage, ranks, parameters = config.train.zero_stage, config.cluster.ranks, count_parameters(config.model)
+    stage, ranks, trained = config.train.zero_stage, config.cluster.ranks, _trained(config)
+    parameters = count_parameters(config.model) + (trained if config.adapter else 0)
     share = 1 / ranks if stage > 0 else 1.0
     working = _working_bytes(config, stage)
     moments = (
-        _last_pass(traced, parameters, stage, ranks, working, accumulation > 1),
-        _sending(parameters, stage, ranks, working, accumulation > 1),
-        _updating(parameters, stage, share, working),
+        _last_pass(traced, (parameters, trained), stage, ranks, working, accumulation > 1),
+        _sending(trained, stage, ranks, working, accumulation > 1),
+        _updating(trained, stage, share, working),
     )
     return Memory(
         weights=working * parameters * (share if stage == 3 else 1),
-        master_weights=4 * parameters * share if stage > 0 else 0,
-        moments=8 * parameters * share,
-        averages=4 * parameters * share * len(config.optimizer.ema),
+        master_weights=4 * trained * share if stage > 0 else 0,
+        moments=_moment_bytes(config) * share,
+        averages=4 * trained * share * len(config.optimizer.ema),
         encoders=_encoder_bytes(config) or 0.0,
         **max(moments, key=sum)._asdict(),
     )
+
+
+def _trained(config: Config) -> int:
+    """The number of parameters that are trained."""
+    return count_trained(config.model, config.adapter)
+
+
+def _moment_bytes(config: Config) -> float:
+    """Bytes of the moments of all weights that are trained; 8-bit ones have a scale for each block of 256."""
+    if config.optimizer.kind == "adamw_8bit":
+        return 2 * (1 + 4 / 256) * _trained(config)
+    return 8 * _trained(config) - 4 * _matrices(config)
+
+
+def _matrices(config: Config) -> int:
+    """The number of parameters that Muon updates, which have one moment instead of two."""
+    return count_trained(config.model, config.adapter, matrices=True) if config.optimizer.kind == "muon" else 0
 
 
 def _working_bytes(config: Config, stage: int) -> int:
@@ -222,13 +253,17 @@ def _working_bytes(config: Config, stage: int) -> int:
     return 4 if stage == 0 or config.train.precision == "fp32" else 2
 
 
-def _last_pass(traced: Pass, parameters: int, stage: int, ranks: int, working: int, again: bool) -> _Moment:
-    """The moment of highest use in the last pass of a step. again: gradients of earlier passes are kept."""
+def _last_pass(traced: Pass, sizes: tuple[int, int], stage: int, ranks: int, working: int, again: bool) -> _Moment:
+    """The moment of highest use in the last pass of a step.
+
+    sizes: the number of all parameters, and of those that are trained. again: gradients of earlier passes are kept.
+    """
+    parameters, trained = sizes
     none, begun = np.zeros_like(traced.live), traced.gradients > 0
-    bucket, part = working * reduce_bucket(parameters), working * parameters / ranks
-    emptied = traced.gradients // reduce_bucket(parameters)
+    bucket, part = working * reduce_bucket(trained), working * trained / ranks
+    emptied = traced.gradients // reduce_bucket(trained)
     copied = bucket * (np.diff(emptied, prepend=0) > 0)  # a full bucket is copied and sent
-    own = none + working * (parameters if again else traced.gradients)
+    own = none + working * (trained if again else traced.gradients)
     gathered = working * (min(parameters, KEPT) + min(parameters, GATHERED)) if ranks > 1 else 0.0
     gradients = (own, own, part * (again + (emptied > 0)), none + part)[stage]
     buffers = (none, bucket * (begun | again), bucket * begun + copied, none + bucket + gathered + copied)[stage]
@@ -268,7 +303,7 @@ def _rates(config: Config) -> tuple[float, float]:
 
 def _optimizer_traffic(config: Config) -> float:
     share = 1 / config.cluster.ranks if config.train.zero_stage > 0 else 1.0
-    return share * optimizer_traffic(count_parameters(config.model), len(config.optimizer.ema))
+    return share * optimizer_traffic(_trained(config), len(config.optimizer.ema))
 
 
 def _communication(config: Config, stage: int) -> Communication:
@@ -280,10 +315,10 @@ def _communication(config: Config, stage: int) -> Communication:
     """
     ranks, hardware = config.cluster.ranks, config.cluster.hardware
     _, accumulation = config.batching(ranks)
-    parameters = count_parameters(config.model)
-    gathers = 1 + max(0.0, 1 - KEPT / parameters)
-    times = (2, 3, 2 * accumulation + 1, (1 + gathers) * accumulation)[stage]
-    sent = times * _working_bytes(config, stage) * parameters * (ranks - 1) / ranks
+    parameters, trained = count_parameters(config.model), _trained(config)
+    gathered = parameters + max(0.0, parameters - KEPT)
+    values = (2 * trained, 3 * trained, (2 * accumulation + 1) * trained, (trained + gathered) * accumulation)[stage]
+    sent = values * _working_bytes(config, stage) * (ranks - 1) / ranks
     network = hardware.network_gb_s * config.cluster.ranks_per_node  # each device of a node sends its share
     rate = hardware.link_gb_s if config.cluster.nodes == 1 else min(network, hardware.link_gb_s)
     return Communication(sent, sent / (1e9 * rate))

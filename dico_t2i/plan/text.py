@@ -1,6 +1,6 @@
 """Prints a plan as text and tables for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from rich.console import Group, RenderableType
@@ -9,13 +9,52 @@ from rich.table import Table
 from dico_t2i.plan.plan import USABLE, Plan
 
 
-def render(plan: Plan) -> RenderableType:
-    """The whole plan, for rich's console."""
-    return Group(*_head(plan), _memory(plan), _time(plan), _communication(plan), *_rest(plan))
+def render(plans: Sequence[Plan]) -> RenderableType:
+    """The plan of each stage, and a table of all stages if there are several, for rich's console."""
+    parts: list[RenderableType] = []
+    for plan in plans:
+        parts += [*_head(plan), _memory(plan), _time(plan), _communication(plan), *_rest(plan)]
+    return Group(*parts, *([_stages(plans)] if len(plans) > 1 else []))
+
+
+def refusals(plans: Sequence[Plan]) -> str:
+    """The message for the stages that do not fit, with settings that would; empty if all fit."""
+    return "\n".join(refusal(plan) for plan in plans if not plan.estimate.fits)
+
+
+def _stages(plans: Sequence[Plan]) -> Table:
+    """A row for each stage, and their sum."""
+    table = Table("stage", "steps", "batch", "GB of a GPU", "images/s", "days", "GPU-hours")
+    for plan in plans:
+        batch = plan.ranks * plan.micro_batch * plan.accumulation
+        table.add_row(
+            plan.name.rpartition(", stage ")[2],
+            f"{plan.steps:,}" if plan.steps else "?",
+            str(batch),
+            f"{plan.estimate.memory.total / 1e9:.2f}",
+            f"{plan.estimate.images_per_s:,.0f}",
+            _amount(plan.days),
+            _amount(plan.gpu_hours),
+        )
+    days, hours, steps = ([getattr(plan, key) for plan in plans] for key in ("days", "gpu_hours", "steps"))
+    table.add_row(
+        "all",
+        f"{sum(steps):,}" if all(steps) else "?",
+        "",
+        f"{max(plan.estimate.memory.total for plan in plans) / 1e9:.2f}",
+        "",
+        _amount(sum(days) if all(days) else None),
+        _amount(sum(hours) if all(hours) else None),
+        style="bold",
+    )
+    return table
+
+
+def _amount(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.1f}"
 
 
 def refusal(plan: Plan) -> str:
-    """The message for a run that does not fit, with settings that would."""
     need, have = plan.estimate.memory.total, USABLE * 1e9 * plan.hardware.memory_gb
     lines = [f"{plan.name} needs {_gb(need)} on each {plan.hardware.name}, but {_gb(have)} can be used. What fits:"]
     for change, estimate in plan.remedies.items():
@@ -78,8 +117,7 @@ def _rest(plan: Plan) -> Iterator[str]:
     disk = f"{plan.checkpoint_s:.1f} s at {plan.hardware.disk_gb_s:g} GB/s per node"
     yield f"checkpoint: {_gb(plan.checkpoint_bytes)}, written in {disk}"
     if plan.days and plan.steps:
-        hours = 24 * plan.days * plan.ranks
-        yield f"{plan.steps:,} steps: {plan.days:,.1f} days, {hours:,.0f} GPU-hours at least"
+        yield f"{plan.steps:,} steps: {plan.days:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours at least"
     yield from (f"note: {note}" for note in plan.notes)
 
 

@@ -55,7 +55,7 @@ def trace_training(network: nn.Module, loss_of: Callable[[], Tensor], *, autocas
     """
     parameters = list(network.parameters())
     recorder = _Recorder(parameters)
-    hooks = [p.register_post_accumulate_grad_hook(recorder.take_gradient) for p in parameters]
+    hooks = [p.register_post_accumulate_grad_hook(recorder.take_gradient) for p in parameters if p.requires_grad]
     with _as_on_cuda(autocast), recorder:
         loss = loss_of()
         forward = len(recorder.rows)

@@ -15,7 +15,7 @@ MARKS = 300  # most marks of a kind on the time axis
 # Kinds that may be very frequent: events with equal text are counted instead of listed one by one.
 _COUNTED = {"saved": "checkpoints", "samples": "sample grids", "skip": "steps skipped: no finite gradient, or a spike"}
 # Events that come before training continues: the time before them is a pause.
-_PAUSED = ("start", "resume", "config", "bad checkpoint")
+_PAUSED = ("start", "resume", "prolong", "config", "bad checkpoint")
 _STATES = {"start": "running, or cut off", "stop": "stopped", "done": "done", "failed": "failed", "hang": "failed"}
 
 
@@ -118,7 +118,8 @@ class History:
     step: int = 0
     seconds: float = 0.0  # of training, without pauses between starts
     newest: float = 0.0  # time of the last line
-    start: dict[str, Any] = field(default_factory=dict)  # the newest start event
+    start: dict[str, Any] = field(default_factory=dict)  # the newest start event, or that of a later stage
+    images: int = 0  # seen so far
     unreadable: int = 0  # number of lines
 
     def add(self, line: dict[str, Any]) -> None:
@@ -130,12 +131,12 @@ class History:
         self.newest = time
         if kind is not None:
             self._add_event(step, time, str(kind), str(line.get("message", "")))
-            if kind == "start":
+            if kind in ("start", "stage"):
                 self.start = line
             elif kind == "done" and "total_steps" in line:  # a start with nothing left to do
                 self.start = {**self.start, "total_steps": line["total_steps"]}
             return
-        self.step = step
+        self.step, self.images = step, int(line.get("images", 0))
         for key, value in line.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
                 self.curves.setdefault(key, Curve()).add(step, value)

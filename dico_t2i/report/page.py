@@ -15,6 +15,7 @@ from typing import Any
 from dico_t2i.report.history import Curve, Event
 from dico_t2i.report.record import Record
 from dico_t2i.runs.evaluations import doubts, measured, protocol_name, shown_numbers
+from dico_t2i.runs.lineage import lineage_table
 
 _BAND = "val_loss_t"
 _PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "triton", "numpy", "wandb", "dico_t2i")
@@ -70,6 +71,7 @@ def make_page(records: Sequence[Record]) -> str:
         "cards": "".join(_card(number, record) for number, record in enumerate(records)),
         "samples": _section("samples", "Samples", '<div id="sample-grids"></div>' if _has_pictures(records) else ""),
         "evaluations": _section("evaluations", "Evaluations", _evaluations(records)),
+        "lineage": _section("lineage", "Lineage", _lineages(records)),
         "differences": _section("config", "Config", _configs(records)),
         "events": _section("events", "Events", _events(records)),
         "starts": _section("starts", "Starts", _starts(records)),
@@ -123,7 +125,7 @@ def _is_band(key: str) -> bool:
 def _run_data(record: Record, curves: dict[str, Curve]) -> dict[str, Any]:
     return {
         "name": record.name,
-        "batch": record.batch,
+        "batch": record.history.images / record.history.step if record.history.images else record.batch,
         "curves": {key: curve.rows() for key, curve in curves.items()},
         "marks": record.history.marked(),
         "pictures": [asdict(picture) for picture in record.pictures],
@@ -141,7 +143,8 @@ def _card(number: int, record: Record) -> str:
     parameters = history.start.get("parameters")
     facts = {
         "steps": f"{history.step:,}{of}",
-        "images seen": f"{history.step * record.batch:,}",
+        "stage": str(history.start.get("stage", "")),
+        "images seen": f"{history.images or history.step * record.batch:,}",
         "loss": _number(loss.newest),
         "validation loss": _number(val.newest),
         "lowest so far": _number(val.lowest),
@@ -185,6 +188,12 @@ def _evaluation_table(protocol: str, rows: Sequence[tuple[Record, dict[str, Any]
     ]
     note = f'<p class="warning">Not comparable with published numbers: {escape("; ".join(why))}</p>' if why else ""
     return f"<h3>{escape(protocol)}</h3>{note}" + _table(["run", "step", "images", *names], body, numeric=1)
+
+
+def _lineages(records: Sequence[Record]) -> str:
+    """The sources of each run's weights, the oldest first; empty if all runs started from random weights."""
+    rows = [[record.name, *row] for record in records for row in lineage_table(record.lineage)]
+    return _table(["run", "what", "from", "step", "sha256"], rows) if rows else ""
 
 
 def _configs(records: Sequence[Record]) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from dico_t2i.config import flatten, read_yaml
 from dico_t2i.report.history import History, read_history
 from dico_t2i.runs.evaluations import read_evaluations
+from dico_t2i.runs.lineage import Lineage, read_lineage
 from dico_t2i.text_lines import read_text
 
 PICTURES = 40  # most sample grids of a run
@@ -41,6 +42,7 @@ class Record:
     starts: list[dict[str, Any]]
     pictures: list[Picture]
     evaluations: list[dict[str, Any]]
+    lineage: Lineage
 
     @property
     def batch(self) -> int:
@@ -60,6 +62,7 @@ def read_record(path: Path) -> Record:
         starts=_read_starts(path / "starts"),
         pictures=_read_pictures(path / "samples"),
         evaluations=read_evaluations(path),
+        lineage=read_lineage(path),
     )
 
 

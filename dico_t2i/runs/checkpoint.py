@@ -74,6 +74,7 @@ class Checkpoint:
     kinds: tuple[str, ...]
     files: dict[str, dict[str, Any]]
     pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
+    sha256: str  # of the manifest, which has the hashes of all files
 
     @property
     def network_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,6 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         kinds=tuple(manifest["kinds"]),
         files={file: {"size": e["size"], "sha256": e["sha256"]} for file, e in manifest["files"].items()},
         pieces=dict(pieces),
+        sha256=digest,
     )
 
 
@@ -149,7 +151,7 @@ def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
     Raises CheckpointError if a parameter, a range or a kind is missing. An average that the checkpoint does not have
     starts from its weights.
     """
-    with _Shards(checkpoint) as shards:
+    with Shards(checkpoint) as shards:
         for piece in pieces:
             if piece.name not in checkpoint.shapes:
                 raise CheckpointError(f"{checkpoint.path}: has no parameter {piece.name}")
@@ -184,24 +186,27 @@ def read_weights(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tenso
 
 
 def _whole_parameters(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
-    with _Shards(checkpoint) as shards:
+    with Shards(checkpoint) as shards:
         for name, shape in checkpoint.network_shapes.items():
             whole = torch.empty(shape)
             shards.read(kind, name, 0, whole.view(-1))
             yield name, whole
 
 
-class _Shards:
+class Shards:
     """The open shard files of a checkpoint; reads ranges that may span several of them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.open: dict[str, Any] = {}
 
-    def __enter__(self) -> "_Shards":
+    def __enter__(self) -> "Shards":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.open.clear()
 
     def read(self, kind: str, name: str, start: int, target: Tensor) -> None:

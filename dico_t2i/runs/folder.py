@@ -10,6 +10,7 @@ runs/<name>/
 """
 
 import fcntl
+import json
 import os
 import socket
 import time
@@ -25,10 +26,12 @@ from dico_t2i.config import Config, ConfigError, dump_config, flatten, load_conf
 FIXED = (
     "seed",
     "model",
+    "init",
     "diffusion",
     "autoencoder",
     "text_encoder",
     "alignment",
+    "adapter",
     "data.image_size",
     "data.crop",
     "data.flip",
@@ -38,13 +41,15 @@ FIXED = (
     "data.buckets",
     "data.captions",
     "data.caption_weights",
+    "optimizer.kind",
     "train.global_batch",
 )
-FREE_WITHIN_FIXED = ("model.checkpoint_stages", "alignment.weight", "data.mixture.*.path")
+FREE_WITHIN_FIXED = ("model.checkpoint_stages", "init.from", "alignment.weight", "data.mixture.*.path")
 
 
 LOCK = ".lock"
 MANIFEST = "manifest.json"  # of a checkpoint, which is complete if it has this file
+STAGE = "stage"  # the key in a manifest of the stage in which it was saved
 
 
 class RunFolder:
@@ -64,21 +69,34 @@ class RunFolder:
         """The differences from the config of the run's last start, with one line for each key.
 
         A run without a checkpoint may change every key, and the name may always change, since a folder may be copied or
-        renamed. Raises ConfigError if a key must not change.
+        renamed. Stages that have not begun may change, too. Raises ConfigError if a key must not change.
         """
         if not self.config.exists():
             return []
-        old, new = _flat(load_config(self.config)), _flat(config)
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        forbidden = [key for key in changed if _within(key, FIXED) and not _within(key, FREE_WITHIN_FIXED)]
-        lines = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
-        if forbidden and any(self.checkpoints.glob(f"*/{MANIFEST}")):
-            shown = "\n  ".join(line for line in lines if line.split(":")[0] in forbidden)
+        old = load_config(self.config)
+        begun = self._stages_begun(old)
+        pairs = zip(old.stage_configs[:begun], config.stage_configs, strict=False)
+        forbidden = [line for before, now in pairs for line in _differences(before, now, fixed=True)]
+        forbidden += [f"stages: {begun} have begun"] if len(config.stage_configs) < begun else []
+        if forbidden:
+            shown = "\n  ".join(dict.fromkeys(forbidden))
             raise ConfigError(
                 f"{self.path} holds a run with a different config; these keys cannot change within a run:\n  {shown}\n"
                 "Give the new run a different name (name=...), or restore these keys to resume the old run"
             )
-        return lines
+        return _differences(old, config)
+
+    def _stages_begun(self, config: Config) -> int:
+        """The number of stages in which the run has saved a checkpoint."""
+        manifests = sorted(self.checkpoints.glob(f"step-*/{MANIFEST}"))
+        names = [stage.name for stage in config.stages]
+        try:
+            name = json.loads(manifests[-1].read_text(encoding="utf-8"))[STAGE]["name"]
+            return names.index(name) + 1
+        except IndexError:
+            return 0
+        except (OSError, ValueError, KeyError, TypeError):  # a run without stages, or a damaged manifest
+            return 1
 
     def write_config(self, config: Config) -> None:
         """Save the resolved config; an earlier, different one is kept under a number."""
@@ -141,6 +159,15 @@ def _lock(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
+
+
+def _differences(old: Config, new: Config, fixed: bool = False) -> list[str]:
+    """One line for each key that differs. fixed: only the keys that must not change within a run."""
+    before, now = _flat(old), _flat(new)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if fixed:
+        changed = [key for key in changed if _within(key, FIXED) and not _within(key, FREE_WITHIN_FIXED)]
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
 
 
 def _flat(config: Config) -> dict[str, Any]:

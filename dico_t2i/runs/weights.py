@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dico_t2i.config import Config
+from dico_t2i.config import Config, ConfigError, load_config
 from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
+from dico_t2i.runs.folder import STAGE
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT, ema_name
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,6 +35,20 @@ def locate_checkpoint(path: Path) -> tuple[Path, Checkpoint]:
     if not (run / "config.yaml").exists():
         raise ValueError(f"{path}: neither a run (config.yaml, checkpoints/) nor an exported folder ({WEIGHTS_FILE})")
     return run, open_checkpoint(path) if is_checkpoint else newest_checkpoint(run / "checkpoints")
+
+
+def trained_config(run: Path, checkpoint: Checkpoint) -> Config:
+    """The config with which a checkpoint was trained: that of its stage, if the run has stages.
+
+    Raises ConfigError if the run's config does not have this stage.
+    """
+    config, record = load_config(run / "config.yaml"), checkpoint.state.get(STAGE)
+    if not record:
+        return config.stage_configs[0]
+    for stage, own in zip(config.stages, config.stage_configs, strict=True):
+        if stage.name == record["name"]:
+            return own
+    raise ConfigError(f"{checkpoint.path}: is of stage {record['name']}, which {run / 'config.yaml'} does not have")
 
 
 def default_weights(config: Config) -> str:

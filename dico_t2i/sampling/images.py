@@ -34,7 +34,7 @@ def save_image(image: Tensor, caption: str, seed: int, path: Path) -> None:
     info.add_itxt("prompt", caption)
     info.add_text("seed", str(seed))
     part = temporary(path)
-    _to_pil(image).save(part, "PNG", pnginfo=info)
+    to_pil(image).save(part, "PNG", pnginfo=info)
     part.replace(path)
 
 
@@ -60,13 +60,14 @@ def make_grid(images: Tensor, captions: Sequence[str], most: int = _MOST) -> Ima
     draw = ImageDraw.Draw(grid)
     for number, (image, caption) in enumerate(zip(images, captions, strict=False)):
         x, y = number % columns * (W + 4), number // columns * (H + line * lines + 4)
-        grid.paste(_to_pil(image).resize((W, H), Image.Resampling.NEAREST), (x, y))
+        grid.paste(to_pil(image).resize((W, H), Image.Resampling.NEAREST), (x, y))
         for row, text in enumerate(_wrap(caption, W // 6)[:lines]):
             draw.text((x, y + H + row * line), text.encode("ascii", "replace").decode(), fill="black", font_size=10)
     return grid
 
 
-def _to_pil(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
+    """An image (3, H, W) uint8 as one of Pillow."""
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
 
 

@@ -1,7 +1,11 @@
-"""The names of ImageNet's 1,000 classes."""
+"""What a model is asked for: prompts, or classes by their numbers or by ImageNet's 1,000 names."""
 
 import difflib
+from collections.abc import Sequence
 from functools import cache
+
+from dico_t2i.config import NetworkConfig
+from dico_t2i.text_lines import check_text
 
 CLASSES = 1000
 
@@ -35,6 +39,29 @@ def class_number(text: str) -> int:
         f"{text!r} is {'the name of several classes' if found else 'not a class of ImageNet'}; "
         + (f"did you mean {shown}?" if near else "give its number, 0 to 999")
     )
+
+
+def conditions_of(given: Sequence[str | int], model: NetworkConfig) -> list[str | int]:
+    """Prompts as they are, or the numbers of classes, by what the model takes.
+
+    Raises ValueError for anything else, and for classes that the model does not have.
+    """
+    if model.condition == "text":
+        return [_prompt(one) for one in given]
+    names = [one for one in map(str, given) if not one.strip().isdecimal()]
+    if names and model.num_classes != CLASSES:
+        raise ValueError(f"{names[0]!r}: this model has {model.num_classes} classes, not ImageNet's; give numbers")
+    numbers = [class_number(str(one)) for one in given]
+    beyond = [number for number in numbers if number >= model.num_classes]
+    if beyond:
+        raise ValueError(f"class {beyond[0]}: this model has the classes 0 to {model.num_classes - 1}")
+    return list(numbers)
+
+
+def _prompt(given: str | int) -> str:
+    if not isinstance(given, str):
+        raise ValueError(f"{given!r} is not a prompt; this model takes text")
+    return check_text(given, "prompt")
 
 
 def _similar(wanted: str, names: list[str]) -> list[int]:

@@ -33,16 +33,20 @@ from dico_t2i.runs.safetensors_writer import write_safetensors
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept: the last ones, those of every N-th step, and the one with the lowest loss."""
+    """Which checkpoints are kept: the last ones, those of every N-th step, and the one with the lowest loss.
+
+    steps: further steps whose checkpoints are kept: where stages began, and where the learning rate begins to fall.
+    """
 
     last: int
     every_steps: int | None = None
     best: bool = False
+    steps: frozenset[int] = frozenset()
 
     def expired(self, folder: Path) -> list[Path]:
         """The complete checkpoints that may be deleted, oldest first."""
         complete = [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
-        kept = set(complete[-self.last :])
+        kept = set(complete[-self.last :]) | {path for path in complete if step_of(path) in self.steps}
         if self.every_steps:
             kept |= {path for path in complete if step_of(path) % self.every_steps == 0}
         if self.best:

@@ -19,7 +19,8 @@ from dico_t2i.models import Network
 from dico_t2i.plan.buffers import reduce_bucket
 from dico_t2i.runs.checkpoint import Piece
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT
-from dico_t2i.training.optimizer import AdamWEMA
+from dico_t2i.training.eight_bit import Adam8bitEMA
+from dico_t2i.training.optimizer import AdamWEMA, Matrix, MuonEMA
 from dico_t2i.training.ranks.distributed import World
 
 if not torch.cuda.is_available():
@@ -42,11 +43,11 @@ class Engine:
     ) -> None:
         """batching: samples per rank and pass, and passes per step."""
         self.world, self.stage = world, train.zero_stage
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         model.to(world.device)
         if train.compile == "blocks":
             model.compile_blocks()
-        self.adam = AdamWEMA(model.parameters(), optimizer)
+        self.adam = _optimizer(model, optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
@@ -55,6 +56,8 @@ class Engine:
         )
         self.adam.veto = self._unusable
         self.adam.deferred = world.device.type == "cuda"
+        if isinstance(self.adam, MuonEMA):
+            self.adam.matrices, self.adam.divided = self._matrices(self.adam), self.stage > 0 and world.size > 1
         self.limit = math.inf  # steps with a larger gradient norm are skipped
         self.skipped = torch.tensor(False, device=world.device)
         self._norm = torch.tensor(math.nan, device=world.device)
@@ -111,13 +114,12 @@ class Engine:
 
     def pieces(self) -> Iterator[Piece]:
         """All fp32 state that this rank holds, as views in the model's order, after ``materialize`` or a first step."""
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self._trained():
             located = self._locate(parameter)
             if located is not None:
                 flat, offset, start, numel = located
-                state = self.adam.state[flat]
-                tensors = {WEIGHT: flat.data, **{key: state[key] for key in self.adam.state_names}}
-                yield Piece(name, start, {k: v.view(-1)[offset : offset + numel] for k, v in tensors.items()})
+                held = {key: self.adam.part(flat, key, offset, offset + numel) for key in self.adam.state_names(flat)}
+                yield Piece(name, start, {WEIGHT: flat.data.view(-1)[offset : offset + numel], **held})
 
     def owned_pieces(self) -> Iterator[Piece]:
         """The pieces that this rank writes to a checkpoint: all ranks together hold each element exactly once."""
@@ -134,17 +136,17 @@ class Engine:
         """The bytes that this rank keeps between steps, by part, with the names of ``plan.Memory``."""
         parameters = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
         masters = self._flat_weights() if self.stage > 0 else []
-        states = list(self.adam.state.values())
-        averages = set(self.adam.state_names) - set(MOMENTS)
+        states = [tensor for state in self.adam.state.values() for tensor in state.items()]
         return {
             "weights": sum(p.nbytes for p in parameters),
             "master_weights": sum(m.nbytes for m in masters),
-            "moments": sum(state[name].nbytes for state in states for name in MOMENTS),
-            "averages": sum(state[name].nbytes for state in states for name in averages),
+            "moments": sum(tensor.nbytes for name, tensor in states if name in MOMENTS),
+            "averages": sum(tensor.nbytes for name, tensor in states if name not in (*MOMENTS, "step")),
         }
 
     def publish_weights(self) -> None:
         """Copy the fp32 pieces, after a change of their values, into the weights that the forward pass uses."""
+        self.adam.settle()
         zero = self.engine.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()
@@ -165,6 +167,13 @@ class Engine:
             dist.all_reduce(whole)
             yield name, whole.view(shape)
 
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole parameters that are not trained, as the forward pass uses them, one at a time; collective."""
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    yield name, parameter.data
+
     def distance(self, kind: str) -> float:
         """The distance of an average ("ema_0.9999") from the weights, ||weight - average|| / ||weight||; collective."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.world.device)
@@ -175,9 +184,26 @@ class Engine:
         dist.all_reduce(squares)
         return math.sqrt(squares[0].item() / squares[1].item())
 
+    def close(self) -> None:
+        """Release what DeepSpeed holds, so that another engine can follow in this process."""
+        self.engine.destroy()
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are trained: all, or those of an adapter."""
+        return ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
+
+    def _matrices(self, optimizer: MuonEMA) -> dict[Tensor, list[Matrix]]:
+        """The matrices that Muon updates, by the flat tensor in which this rank keeps its parts of them."""
+        found = {name: p for name, p in self._trained() if name in optimizer.names}
+        if self.stage == 0:
+            return {p: [Matrix(p.shape, 0, 0, p.numel())] for p in found.values()}
+        places = {name: self._locate(p) for name, p in found.items()}
+        flat = optimizer.param_groups[-1]["params"][0]
+        return {flat: [Matrix(self.shapes[n], *(place[1:] if place else (0, 0, 0))) for n, place in places.items()]}
+
     def _flat_weights(self) -> list[Tensor]:
         if self.stage == 0:
-            return list(self.engine.module.parameters())
+            return [parameter for _, parameter in self._trained()]
         if self.stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
@@ -199,6 +225,14 @@ class Engine:
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         source, target = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, source.start, target.start, source.numel
+
+
+def _optimizer(network: Network, config: OptimizerConfig) -> AdamWEMA:
+    """The optimizer of the parameters that require gradients."""
+    if config.kind == "muon":
+        return MuonEMA(network, config)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return (Adam8bitEMA if config.kind == "adamw_8bit" else AdamWEMA)(trained, config)
 
 
 def _deepspeed_config(

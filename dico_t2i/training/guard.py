@@ -79,6 +79,10 @@ class Guard:
         """Load the state of a checkpoint; values that it lacks keep their defaults."""
         self.state = GuardState(**{**asdict(GuardState()), **saved})
 
+    def forget_norms(self) -> None:
+        """Start the mean of the norms again, as a stage does."""
+        self.state = GuardState(rollbacks=self.state.rollbacks)
+
     def _list(self, line: dict[str, object]) -> None:
         if self.quarantine is not None:
             append(self.quarantine, line)

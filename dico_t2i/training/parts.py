@@ -1,11 +1,14 @@
 """Builds the parts of a run on one rank, in the order in which they depend on each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from dico_t2i.config import Config, ConfigError, Span
+from dico_t2i.config.stages import RunStage
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.order import SampleOrder
 from dico_t2i.data.sources import make_order
@@ -13,28 +16,30 @@ from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
 from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
-from dico_t2i.models import build_network
 from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
 from dico_t2i.runs.folder import RunFolder
+from dico_t2i.sampling.trained import Trained
+from dico_t2i.training.adapted import build_adapted, find_base
 from dico_t2i.training.alignment import Alignment
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
+from dico_t2i.training.initial import Initial, find_initial
 from dico_t2i.training.inputs import InputMaker
 from dico_t2i.training.meter import Meter
 from dico_t2i.training.observers.profiling import Profiler
 from dico_t2i.training.observers.reporter import Reporter
-from dico_t2i.training.observers.snapshot import write_snapshot
 from dico_t2i.training.observers.source_losses import SourceLosses
 from dico_t2i.training.observers.validation import Validation
 from dico_t2i.training.ranks.distributed import World, first_message
 from dico_t2i.training.saving import Saver
+from dico_t2i.training.session import Session
 
 WORKING_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All parts that a rank trains with."""
+    """All parts that a rank trains a stage with."""
 
     inputs: InputMaker
     engine: Engine
@@ -48,39 +53,36 @@ class Parts:
     validation: Validation | None
     micro_batch: int
     accumulation: int
+    base: Trained | None  # the weights that an adapter is added to
+    initial: Initial | None  # the weights that the run starts from, if it has no checkpoint of its own
 
 
-def build_parts(
-    config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
-) -> Parts:
-    """Load the encoders, make the network, the optimizer and the data order, then record how the run was started.
+def build_parts(stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], session: Session) -> Parts:
+    """Load the encoders, make the network, the optimizer and the data order, then open the session's report.
 
-    changes: the changes of the config since the last start, to be reported.
-    Raises ConfigError, DataError or MissingModelError before training starts.
+    stages, indexes: the stages that are left, and their data. The parts are those of the first; the data of the others
+    are checked. Raises ConfigError, DataError or MissingModelError before training starts.
     """
+    stage, index, run, world = stages[0], indexes[0], session.run, session.world
+    config = stage.config
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
-    dtype = WORKING_DTYPE[config.train.precision]
-    inputs = _input_maker(config, world, dtype)
+    inputs = _input_maker(config, world, WORKING_DTYPE[config.train.precision])
     text_encoder = inputs.conditioner.text_encoder
-    check_cached(config.data, index, inputs.autoencoder, text_encoder)
+    for later, its_index in zip(stages[1:], indexes[1:], strict=True):
+        _checked_validation(later.config, its_index, world, inputs)
+    validation = _checked_validation(config, index, world, inputs)
     micro_batch, accumulation = config.batching(world.size)
-    validation = Validation(config, world, micro_batch, inputs) if config.validation else None
-    if validation:
-        check_cached(config.data, validation.index, inputs.autoencoder, text_encoder)
+    base = find_base(config, run)
     torch.manual_seed(config.seed)
-    network = build_network(config.model)
+    network = build_adapted(config, base)
     if inputs.alignment:
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
-    order = make_order(config.data, index, config.seed, config.train.global_batch)
+    order = make_order(config.data, index, config.seed + stage.number, config.train.global_batch)
+    initial = find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
-    note = _check_encoders(run, encoders, world)
-    if world.is_main:  # all checks have passed
-        run.write_config(config)
-        write_snapshot(run.starts, world)
-    report = Reporter(config, run.path, span_in_steps(config, index, config.train.duration), world.is_main)
-    for line in changes:
-        report.event(0, "config", f"changed since the last start: {line}")
+    note = _check_encoders(run, base, encoders, world)
+    report = session.open(stage.run_steps)  # all checks have passed
     if note:
         report.event(0, "config", note)
     keep_every = config.checkpoint.keep_every
@@ -91,7 +93,7 @@ def build_parts(
         engine=engine,
         order=order,
         guard=Guard(config.guard, run.quarantine if world.is_main else None),
-        saver=Saver(config, run, world, engine, report, keep_every_steps, data, encoders),
+        saver=Saver(stage, session, engine, report, keep_every_steps, data, encoders),
         report=report,
         meter=Meter(("loss", "mse", "vb", *(["alignment"] if config.alignment else [])), world.device),
         sources=SourceLosses([source.name for source in config.data.mixture], world.device),
@@ -99,29 +101,50 @@ def build_parts(
         validation=validation,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        base=base,
+        initial=initial,
     )
 
 
-def _check_encoders(run: RunFolder, encoders: Identities, world: World) -> str:
-    """Raise ConfigError on all ranks if the run has been trained with other encoders; collective.
+def _checked_validation(config: Config, index: DatasetIndex, world: World, inputs: InputMaker) -> Validation | None:
+    """The validation, if there is one; raises ConfigError if stored features or latents are of other encoders."""
+    encoders = inputs.autoencoder, inputs.conditioner.text_encoder
+    check_cached(config.data, index, *encoders)
+    if config.validation is None:
+        return None
+    validation = Validation(config, world, config.batching(world.size)[0], inputs)
+    check_cached(config.data, validation.index, *encoders)
+    return validation
 
-    Returns a note where the newest checkpoint does not tell.
+
+def _check_encoders(run: RunFolder, base: Trained | None, encoders: Identities, world: World) -> str:
+    """Raise ConfigError on all ranks if the run, or its base, has been trained with other encoders; collective.
+
+    Returns a note where the newest checkpoint, or the base, does not tell.
     """
-    try:
-        checkpoint = newest_checkpoint(run.checkpoints)
-    except CheckpointError:  # none, or a damaged one, of which the restoring tells
+    path, state = _trained_so_far(run, base)
+    trained, problem = state.get(KEY), ""
+    if path is None:
         return ""
-    trained, problem = checkpoint.state.get(KEY), ""
     if trained is None:
-        return f"note: {checkpoint.path} does not say which encoders it was trained with; they are not checked"
+        return f"note: {path} does not say which encoders it was trained with; they are not checked"
     try:
-        check_identities(trained, encoders, str(checkpoint.path))
+        check_identities(trained, encoders, str(path))
     except ConfigError as error:
         problem = str(error)
     problem = first_message(problem, world.device)
     if problem:
         raise ConfigError(problem)
     return ""
+
+
+def _trained_so_far(run: RunFolder, base: Trained | None) -> tuple[Path | None, Mapping[str, Any]]:
+    """The run's newest checkpoint, or else its base, and what is recorded of its training."""
+    try:
+        checkpoint = newest_checkpoint(run.checkpoints)
+    except CheckpointError:  # none, or a damaged one, of which the restoring tells
+        return (base.path, base.record) if base else (None, {})
+    return checkpoint.path, checkpoint.state
 
 
 def span_in_steps(config: Config, index: DatasetIndex, span: Span) -> int:

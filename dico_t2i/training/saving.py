@@ -1,18 +1,21 @@
 """Saves a run, reports on its saves, and restores it from a checkpoint."""
 
 import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
-from dico_t2i.config import Config
+from dico_t2i.config.stages import RunStage
 from dico_t2i.encoders.identity import KEY, Identities
 from dico_t2i.runs import checkpoint as ckpt
-from dico_t2i.runs.folder import RunFolder
+from dico_t2i.runs.folder import STAGE
+from dico_t2i.runs.lineage import KEY as LINEAGE
+from dico_t2i.runs.lineage import Lineage
 from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
 from dico_t2i.training.observers.reporter import Reporter
-from dico_t2i.training.ranks.distributed import World, any_rank, first_message
+from dico_t2i.training.prolonging import KEY as DECAY
+from dico_t2i.training.ranks.distributed import any_rank, first_message
+from dico_t2i.training.session import Session
 
 
 class Saver:
@@ -20,9 +23,8 @@ class Saver:
 
     def __init__(
         self,
-        config: Config,
-        run: RunFolder,
-        world: World,
+        stage: RunStage,
+        session: Session,
         engine: Engine,
         report: Reporter,
         keep_every: int | None,
@@ -33,10 +35,13 @@ class Saver:
 
         encoders: on rank 0, the identities of the frozen encoders, saved with checkpoints.
         """
-        self.encoders = encoders
-        self.run, self.world, self.engine, self.report, self.data = run, world, engine, report, data
-        retention = Retention(config.checkpoint.keep_last, keep_every, config.checkpoint.keep_best)
-        self.writer = CheckpointWriter(run.checkpoints, world.rank, world.size, retention, config.checkpoint.background)
+        self.stage, self.encoders = stage, encoders
+        self.lineage: Lineage = []  # where the weights come from; saved with checkpoints, and restored from them
+        self.world, self.engine, self.report, self.data = session.world, engine, report, data
+        settings = stage.config.checkpoint
+        retention = Retention(settings.keep_last, keep_every, settings.keep_best)
+        folder, rank, ranks = session.run.checkpoints, self.world.rank, self.world.size
+        self.writer = CheckpointWriter(folder, rank, ranks, retention, settings.background)
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.pause_s = 0.0  # how long the last save paused training, in seconds
         self._bytes = 0  # of the current save
@@ -59,7 +64,12 @@ class Saver:
             "guard": asdict(guard.state),
             "data": self.data,
             KEY: self.encoders,
+            LINEAGE: self.lineage,
+            **({STAGE: self.stage.record} if self.stage.record else {}),
+            **({} if self.stage.decay_from is None else {DECAY: self.stage.decay_from}),
         }
+        borders = frozenset(entry["step"] for entry in self.lineage if entry["what"] == "stage" and entry["step"])
+        self.writer.retention = replace(self.writer.retention, steps=borders | {self.stage.decay_from or 0})
         self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
         self.pause_s = time.monotonic() - started
 
@@ -93,51 +103,26 @@ class Saver:
             time.sleep(0.02)
         return self._failures == failures
 
-    def restore(self, guard: Guard) -> tuple[int, int] | None:
-        """Load the newest undamaged checkpoint, and report which one and which were damaged; collective.
+    def load(self, checkpoint: ckpt.Checkpoint, guard: Guard, begins: bool = False) -> None:
+        """Load a checkpoint; collective. Raises CheckpointError if it belongs to a different model.
 
-        Returns its step and position, or None if nothing was ever saved. Raises CheckpointError if all are damaged, or
-        if they belong to a different model.
+        begins: whether a stage begins with it. Other data are then no surprise, and gradients may have other norms.
         """
-        found = ckpt.candidates(self.run.checkpoints)
-        for path in found:
-            checkpoint = self._verified(path)
-            if checkpoint is None:
-                continue
-            ckpt.check_shapes(checkpoint, self.engine.shapes)
-            self.engine.materialize(checkpoint.optimizer_steps)
-            ckpt.fill(checkpoint, self.engine.pieces())
-            self.engine.publish_weights()
-            guard.restore(checkpoint.state.get("guard", {}))
-            self.report.event(checkpoint.step, "resume", f"resumed from {path}", ranks=self.world.size)
-            before = checkpoint.state.get("data", self.data)
-            if before != self.data:
-                message = (
-                    f"WARNING: the data are {self.data}, but were {before} at this checkpoint: their order is different"
-                )
-                self.report.event(checkpoint.step, "data", message)
-            self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
-            return checkpoint.step, checkpoint.position
-        if ckpt.ever_saved(self.run.checkpoints):
-            raise ckpt.CheckpointError(
-                f"{self.run.checkpoints}: all {len(found)} checkpoints are damaged;"
-                " restore one, or start a new run with a different name (name=...)"
+        ckpt.check_shapes(checkpoint, self.engine.shapes)
+        self.engine.materialize(checkpoint.optimizer_steps)
+        ckpt.fill(checkpoint, self.engine.pieces())
+        self.engine.publish_weights()
+        self.lineage = checkpoint.state.get(LINEAGE, [])
+        guard.restore(checkpoint.state.get("guard", {}))
+        if begins:
+            guard.forget_norms()
+        self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
+        before = checkpoint.state.get("data", self.data)
+        if before != self.data and not begins:
+            message = (
+                f"WARNING: the data are {self.data}, but were {before} at this checkpoint: their order is different"
             )
-        return None
-
-    def _verified(self, path: Path) -> ckpt.Checkpoint | None:
-        """The checkpoint, after each rank has verified its share of the files; None if any of them is damaged."""
-        problem, checkpoint = "", None
-        try:
-            checkpoint = ckpt.open_checkpoint(path)
-            ckpt.verify(checkpoint, sorted(checkpoint.files)[self.world.rank :: self.world.size])
-        except ckpt.CheckpointError as error:
-            problem = str(error)
-        problem = first_message(problem, self.world.device)
-        if problem:
-            self.report.event(0, "bad checkpoint", f"{path} is skipped: {problem}")
-            return None
-        return checkpoint
+            self.report.event(checkpoint.step, "data", message)
 
     def _give_up(self) -> None:
         why = first_message(str(self.writer.error or ""), self.world.device)

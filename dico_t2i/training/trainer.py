@@ -1,5 +1,7 @@
 """The training loop, which is the same for all models, kinds of data and ZeRO stages."""
 
+import gc
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -11,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dico_t2i.command import REQUEUE_EXIT_CODE
-from dico_t2i.config import Config, Span
+from dico_t2i.config import Config, Span, dump_config
+from dico_t2i.config.stages import RunStage, next_stage, plan_stages
 from dico_t2i.data.batches import Batch
 from dico_t2i.data.checks import check_data
 from dico_t2i.data.errors import DataError
@@ -22,8 +25,9 @@ from dico_t2i.data.sources import load_data
 from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
-from dico_t2i.runs.checkpoint import CheckpointError
-from dico_t2i.runs.folder import RunFolder
+from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError
+from dico_t2i.runs.folder import STAGE, RunFolder
+from dico_t2i.runs.lineage import ancestor, with_stage
 from dico_t2i.runs.weights import default_weights
 from dico_t2i.training.ahead import Ahead
 from dico_t2i.training.inputs import Inputs
@@ -33,9 +37,10 @@ from dico_t2i.training.observers.preview import sample_preview
 from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
-from dico_t2i.training.ranks.distributed import World, any_rank, join_world
-from dico_t2i.training.ranks.signals import StopFlag
+from dico_t2i.training.prolonging import prolong
+from dico_t2i.training.ranks.distributed import any_rank, join_world
 from dico_t2i.training.ranks.watchdog import Watchdog
+from dico_t2i.training.session import Session
 
 _SLOWER = 1.2  # bf16 is reported as slow when it takes this many times as long as fp32
 _DATA_SHARE = 0.8  # of the hang timeout, so that the loader, which can name a stalled worker, gives up first
@@ -45,51 +50,91 @@ class TrainingError(ValueError):
     """Raised if training cannot continue; the message says where it stopped and what to check."""
 
 
-def train(config: Config, runs: Path, lock_patience_s: float = 0.0) -> int:
+def train(config: Config, runs: Path, lock_patience_s: float = 0.0, begin: str | None = None) -> int:
     """Train or resume the run of this config. Returns the exit code: 0 if it is done, 75 if a signal stopped it.
 
-    lock_patience_s: how long to wait until a different job leaves the run folder. Raises ConfigError, DataError,
-    MissingModelError or CheckpointError before training starts.
+    lock_patience_s: how long to wait until a different job leaves the run folder. begin: the first stage to train, if
+    the run has not reached it yet. Raises ConfigError, DataError, MissingModelError or CheckpointError before training
+    starts.
     """
     check_tracking(config)
     world = join_world()
-    config.batching(world.size)
-    if world.is_main:
-        load_data(config.data)  # creates the index if there is none
+    configs = config.stage_configs
+    for own in configs:
+        own.batching(world.size)
+        if world.is_main:
+            load_data(own.data)  # creates the index if there is none
     dist.barrier()
-    index = load_data(config.data)
-    check_data(config, index)
+    indexes = [load_data(own.data) for own in configs]
+    for own, index in zip(configs, indexes, strict=True):
+        check_data(own, index)
     run = RunFolder(runs, config.name)
     changes = run.changes(config)
     dist.barrier()  # all ranks compare configs before rank 0 writes the new one
     if not world.is_main:
-        return Trainer(config, index, run, world).fit()
+        return _train_stages(Session(config, run, world), indexes, begin)
     with run.locked(lock_patience_s):
-        return Trainer(config, index, run, world, changes).fit()
+        return _train_stages(Session(config, run, world, changes), indexes, begin)
+
+
+def _train_stages(session: Session, indexes: Sequence[DatasetIndex], begin: str | None) -> int:
+    """Train the stages that are left. Each one continues from the checkpoint that the one before it ends with."""
+    stages = plan_stages(session.config, [len(index) for index in indexes])
+    dist.barrier()  # until rank 0 has the lock
+    with session:
+        prolonged = prolong(session.run.checkpoints, stages[-1], session.world)
+        if prolonged:
+            session.event(0, "prolong", prolonged)
+        checkpoint = session.newest_checkpoint()
+        if checkpoint:
+            session.note_resume(checkpoint)
+        while True:
+            stage = _stage_after(stages, checkpoint, begin)
+            left = [stage, *stages[stage.number + 1 :]]
+            trainer = Trainer(session, left, indexes[stage.number :], checkpoint)
+            code = trainer.fit()
+            if code or stage.number + 1 == len(stages):
+                return code
+            trainer.engine.close()
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
+            checkpoint = session.newest_checkpoint()
+
+
+def _stage_after(stages: Sequence[RunStage], checkpoint: Checkpoint | None, begin: str | None) -> RunStage:
+    """The stage to train after a checkpoint."""
+    if checkpoint is None:
+        return next_stage(stages, 0, 0, {}, begin)
+    return next_stage(stages, checkpoint.step, checkpoint.position, checkpoint.state.get(STAGE, {}), begin)
 
 
 class Trainer:
-    """Trains one rank of a run."""
+    """Trains one rank of a run, for one stage."""
 
     def __init__(
-        self, config: Config, index: DatasetIndex, run: RunFolder, world: World, changes: Sequence[str] = ()
+        self,
+        session: Session,
+        stages: Sequence[RunStage],
+        indexes: Sequence[DatasetIndex],
+        checkpoint: Checkpoint | None,
     ) -> None:
-        self.config, self.index, self.run, self.world = config, index, run, world
-        self.stop = StopFlag()
-        self.stop.install()
-        self.parts: Parts = build_parts(config, index, run, world, changes)
+        """stages, indexes: those that are left, of which the first is trained. checkpoint: None if the run begins."""
+        self.session, self.stage, self.index = session, stages[0], indexes[0]
+        self.config, self.run, self.world, self.stop = self.stage.config, session.run, session.world, session.stop
+        self.parts: Parts = build_parts(stages, indexes, session)
         self.engine, self.report, self.meter = self.parts.engine, self.parts.report, self.parts.meter
         self.guard, self.saver = self.parts.guard, self.parts.saver
-        self.total_steps = self._steps(config.train.duration)
-        self.warmup = self._steps(config.optimizer.warmup) if config.optimizer.warmup else 0
-        self.step, self.position = self._resume()
+        warmup = self.config.optimizer.warmup
+        self.warmup = self._steps(warmup) if warmup else 0
+        self.step, self.position = self._resume(checkpoint)
 
     def fit(self) -> int:
         """Train until the end of the duration or until a signal, then save. Returns the exit code.
 
         Raises DataError or TrainingError if training cannot continue, after saving what it can.
         """
-        if self.step >= self.total_steps:
+        if self.step >= self.stage.last_step:
             return self._nothing_to_do()
         self._announce()
         train = self.config.train
@@ -98,24 +143,24 @@ class Trainer:
                 return self._loop()
             except Exception as error:
                 self.report.event(self.step, "failed", f"{type(error).__name__}: {error}")
+                self.session.close()
                 raise
             finally:
                 self.parts.profiler.close()
-                self.report.close()
 
     def _nothing_to_do(self) -> int:
         """End at once, because the run has reached or passed its duration."""
-        message = f"already at {self.step} of {self.total_steps} steps, nothing to do; run folder: {self.run.path}"
-        self.report.event(self.step, "done", message, total_steps=self.total_steps)
+        total = self.stage.run_steps
+        message = f"already at {self.step} of {total} steps, nothing to do; run folder: {self.run.path}"
+        self.report.event(self.step, "done", message, total_steps=total)
         self.parts.profiler.close()
-        self.report.close()
         return 0
 
     def _loop(self) -> int:
         ahead = Ahead(self._fetcher(), self.parts.inputs, self.world.device)
         self.engine.model.train()
         first = self.step
-        while self.step < self.total_steps:
+        while self.step < self.stage.last_step:
             self.parts.profiler.at(self.step)
             self._train_step(ahead)
             if self.step == first + 1:
@@ -147,13 +192,15 @@ class Trainer:
         self.engine.limit = self.guard.limit
         names, accumulation = self.meter.loss_names, self.parts.accumulation
         total = torch.zeros(len(names), device=self.world.device)
-        rate = learning_rate(self.config.optimizer, self.step, self.total_steps, self.warmup)
+        stage = self.stage
+        own_step = self.step - stage.first_step
+        rate = learning_rate(self.config.optimizer, own_step, stage.steps, self.warmup, stage.decay)
         for number in range(accumulation):
             batch, inputs = ahead.take()
             losses = self._losses(inputs)
             self.parts.sources.add(batch.sources, losses["loss"])
             self.engine.backward(losses["loss"].mean())
-            if self.step + 1 < self.total_steps or number + 1 < accumulation:
+            if self.step + 1 < stage.last_step or number + 1 < accumulation:
                 ahead.start()
             norm = self.engine.step(rate)
             parts = [losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in names]
@@ -188,7 +235,8 @@ class Trainer:
                 Share(self.config.train.global_batch, self.parts.micro_batch, self.world.rank, self.world.size),
                 self.parts.inputs.conditioner.wanted,
                 seed=self.config.seed,
-                start_step=self.position // self.config.train.global_batch,
+                first_position=self.stage.first_position,
+                start_step=self._own_position // self.config.train.global_batch,
                 timeout_s=_DATA_SHARE * self.config.train.hang_timeout_s,
             )
         )
@@ -218,14 +266,15 @@ class Trainer:
             **measured,
             "lr": self.engine.adam.param_groups[0]["lr"],
             "images": self.position,
-            "epoch": self.position / len(self.index),
+            "epoch": self._own_position / len(self.index),
             "save_pause_s": self.saver.pause_s,
             **(self.cost.rates(step_s) if self.world.is_main else {}),
             "peak_memory_gb": peak_memory_bytes(self.world.device) / 1e9,
-            "eta_s": (self.total_steps - self.step) * step_s,
+            "eta_s": (self.stage.last_step - self.step) * step_s,
         }
-        if isinstance(self.parts.order, MixtureOrder):
-            values |= self.parts.sources.report(self.parts.order.counts(self.position))
+        counts = self.parts.order.counts(self._own_position)
+        if counts is not None:
+            values |= self.parts.sources.report(counts)
         self.report.log(self.step, values)
 
     def _note_bad(self, batch: Batch) -> None:
@@ -239,18 +288,24 @@ class Trainer:
         encoder = inputs.conditioner.text_encoder
         parameters = sum(shape.numel() for shape in self.engine.shapes.values())
         text = f"; text: {encoder.description}" if encoder else ""
+        if self.parts.base:
+            text += f"; an adapter of {self.parts.base.name}"
         if inputs.alignment:
             text += f"; aligned with: {inputs.alignment.encoder.description}"
+        name = f"{config.name}, stage {self.stage.name}" if self.stage.name else config.name
         self.report.event(
             self.step,
-            "start",
-            f"{config.name}: {parameters / 1e6:.1f}M parameters, {len(self.index)} samples, {self.world.size} ranks x"
+            "stage" if self.session.announced else "start",
+            f"{name}: {parameters / 1e6:.1f}M parameters, {len(self.index)} samples, {self.world.size} ranks x"
             f" {self.parts.micro_batch} x {self.parts.accumulation} = batch {config.train.global_batch},"
-            f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to {self.total_steps}{text}",
-            total_steps=self.total_steps,
+            f" ZeRO-{config.train.zero_stage}, {config.train.precision}, steps {self.step} to"
+            f" {self.stage.last_step}{text}",
+            total_steps=self.stage.run_steps,
             parameters=parameters,
             ranks=self.world.size,
+            **({"stage": self.stage.name} if self.stage.name else {}),
         )
+        self.session.announced = True
         self._warn_of_slow_bf16()
         for line in self._data_notes():
             self.report.event(self.step, "data", line)
@@ -283,16 +338,32 @@ class Trainer:
         if self.index.quarantined:
             yield f"{self.index.quarantined} samples are in quarantine: others replace them"
         if isinstance(order, BucketOrder):
+            batches = sum(order.steps.values())
+            buckets = f"{len(order.steps)} of {len(self.index.buckets)} buckets, {batches} batches of {size} per epoch"
             yield (
-                f"{len(order.steps)} of {len(self.index.buckets)} buckets, {sum(order.steps.values())} batches of"
-                f" {size} per epoch; each epoch leaves out {order.dropped} samples that do not fill a batch: different"
-                f" ones each time, except for {order.unused} in buckets with less than one batch"
+                f"{buckets}; {self._shares(order)}"
+                if order.shares is not None
+                else (
+                    f"{buckets}; each epoch leaves out {order.dropped} samples that do not fill a batch: different"
+                    f" ones each time, except for {order.unused} in buckets with less than one batch"
+                )
             )
         if isinstance(order, MixtureOrder):
             shares = zip(self.config.data.mixture, order.per_block.tolist(), strict=True)
             yield f"of each {order.block} samples of a stream: " + ", ".join(
                 f"{n} {source.name}" for source, n in shares
             )
+
+    def _shares(self, order: BucketOrder) -> str:
+        """The share of each data set of a mixture in the samples."""
+        assert order.shares is not None
+        shares = zip(self.config.data.mixture, order.shares.tolist(), strict=True)
+        return "of the samples: " + ", ".join(f"{100 * share:.2f} % {source.name}" for source, share in shares)
+
+    @property
+    def _own_position(self) -> int:
+        """The number of samples that the stage has seen."""
+        return self.position - self.stage.first_position
 
     def _steps(self, span: Span) -> int:
         return span_in_steps(self.config, self.index, span)
@@ -305,6 +376,7 @@ class Trainer:
         every = self.config.checkpoint.every
         minutes = (time.monotonic() - self.saver.saved_at) / 60
         save = self._due(every) if every.minutes is None else minutes >= every.minutes
+        save = save or self.step == self.stage.decay_from  # from where the run can be prolonged
         save = save and not self.guard.skipped_in_row  # else a rollback could return to damaged weights
         spoilt = self.meter.bad_samples > self.config.data.max_bad_samples
         flags = [self.stop.signal is not None, spoilt, save, self.saver.failed or self.saver.ended]
@@ -314,13 +386,40 @@ class Trainer:
         self.guard.settle()
         self.saver.save(self.step, self.position, self.meter.loss_since_save(), self.guard)
 
-    def _resume(self) -> tuple[int, int]:
+    def _resume(self, checkpoint: Checkpoint | None) -> tuple[int, int]:
         """The step and position to continue from."""
-        found = self.saver.restore(self.guard)
-        if found is None:
-            self.engine.materialize(0)
-            return 0, 0
-        return found
+        if checkpoint is not None:
+            self._load(checkpoint)
+            return checkpoint.step, checkpoint.position
+        self.engine.materialize(0)
+        self._start_from_weights()
+        self._note_stage()
+        return 0, 0
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint of this stage, or the one with which the stage before it ended."""
+        begins = checkpoint.state.get(STAGE, {}) != self.stage.record
+        self.saver.load(checkpoint, self.guard, begins)
+        if begins:
+            self._note_stage()
+
+    def _note_stage(self) -> None:
+        """Add the stage to the lineage of the weights."""
+        if self.stage.name:
+            digest = hashlib.sha256(dump_config(self.config).encode()).hexdigest()
+            stage = ancestor("stage", self.stage.name, digest, self.stage.first_step)
+            self.saver.lineage = with_stage(self.saver.lineage, stage)
+
+    def _start_from_weights(self) -> None:
+        """Load the weights of ``init``, if the config has it; collective."""
+        initial, base = self.parts.initial, self.parts.base
+        if base:
+            self.saver.lineage = base.lineage()
+            self.report.event(0, "init", f"weights of {base.name}, to which an adapter is added")
+        if initial is None:
+            return
+        self.saver.lineage = initial.load(self.engine, self.world)
+        self.report.event(0, "init", f"weights of {initial.source.name}: {initial.fit}")
 
     def _roll_back(self) -> None:
         """Return to the last checkpoint, but continue in the data from here, after the samples that did the damage."""
@@ -328,14 +427,16 @@ class Trainer:
         skipped = self.guard.skipped_in_row
         self.guard.settle()
         self.saver.drain()
-        found = self.saver.restore(self.guard) if rollbacks < self.config.guard.max_rollbacks else None
-        if found is None:
+        found = self.session.newest_checkpoint() if rollbacks < self.config.guard.max_rollbacks else None
+        if found is None or found.step < self.stage.first_step:
             why = "after a rollback" if rollbacks else "and there is no checkpoint to return to"
             raise TrainingError(
                 f"{skipped} steps in a row up to step {step} had no usable gradient, {why}."
                 f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or check the data"
             )
-        self.step = found[0]
+        self.session.note_resume(found)
+        self._load(found)
+        self.step = found.step
         self.guard.state.rollbacks = rollbacks + 1
         self.guard.skipped_in_row = 0
         message = f"back from step {step} to step {self.step}; the data continues from sample {self.position}"
@@ -373,7 +474,7 @@ class Trainer:
         if code == REQUEUE_EXIT_CODE:
             name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
             self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to resume")
-        elif code == 0:
+        elif code == 0 and self.stage.later_steps == 0:
             self.report.event(self.step, "done", f"{self.step} steps; run folder: {self.run.path}")
         if not saved:
             raise CheckpointError(

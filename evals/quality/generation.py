@@ -13,7 +13,7 @@ from torch import Tensor
 from dico_t2i.config import Config, load_config
 from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.kinds import WEIGHT
-from dico_t2i.runs.weights import default_weights, exported_weights, locate_checkpoint
+from dico_t2i.runs.weights import default_weights, exported_weights, locate_checkpoint, trained_config
 from dico_t2i.sampling.images import save_image
 from dico_t2i.sampling.pipeline import Pipeline, load_pipeline
 from evals.quality.extractors import Features, Scorer
@@ -42,7 +42,7 @@ def find_subject(path: Path, protocol: Protocol) -> Subject:
         subject = _exported(path, file)
     else:
         folder, checkpoint = locate_checkpoint(path)
-        config = load_config(folder / "config.yaml")
+        config = trained_config(folder, checkpoint)
         weights = default_weights(config) if protocol.weights == "ema" else WEIGHT
         identity = digest((checkpoint.path / MANIFEST).read_text())
         subject = Subject(checkpoint.path, folder, config, checkpoint.step, weights, identity)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
-from data_prep.shapes_scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, coverage
+from data_prep.shapes_scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Palette, coverage
 
 MIN_CONTRAST = 40.0  # RGB distance; objects and backgrounds are at least 100 apart
 MIN_OVERLAP = 0.5  # intersection over union; the shapes least alike, cross and square, reach 0.53
@@ -29,7 +29,7 @@ class Reading:
     size: str | None = None
 
 
-def read(image: NDArray[np.uint8]) -> Reading:
+def read(image: NDArray[np.uint8], colours: Palette = COLOURS) -> Reading:
     """Read the background and the one object of a square image, (size, size, 3) uint8."""
     pixels = image.astype(np.float64)
     ground = _border_colour(pixels)
@@ -38,7 +38,7 @@ def read(image: NDArray[np.uint8]) -> Reading:
     if contrast.max() < MIN_CONTRAST:
         return Reading(background)
     paint = np.median(pixels[contrast > 0.8 * contrast.max()], axis=0)
-    colour = _nearest(paint, COLOURS)
+    colour = _nearest(paint, colours)
     mask = _soft_mask(pixels, ground, paint)
     fits = {shape: _fit(mask, shape) for shape in SHAPES}
     shape, (overlap, centre, radius) = max(fits.items(), key=lambda item: item[1][0])
@@ -55,7 +55,7 @@ def _border_colour(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.median(pixels[~inside], axis=0)
 
 
-def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int]]) -> str:
+def _nearest(colour: NDArray[np.float64], palette: Palette) -> str:
     return min(palette, key=lambda name: float(np.linalg.norm(colour - palette[name])))
 
 

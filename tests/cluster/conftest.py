@@ -9,6 +9,7 @@ import pytest
 
 from cluster.sandbox import Sandbox, missing_programs
 from tests.cluster.workplace import Workplace
+from tests.forked_python import forked_python
 from tests.training.conftest import shapes_data
 
 __all__ = ["shapes_data"]
@@ -49,6 +50,13 @@ def large_slurm(short_folder, monkeypatch) -> Iterator[Sandbox]:
     sandbox.stop()
 
 
+@pytest.fixture(scope="session")
+def quick_python(short_folder) -> Iterator[Path]:
+    """A Python for the jobs that starts them as forks; test_sbatch_example.py and others start true ones."""
+    with forked_python(short_folder / "bin") as folder:
+        yield folder / "python"
+
+
 @pytest.fixture
-def workplace(tmp_path, shapes_data) -> Workplace:
-    return Workplace(tmp_path, shapes_data)
+def workplace(tmp_path, shapes_data, quick_python) -> Workplace:
+    return Workplace(tmp_path, shapes_data, quick_python)

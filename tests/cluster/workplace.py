@@ -16,14 +16,14 @@ from tests import forkserver
 from tests.training.conftest import TINY, launch
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 600
+STEPS = 400
 PATIENCE_S = 240
 
 
 class Workplace:
     """A folder with a config for two nodes of one CPU rank each, and the scripts of cluster/."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
+    def __init__(self, folder: Path, data: Path, python: Path) -> None:
         self.folder, self.runs, self.root = folder, folder / "runs", ROOT
         self.profile = folder / "profile.yaml"
         self.config = folder / "tiny.yaml"
@@ -32,9 +32,10 @@ class Workplace:
             "data": {**TINY["data"], "path": str(data)},
             "log": {"every": {"steps": 1}, "wandb": "disabled"},
         }
-        tree["train"] = {**TINY["train"], "duration": {"steps": STEPS}}
+        tree["train"] = {**TINY["train"], "duration": {"steps": STEPS}, "micro_batch": 4}
         tree["checkpoint"] = {"every": {"steps": 20}}
-        cluster = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "30", "env": {"OMP_NUM_THREADS": 1}}
+        cluster = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "30", "python": str(python)}
+        cluster["env"] = {"OMP_NUM_THREADS": 1}
         self.config.write_text(yaml.safe_dump({**tree, "cluster": cluster}))
         self.profile.write_text(yaml.safe_dump(cluster))
 
@@ -58,7 +59,7 @@ class Workplace:
     def train_undisturbed(self, name: str) -> None:
         """The same run under torchrun, on as many ranks."""
         arguments = ["--config", str(self.config), "--runs", str(self.runs), f"name={name}"]
-        process = launch(2, "-m", "dico_t2i", "train", *arguments, fork=False)
+        process = launch(2, "-m", "dico_t2i", "train", *arguments)
         output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, output
 

@@ -151,7 +151,6 @@ def test_a_quarantine_holds_for_its_source(folders, tmp_path):
     [
         ({"mixture": []}, "give either data.path, or data.mixture"),
         ({"path": "x"}, "give either data.path, or data.mixture"),
-        ({"buckets": True}, "cannot be used with data.buckets"),
         ({"mixture": [{"path": "x", "name": "n"}, {"path": "y", "name": "n"}]}, "give them different names"),
         ({"mixture": [{"path": "x", "name": "n", "weight": 0}]}, "greater than 0"),
         ({"mixture": [{"path": "x", "name": "a b"}]}, "pattern"),

@@ -153,5 +153,5 @@ def test_evaluations_draw_text_only(tmp_path: Path) -> None:
     drawn = _one_an_image(tmp_path / "c.json", content.captions, names, 0)  # type: ignore[arg-type]
     assert drawn == {1: (1, "a dog"), 4: (4, "a bird")}
     odd = coco.read_annotations(annotations(tmp_path / "d.json", [("x", "a.jpg")], [("x", "a dog")]))
-    with pytest.raises(ValueError, match="id 'x' is no number"):
+    with pytest.raises(ValueError, match="id 'x' is not a number"):
         _one_an_image(tmp_path / "d.json", odd.captions, {}, 0)

@@ -8,16 +8,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from dico_t2i.config import AutoencoderConfig, TextEncoderConfig
+from dico_t2i.config import AutoencoderConfig, TextEncoderConfig, TextTowerConfig
 from dico_t2i.encoders import MissingModelError, load_autoencoder, load_text_encoder
 from dico_t2i.encoders.local import config_hash, read_json, reading, resolve
+from dico_t2i.encoders.text import find_tower, pretrained_source
+from tests.small_models import save_autoencoder
 
 FILES = [("config.json",), ("model.safetensors", "pytorch_model.bin")]
 NAME = "nobody/no-such-model"
@@ -235,3 +238,58 @@ def test_the_hub_is_asked_when_it_is_allowed(hub: str, tmp_path: Path) -> None:
     assert [path.name for path in fetched] == ["config.json", "pytorch_model.bin"]
     assert fetched[1].read_text() == "{}"
     assert [Path(path) for path in json.loads(run_python(FETCH, **environment))] == fetched  # from the cache
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a web server's folder; a cache of this test's own, and no permission to use the network."""
+    (tmp_path / "store").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "store"))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("dico_t2i.encoders.local.URL_CACHE", tmp_path / "cache")
+    for name in ("DICO_ALLOW_DOWNLOAD", "DICO_WEIGHTS"):
+        monkeypatch.delenv(name, raising=False)
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_autoencoder_at_a_url_is_that_of_its_folder(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Downloaded once, if that is allowed; then it comes from the cache, though the server is not asked."""
+    folder = save_autoencoder(tmp_path / "store" / "models" / "vae")
+    config = AutoencoderConfig(path=f"{store}/models/vae/")
+    with pytest.raises(MissingModelError, match="DICO_ALLOW_DOWNLOAD=1") as caught:
+        load_autoencoder(config, "cpu")
+    assert "dico prefetch" in str(caught.value)
+    monkeypatch.setenv("DICO_ALLOW_DOWNLOAD", "1")
+    loaded = load_autoencoder(config, "cpu").identity()
+    assert loaded == load_autoencoder(AutoencoderConfig(path=str(folder)), "cpu").identity()
+    monkeypatch.delenv("DICO_ALLOW_DOWNLOAD")
+    (folder / "config.json").unlink()
+    assert load_autoencoder(config, "cpu").identity() == loaded
+    cached = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sorted(cached) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_url_without_the_files_says_what_is_missing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "store" / "half", "config.json")
+    monkeypatch.setenv("DICO_ALLOW_DOWNLOAD", "1")
+    with pytest.raises(MissingModelError) as caught:
+        resolve(f"{store}/half", FILES, "autoencoder.path")
+    assert f"{store}/half: lacks model.safetensors or pytorch_model.bin" in str(caught.value)
+    with pytest.raises(MissingModelError, match="Cannot connect to host"):
+        resolve("http://127.0.0.1:9/none", FILES, "autoencoder.path")
+
+
+def test_a_url_may_be_a_single_file_of_open_clip(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "store" / "clips", "mine.pt")
+    monkeypatch.setenv("DICO_ALLOW_DOWNLOAD", "1")
+    tower = TextTowerConfig(kind="open_clip", model="ViT-B-32", pretrained=f"{store}/clips/mine.pt")
+    assert {path.name for path in find_tower(tower)} == {"mine.pt"}
+    assert pretrained_source(tower) == f"{store}/clips"

@@ -1,4 +1,7 @@
-"""Run under torchrun: the engine at each ZeRO stage against a plain AdamW on the whole batch."""
+"""Run under torchrun: the engine at each ZeRO stage against plain optimizers on the whole batch.
+
+A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT, where WHAT is muon, or adapter for training one alone.
+"""
 
 import copy
 import json
@@ -8,8 +11,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from dico_t2i.config import DiCoConfig, OptimizerConfig, Span, TrainConfig
-from dico_t2i.models import DiCo
+from dico_t2i.config import AdapterConfig, DiCoConfig, OptimizerConfig, Span, TrainConfig
+from dico_t2i.models import DiCo, add_adapter
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.ranks.distributed import join_world, leave_world
 
@@ -18,9 +21,11 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, ema=(0.9,), clip=0.5, weight_decay=0.1)
 BATCH, MICRO, STEPS = 8, 2, 4
 
 
-def model():
+def model(what):
     torch.manual_seed(0)
     network = DiCo(MODEL)
+    if what == "adapter":
+        add_adapter(network, AdapterConfig(rank=3, alpha=6))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -39,27 +44,43 @@ def loss_of(network, x, t, y):
     return (network(x, t, y).float() - 1).square().mean()
 
 
-def reference():
-    network = model()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.1)
+def plain_optimizers(network, what):
+    trained = [p for p in network.parameters() if p.requires_grad]
+    if what != "muon":
+        return [torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)]
+    matrices = [layer.weight for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
+    others = [p for p in trained if all(p is not matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=1e-3, weight_decay=0.1)]
+
+
+def reference(what):
+    network = model(what)
+    optimizers = plain_optimizers(network, what)
     ema = copy.deepcopy(network)
     for step in range(STEPS):
-        optimizer.zero_grad()
+        network.zero_grad()
         loss_of(network, *batch(step)).backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
         if norm.isfinite():
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             for average, parameter in zip(ema.parameters(), network.parameters(), strict=True):
                 average.data.lerp_(parameter.data, 0.1)
-    return dict(network.named_parameters()), dict(ema.named_parameters())
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    weights, averages = dict(network.named_parameters()), dict(ema.named_parameters())
+    return {name: weights[name] for name in trained}, {name: averages[name] for name in trained}
 
 
-def engine_result(stage, precision, world):
+def engine_result(stage, precision, what, world):
     accumulation = BATCH // MICRO // world.size
     train = TrainConfig(
         duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage
     )
-    engine = Engine(model(), train, OPTIMIZER, (MICRO, accumulation), world)
+    optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
+    network = model(what)
+    frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
+    engine = Engine(network, train, optimizer, (MICRO, accumulation), world)
     engine.materialize(0)
     skipped = []
     for step in range(STEPS):
@@ -69,6 +90,8 @@ def engine_result(stage, precision, world):
             engine.backward(loss_of(engine.model, x[rows], t[rows], y[rows]))
             engine.step(1e-3)
         skipped.append(bool(engine.skipped))
+    for name, value in engine.frozen():
+        assert torch.equal(value.float(), frozen[name].to(value.dtype).float()), name
     owned = torch.tensor(sum(piece.numel for piece in engine.owned_pieces()))
     dist.all_reduce(owned)
     return dict(engine.gather("weight")), dict(engine.gather("ema_0.9")), skipped, owned.item(), engine.optimizer_steps
@@ -81,11 +104,11 @@ def largest_difference(ours, expected):
 def main():
     torch.set_num_threads(1)
     world = join_world()
-    weights, averages = reference()
     results = []
     for case in sys.argv[1:]:
-        stage, precision = case.split(":")
-        ours, ema, skipped, owned, steps = engine_result(int(stage), precision, world)
+        stage, precision, *what = case.split(":")
+        weights, averages = reference(*what or [""])
+        ours, ema, skipped, owned, steps = engine_result(int(stage), precision, *what or [""], world)
         results.append(
             {
                 "case": case,
@@ -93,6 +116,7 @@ def main():
                 "ema": largest_difference(ema, averages),
                 "skipped": skipped,
                 "owned": owned,
+                "trained": sum(weight.numel() for weight in weights.values()),
                 "steps": steps,
             }
         )

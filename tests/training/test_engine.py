@@ -30,6 +30,24 @@ def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
         assert result["owned"] == PARAMETERS, result
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_muon_is_torchs_own_although_its_matrices_are_divided(ranks):
+    """The steps are 1e-3; orthogonalizing in bf16 turns the rounding of gradients into differences of this size."""
+    for result in parity(ranks, "0:fp32:muon", "1:fp32:muon", "2:fp32:muon"):
+        assert result["weight"] < 4e-4, result
+        assert result["ema"] < 4e-5, result
+        assert result["skipped"] == [False, False, True, False], result
+        assert result["steps"] == 3, result
+        assert result["owned"] == result["trained"], result
+
+
+def test_an_adapter_is_trained_at_every_stage_and_nothing_else():
+    for result in parity(2, *(f"{stage}:fp32:adapter" for stage in range(4)), "1:bf16:adapter", "3:bf16:adapter"):
+        assert result["weight"] < (2e-5 if "fp32" in result["case"] else 8e-3), result
+        assert result["owned"] == result["trained"], result
+        assert result["skipped"] == [False, False, True, False], result
+
+
 def test_bf16_follows_within_its_precision():
     for result in parity(2, "0:bf16", "1:bf16", "2:bf16", "3:bf16"):
         assert result["weight"] < 8e-3, result

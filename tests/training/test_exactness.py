@@ -1,5 +1,7 @@
 """What keeps results exact and the same each time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,10 +38,11 @@ def test_tf32_is_what_the_config_says(monkeypatch, runs, wanted):
     def stop(*_):
         raise NotImplementedError
 
+    stage = SimpleNamespace(config=load_config(runs.config, [f"train.tf32={str(wanted).lower()}"]))
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     monkeypatch.setattr(parts, "_input_maker", stop)
     monkeypatch.setattr(matmul, "allow_tf32", not wanted)
     monkeypatch.setattr(cudnn, "allow_tf32", not wanted)
     with pytest.raises(NotImplementedError):
-        parts.build_parts(load_config(runs.config, [f"train.tf32={str(wanted).lower()}"]), None, None, None)
+        parts.build_parts([stage], [None], SimpleNamespace(run=None, world=None))
     assert matmul.allow_tf32 is cudnn.allow_tf32 is wanted

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
+from dico_t2i.data.remote import base_name, is_url
 from dico_t2i.encoders.local import MissingModelError, config_hash, read_json, reading, resolve
 from dico_t2i.encoders.text.clip import TOKENS, VOCABULARY, check_size, clip_size, open_clip_folder, seeded_size
 from dico_t2i.encoders.text.features import TextFeatures, TowerSize
@@ -19,6 +20,7 @@ from dico_t2i.encoders.text.tower import Tower
 __all__ = ["features", "files", "load", "seeded", "seeded_size", "size", "source"]
 
 _CARD = "open_clip_config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 KNOWN: dict[str, dict[str, Any]] = {}  # open_clip itself contains the settings of all its models
 
 
@@ -44,7 +46,7 @@ def files(config: TextTowerConfig) -> list[Path]:
 
 
 def source(config: TextTowerConfig) -> str:
-    """The folder, hub id or file that the tower comes from."""
+    """The folder, URL, hub id or file that the tower comes from."""
     if Path(config.pretrained).is_file():
         return config.pretrained
     return _place(config, _tag(config.model, config.pretrained))[0]
@@ -66,7 +68,7 @@ def load(config: TextTowerConfig) -> Tower:
         features,
         f"pretrained text tower {config.model} {config.pretrained} (open_clip, {activation})",
         {
-            "model": f"{config.model} {Path(config.pretrained).name}",
+            "model": f"{config.model} {base_name(config.pretrained)}",
             "weights": weights,
             "config": config_hash({**settings, "quick_gelu": quick_gelu}),
         },
@@ -125,7 +127,7 @@ def _tag(model: str, pretrained: str) -> dict[str, Any]:
     tag = tables.get_pretrained_cfg(model, pretrained)
     if not tag and "/" not in pretrained and not Path(pretrained).exists():
         raise ValueError(
-            f"text_encoder.pretrained: {pretrained!r} is not a file, folder, hub id or tag of {model}"
+            f"text_encoder.pretrained: {pretrained!r} is not a file, folder, hub id, URL or tag of {model}"
             f" (its tags are {', '.join(tables.list_pretrained_tags_by_model(model)) or 'none'})"
         )
     return tag
@@ -138,13 +140,16 @@ def _files(config: TextTowerConfig, tag: dict[str, Any]) -> list[Path]:
     name, file = _place(config, tag)
     names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     # A folder needs a config that says whether its weights use quick GELU. For a tag that is known, so a cache that
-    # open_clip has filled with the weights alone is enough.
-    card = (_CARD, *names) if tag else (_CARD,)
+    # open_clip has filled with the weights alone is enough; and a file is used as the user describes it.
+    card = (_CARD, *names) if tag or file else (_CARD,)
     return resolve(name, [names, card], "text_encoder.pretrained")
 
 
 def _place(config: TextTowerConfig, tag: dict[str, Any]) -> tuple[str, str]:
-    """The folder or hub id, and the name of the file in it, which is empty for open_clip's usual names."""
+    """The folder, URL or hub id, and the name of the file in it, which is empty for open_clip's usual names."""
+    if is_url(config.pretrained) and config.pretrained.endswith(_WEIGHTS):
+        folder, _, file = config.pretrained.rpartition("/")
+        return folder, file
     name, _, file = (tag.get("hf_hub") or f"{config.pretrained}/").rpartition("/")
     return name, file
 

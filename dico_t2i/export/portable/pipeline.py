@@ -4,7 +4,9 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,22 +19,28 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dico_t2i.config import SAMPLERS, DiffusionConfig, SamplerConfig, check_sampler
-from dico_t2i.diffusion.flow_samplers import StepHook
+from dico_t2i.diffusion.flow_samplers import Progress
+from dico_t2i.diffusion.given import GivenLatents, StepHook
 from dico_t2i.diffusion.guidance import guided
 from dico_t2i.diffusion.process import ModelFn
 from dico_t2i.diffusion.samplers import sample
 from dico_t2i.encoders.autoencoders import DECODE_CHUNK, to_uint8
 from dico_t2i.encoders.text.clip import TOKENS, clip_features
 from dico_t2i.encoders.text.features import TextFeatures
+from dico_t2i.models.adapter import merge_adapter, read_adapter
 from dico_t2i.randomness import check_seeds, normal
+from dico_t2i.sampling.given import Kept, begin_with, check_image_given, keep_pixels
 from dico_t2i.text_lines import check_text
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Prompts, classes, or the features of prompts.
+_Given = list[str] | list[int] | TextFeatures
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -79,6 +87,14 @@ class DiCoPipeline(DiffusionPipeline):
             id2label=id2label,
         )
 
+    def load_adapter(self, file: str | Path, scale: float = 1.0) -> None:
+        """Add an adapter (LoRA) of the network, a file that `dico export` wrote, to the weights; peft is not needed.
+
+        scale: its strength. Several adapters may be added one after the other; load the pipeline again to be rid of
+        them. Raises ValueError if the file is no adapter, or one of another network.
+        """
+        merge_adapter(dict(self.transformer.named_parameters()), read_adapter(Path(file)), scale)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -97,9 +113,21 @@ class DiCoPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        image: Image.Image | None = None,
+        strength: float | None = None,
+        mask_image: Image.Image | None = None,
     ) -> Any:
         """Make images of prompts, or of class_labels (numbers or names).
 
+        prompt_embeds, negative_prompt_embeds: (N, tokens, width), in place of the texts, and (1 or N, ...);
+        pooled_prompt_embeds, negative_pooled_prompt_embeds: (N, D) for a model that takes pooled text. See
+        ``encode_prompt``. image: an image to begin with, cropped and resized to height and width. strength: how far
+        results may depart from it, more than 0 and at most 1; 0.8 by default, or 1 with a mask. mask_image: white where
+        the image is made anew; all other pixels stay as they are.
         seed: the seed of the first image, from which the others count up, or a list with one for each image. Without
         it, seeds are drawn from ``generator`` (one, or a list with one for each image), or from torch's default one.
         sampler: iddpm, ddim or dpm++; for a flow euler, heun, dpm++ or euler_sde. output_type: pil, latent, or np
@@ -107,45 +135,90 @@ class DiCoPipeline(DiffusionPipeline):
         callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return different latents. Raises ValueError
         for arguments that do not fit the model.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
-        unknown = sorted({*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs})
-        if unknown:
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} unknown; use {known}")
-        given = self._given(prompt, class_labels)
+        self._check_call(output_type, callback_on_step_end_tensor_inputs)
+        check_image_given(image, strength, mask_image)
+        embeds = self._embeds(prompt_embeds, pooled_prompt_embeds, "prompt_embeds")
+        negative_embeds = self._embeds(negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_prompt_embeds")
+        given = self._given(prompt, class_labels, embeds)
         each = _whole("num_images_per_prompt", num_images_per_prompt, 1)
-        repeated = [one for one in given for _ in range(each)]
-        negatives = self._negatives(negative_prompt, len(given), each)
+        negatives = self._negatives(negative_prompt, negative_embeds, _count(given))
         config = self._sampler(sampler, num_inference_steps, guidance_scale)
-        own = sampler is not None or isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler)
-        if own:
-            check_sampler(DiffusionConfig(**self.config.diffusion), config)
+        own = self._samples_itself(sampler, config, image)
         device = self._execution_device
-        index = torch.tensor(_seeds(seed, generator, len(repeated)), device=device)
-        shape = (self.transformer.config.in_channels, *self._latent_size(height, width))
-        cond = self._conditioning(repeated, device)
-        null = self._null(negatives, device) if config.guidance != 1 else {}
-        steps = DiffusionConfig(**self.config.diffusion).steps
-        interval = (config.guidance_interval[0], config.guidance_interval[1])  # JSON made it a list
-        model_fn = guided(self.transformer, cond, null, config.guidance, config.guidance_channels, interval, steps)
+        index = torch.tensor(_seeds(seed, generator, _count(given) * each), device=device)
+        size = self._size(height, width)
+        scale = self.config.downscale
+        shape = (self.transformer.config.in_channels, size[0] // scale, size[1] // scale)
+        begun, kept = begin_with(image, strength, mask_image, size, scale, partial(self._mean_latents, device))
+        model_fn = self._guided(given, negatives, each, config, device)
+        hook = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._num_timesteps = config.steps
         with self.progress_bar(total=config.steps) as bar:
-
-            def on_step(step: int, timestep: float, latents: Tensor) -> Tensor:
-                bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
-
-            latents = (self._sample if own else self._sample_by_scheduler)(model_fn, config, index, shape, on_step)
-        images = latents if output_type == "latent" else self._images(latents, output_type)
+            report = partial(self._advance, bar)
+            if own:
+                latents = self._sample(model_fn, config, index, shape, report, hook, begun)
+            else:
+                latents = self._sample_by_scheduler(model_fn, config, index, shape, report, hook)
+        images = latents if output_type == "latent" else self._images(latents, output_type, kept)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The features of texts, for a call's prompt_embeds (N, tokens, width) and pooled_prompt_embeds (N, D)."""
+        features = self._encode(_texts("prompt", prompt), self._execution_device)
+        return features.tokens, features.pooled
+
+    def _check_call(self, output_type: str, inputs: Sequence[str]) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        unknown = sorted({*inputs} - {*self._callback_tensor_inputs})
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} unknown; use {known}")
+
+    def _samples_itself(self, sampler: str | None, config: SamplerConfig, image: Image.Image | None) -> bool:
+        """Whether a sampler of this pipeline is used, not the scheduler. Raises ValueError if it does not fit."""
+        own = sampler is not None or isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler)
+        if own:
+            check_sampler(DiffusionConfig(**self.config.diffusion), config)
+        elif image is not None:
+            known = ", ".join(SAMPLERS[DiffusionConfig(**self.config.diffusion).kind])
+            raise ValueError(f"image: it needs a sampler of this pipeline; give sampler=, one of {known}")
+        return own
+
+    def _guided(
+        self, given: _Given, negatives: _Given | None, each: int, config: SamplerConfig, device: torch.device
+    ) -> ModelFn:
+        """The network with its conditioning and guidance."""
+        cond = self._conditioning(given, each, device)
+        null = self._null(negatives, each, device) if config.guidance != 1 else {}
+        steps = DiffusionConfig(**self.config.diffusion).steps
+        interval = (config.guidance_interval[0], config.guidance_interval[1])  # JSON made it a list
+        return guided(self.transformer, cond, null, config.guidance, config.guidance_channels, interval, steps)
+
+    def _advance(self, bar: Any, done: int, total: int) -> None:
+        bar.total = self._num_timesteps = total
+        bar.update()
+
+    def _after_step(
+        self, callback: Callback | None, inputs: Sequence[str], step: int, timestep: float, latents: Tensor
+    ) -> Tensor:
+        """The latents that the callback returns, or those that it was given."""
+        if callback is None:
+            return latents
+        tensors = {"latents": latents} if "latents" in inputs else {}
+        return (callback(self, step, timestep, tensors) or {}).get("latents", latents)
+
     def _sample(
-        self, model_fn: ModelFn, config: SamplerConfig, index: Tensor, shape: Sequence[int], on_step: StepHook
+        self,
+        model_fn: ModelFn,
+        config: SamplerConfig,
+        index: Tensor,
+        shape: Sequence[int],
+        report: Progress,
+        on_step: StepHook,
+        begun: GivenLatents | None,
     ) -> Tensor:
         return sample(
             DiffusionConfig(**self.config.diffusion),
@@ -154,11 +227,19 @@ class DiCoPipeline(DiffusionPipeline):
             normal(0, "initial noise", index, shape),
             lambda step: normal(0, f"step noise {step}", index, shape),
             self.transformer.config.learn_sigma,
-            on_step=on_step,
+            report,
+            on_step,
+            begun,
         )
 
     def _sample_by_scheduler(
-        self, model_fn: ModelFn, config: SamplerConfig, index: Tensor, shape: Sequence[int], on_step: StepHook
+        self,
+        model_fn: ModelFn,
+        config: SamplerConfig,
+        index: Tensor,
+        shape: Sequence[int],
+        report: Progress,
+        on_step: StepHook,
     ) -> Tensor:
         """Sample by a scheduler of diffusers, from the prediction channels; its noise comes from the images' seeds."""
         scheduler = self.scheduler
@@ -170,10 +251,45 @@ class DiCoPipeline(DiffusionPipeline):
         for step, t in enumerate(scheduler.timesteps):
             prediction = model_fn(scheduler.scale_model_input(x, t), t.expand(len(x)))[:, : shape[0]]
             x = on_step(step, int(t), scheduler.step(prediction, t, x, **options).prev_sample)
+            report(step + 1, len(scheduler.timesteps))
         return x
 
-    def _given(self, prompt: str | Sequence[str] | None, labels: Any) -> list[str] | list[int]:
-        """The prompts, or the class numbers."""
+    def _mean_latents(self, device: torch.device, images: Tensor) -> Tensor:
+        """The posterior means of images, scaled: (N, 3, H, W) uint8 -> (N, C, h, w) float32."""
+        x = images.to(device).float() / 127.5 - 1
+        if self.vae is None:
+            self._check_vae()
+            return x
+        encoded = self.vae.encode(x.to(self.vae.dtype))
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+        return mean.float() * self.config.latent_scale
+
+    def _embeds(self, tokens: Tensor | None, pooled: Tensor | None, name: str) -> TextFeatures | None:
+        """Given features, or None. Raises ValueError if they do not have the network's shapes."""
+        if tokens is None:
+            if pooled is not None:
+                raise ValueError(f"{name}: they are missing; give them with the pooled ones")
+            return None
+        network = self.transformer.config
+        if network.condition == "class":
+            raise ValueError(f"{name}: this model takes classes, which have no features")
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            name: (tokens, (network.text_tokens, network.text_dim))
+        }
+        if network.pooled_text:
+            wanted[name.replace("prompt", "pooled_prompt")] = (pooled, (network.pooled_dim,))
+        for key, (found, shape) in wanted.items():
+            if found is None or tuple(found.shape) != (len(tokens), *shape) or not len(tokens):
+                got = "none" if found is None else tuple(found.shape)
+                raise ValueError(f"{key}: this model needs ({', '.join(map(str, ('N', *shape)))}), found {got}")
+        return TextFeatures(tokens, tokens[:, :0, 0] if pooled is None else pooled)
+
+    def _given(self, prompt: str | Sequence[str] | None, labels: Any, embeds: TextFeatures | None) -> _Given:
+        """The prompts, their features, or the class numbers."""
+        if embeds is not None:
+            if prompt is not None or labels is not None:
+                raise ValueError("prompt_embeds: they take the place of prompt; leave one of them out")
+            return embeds
         if self.transformer.config.condition == "text":
             if prompt is None or labels is not None:
                 raise ValueError("this model needs prompt, not class_labels")
@@ -203,17 +319,20 @@ class DiCoPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels: {label} must be in 0..{classes - 1}")
         return number
 
-    def _negatives(self, negative: str | Sequence[str] | None, prompts: int, each: int) -> list[str] | None:
-        """The negative prompt of each image, or None."""
-        if negative is None:
+    def _negatives(
+        self, negative: str | Sequence[str] | None, embeds: TextFeatures | None, count: int
+    ) -> _Given | None:
+        """The negative prompt of each prompt, one for all, or None."""
+        if negative is None and embeds is None:
             return None
         if self.transformer.config.condition == "class":
             raise ValueError("negative_prompt: this model takes classes, which have no negative prompt")
-        listed = _texts("negative_prompt", negative)
-        listed = listed * prompts if isinstance(negative, str) else listed
-        if len(listed) != prompts:
-            raise ValueError(f"negative_prompt: {len(listed)} for {prompts} prompts; give one, or one for each prompt")
-        return [one for one in listed for _ in range(each)]
+        if negative is not None and embeds is not None:
+            raise ValueError("negative_prompt_embeds: they take the place of negative_prompt; leave one of them out")
+        listed = embeds if embeds is not None else _texts("negative_prompt", negative)
+        if _count(listed) not in (1, count):
+            raise ValueError(f"negative_prompt: {_count(listed)} for {count} prompts; give one, or one for each prompt")
+        return listed
 
     def _sampler(self, kind: str | None, steps: int | None, guidance: float | None) -> SamplerConfig:
         changes = {"kind": kind, "steps": steps, "guidance": guidance}
@@ -226,33 +345,45 @@ class DiCoPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale: {guidance!r} is not a number of 0 or more; 1 is no guidance")
         return SamplerConfig(**{**self.config.sampler, **{k: v for k, v in changes.items() if v is not None}})
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        size = self.config.image_size
-        downscale = self.config.downscale
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The images' height and width in pixels."""
+        size, unit = self.config.image_size, 4 * self.config.downscale
         height = size if height is None else _whole("height", height, 1)
         width = size if width is None else _whole("width", width, 1)
-        if height % (4 * downscale) or width % (4 * downscale):
-            raise ValueError(f"height and width: {height}x{width} must be divisible by {4 * downscale}")
-        return height // downscale, width // downscale
+        if height % unit or width % unit:
+            raise ValueError(f"height and width: {height}x{width} must be divisible by {unit}")
+        return height, width
 
-    def _conditioning(self, given: list[str | int], device: torch.device) -> dict[str, Any]:
-        """The network's conditioning; each distinct prompt is encoded, and its kernels are computed, only once."""
+    def _conditioning(self, given: _Given, each: int, device: torch.device) -> dict[str, Any]:
+        """The network's conditioning, ``each`` times for each of the given.
+
+        Each distinct prompt is encoded, and its kernels are computed, only once.
+        """
         if self.transformer.config.condition == "class":
-            return {"cond": torch.tensor(given, device=device)}
-        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, given)))}
-        prepared = self._prepared(self._encode(list(numbers), device))
-        if len(numbers) == len(given):
+            return {"cond": torch.tensor(given, device=device).repeat_interleave(each)}
+        numbers = list(range(_count(given)))
+        if isinstance(given, TextFeatures):
+            features = TextFeatures(*(part.to(device, self.transformer.dtype) for part in given))
+        else:
+            distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, given)))}
+            numbers = [distinct[str(prompt)] for prompt in given]
+            features = self._encode(list(distinct), device)
+        prepared = self._prepared(features)
+        if each == 1 and len(features.tokens) == len(numbers):
             return prepared
-        rows = torch.tensor([numbers[str(prompt)] for prompt in given], device=device)
+        rows = torch.tensor(numbers, device=device).repeat_interleave(each)
         return tree_map(lambda values: values[rows], prepared)
 
-    def _null(self, negatives: list[str] | None, device: torch.device) -> dict[str, Any]:
+    def _null(self, negatives: _Given | None, each: int, device: torch.device) -> dict[str, Any]:
         """The null conditioning: one for all samples, or that of each sample's negative prompt."""
         if self.transformer.config.condition == "class":
             if not self.transformer.config.dropout_prob:
                 raise ValueError("guidance_scale: must be 1, since this model has no null class (dropout_prob: 0)")
             return {"cond": torch.full((1,), self.transformer.config.num_classes, device=device)}
-        return self._conditioning(list(negatives or [""]), device)
+        if negatives is None and self.text_encoder is None:
+            raise ValueError("negative_prompt_embeds: guidance needs them, since there is no text encoder")
+        chosen: _Given = [""] if negatives is None else negatives
+        return self._conditioning(chosen, 1 if _count(chosen) == 1 else each, device)
 
     def _prepared(self, features: TextFeatures) -> dict[str, Any]:
         """Compute everything from the text that is the same at every step.
@@ -276,11 +407,15 @@ class DiCoPipeline(DiffusionPipeline):
             )
         return features
 
-    def _images(self, latents: Tensor, output_type: str) -> Any:
+    def _images(self, latents: Tensor, output_type: str, kept: Kept | None) -> Any:
+        self._check_vae()
+        images = torch.cat([self._decode(part) for part in latents.split(DECODE_CHUNK)]).cpu()
+        images = keep_pixels(images, kept).float() / 255
+        return VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
+
+    def _check_vae(self) -> None:
         if self.vae is None and self.config.downscale != 1:
             raise ValueError("no vae: pass vae=... to from_pretrained, see README.md; output_type='latent' needs none")
-        images = torch.cat([self._decode(part) for part in latents.split(DECODE_CHUNK)]).cpu().float() / 255
-        return VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
@@ -303,6 +438,10 @@ def _seeds(
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds or generators for {count} images; give one, or one for each image")
     return seeds
+
+
+def _count(given: _Given) -> int:
+    return len(given.tokens) if isinstance(given, TextFeatures) else len(given)
 
 
 def _is_several(value: Any) -> bool:

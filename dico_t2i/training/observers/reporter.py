@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dico_t2i.command import shows_bars
 from dico_t2i.config import Config
 from dico_t2i.runs.log import LogWriter
 from dico_t2i.training.observers.tracking import Tracking
@@ -37,7 +38,7 @@ class Reporter:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[numbers]}"),
             console=self._console,
-            disable=not sys.stderr.isatty(),
+            disable=not shows_bars(self._console),
         )
         self._task = self._progress.add_task(config.name, total=total_steps, numbers="")
         self._progress.start()
