@@ -1,5 +1,6 @@
 """What keeps results exact and the same each time."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from dico_t2i.training import parts
 from dico_t2i.training.alignment import _weights
 from dico_t2i.training.observers.groups import group_sums
 from dico_t2i.training.observers.source_losses import SourceLosses
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_sums_of_groups():
@@ -34,11 +37,13 @@ def test_weights_of_resampling_are_made_once():
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_tf32_is_what_the_config_says(monkeypatch, runs, wanted):
+def test_tf32_is_what_the_config_says(monkeypatch, wanted):
     def stop(*_):
         raise NotImplementedError
 
-    stage = SimpleNamespace(config=load_config(runs.config, [f"train.tf32={str(wanted).lower()}"]))
+    stage = SimpleNamespace(
+        config=load_config(ROOT / "configs" / "quickstart.yaml", [f"train.tf32={str(wanted).lower()}"])
+    )
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     monkeypatch.setattr(parts, "_input_maker", stop)
     monkeypatch.setattr(matmul, "allow_tf32", not wanted)
