@@ -46,8 +46,11 @@ def test_tf32_is_what_the_config_says(monkeypatch, wanted):
     )
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     monkeypatch.setattr(parts, "_input_maker", stop)
-    monkeypatch.setattr(matmul, "allow_tf32", not wanted)
-    monkeypatch.setattr(cudnn, "allow_tf32", not wanted)
-    with pytest.raises(NotImplementedError):
-        parts.build_parts([stage], [None], SimpleNamespace(run=None, world=None))
-    assert matmul.allow_tf32 is cudnn.allow_tf32 is wanted
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = not wanted
+    try:
+        with pytest.raises(NotImplementedError):
+            parts.build_parts([stage], [None], SimpleNamespace(run=None, world=None))
+        assert matmul.allow_tf32 is cudnn.allow_tf32 is wanted
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
