@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     table = Table(*COLUMNS, title=f"{args.gpu}, {args.dtype}, batch {args.batch}: compiled and counted, not timed")
-    found = []
+    found: list[Row] = []
     for shape in track(SHAPES, "compiling", console=Console(stderr=True)):
         found += rows(args.only, (shape,), args.batch, getattr(torch, args.dtype), MACHINES[args.gpu])
     for each in found:
