@@ -65,6 +65,7 @@ def build_parts(
     """
     stage, index, run, world = stages[0], indexes[0], session.run, session.world
     config = stage.config
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     inputs = _input_maker(config, world, WORKING_DTYPE[config.train.precision])
     text_encoder = inputs.conditioner.text_encoder
     for later, its_index in zip(stages[1:], indexes[1:], strict=True):
