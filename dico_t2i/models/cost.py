@@ -30,19 +30,22 @@ def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices
 
     matrices: count only the weights of linear layers, which Muon updates.
     """
-    if adapter is None and not matrices:
-        return count_parameters(config)
+    return sum(trained_sizes(config, adapter, matrices))
+
+
+def trained_sizes(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool = False) -> tuple[int, ...]:
+    """The number of elements of each parameter that is trained; with ``matrices``, of each that Muon updates."""
     return _trained(config.model_copy(update={"checkpoint_stages": ()}), adapter, matrices)
 
 
 @cache
-def _trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool) -> int:
+def _trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool) -> tuple[int, ...]:
     with torch.device("meta"):
         network = build_network(config)
         if adapter:
             add_adapter(network, adapter)
     linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
-    return sum(p.numel() for p in network.parameters() if p.requires_grad and (not matrices or p in linear))
+    return tuple(p.numel() for p in network.parameters() if p.requires_grad and (not matrices or p in linear))
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:

@@ -199,8 +199,11 @@ class Trainer:
             batch, inputs = ahead.take()
             losses = self._losses(inputs)
             self.parts.sources.add(batch.sources, losses["loss"])
+            more = self.step + 1 < stage.last_step or number + 1 < accumulation
+            if more and self.engine.overlaps:  # since the backward pass then waits for the device
+                ahead.start()
             self.engine.backward(losses["loss"].mean())
-            if self.step + 1 < stage.last_step or number + 1 < accumulation:
+            if more:
                 ahead.start()
             norm = self.engine.step(rate)
             parts = [losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in names]
