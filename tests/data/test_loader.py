@@ -378,7 +378,7 @@ def test_captions_in_any_encoding_are_read_or_refused(members, caption):
 
 @pytest.mark.parametrize("condition", ["text", "class"])
 def test_data_workers_leave_the_gpu_alone(index, monkeypatch, condition):
-    """They are forks of a process that uses CUDA, in which any use of it fails; here any attempt to begin with it does."""
+    """They are forks of a process that uses CUDA, so that their first use of it would fail. Here it does."""
     batches, parent = loader(index, workers=2, condition=condition), os.getpid()
     for module, name in ((torch.cuda, "_lazy_init"), (torch.cuda, "is_available"), (torch._C, "_cuda_getDeviceCount")):
         original = getattr(module, name)
