@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         cases, published = _chosen(args, GPU if cuda and not args.quick else QUICK), []
     console = Console(width=max(_TABLE_WIDTH, Console().width))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # the same for all products in fp32
     peak = product_rate(device, torch.bfloat16 if cuda else torch.float32)
     setting = describe(device, rounds, peak)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,8 @@ class TrainConfig(Section):
     micro_batch: Positive = 32
     # The precision of the network's arithmetic; the optimizer always keeps fp32 weights.
     precision: Literal["bf16", "fp32"] = "bf16"
+    # Lets a GPU round the factors of products and convolutions in fp32 to TF32, which is faster and less exact.
+    tf32: Flag = False
     # The ZeRO stage of DeepSpeed: 1 divides the optimizer state among the ranks, 2 also the gradients, 3 also the
     # weights.
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1

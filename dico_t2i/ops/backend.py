@@ -7,6 +7,7 @@ gradient has the dtype of its input. An argument that is None leaves out that pa
 None as well.
 """
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
@@ -20,6 +21,8 @@ from torch import Tensor
 from dico_t2i.ops import native, native_scans, plain, plain_scans
 
 OPERATORS = "DICO_OPERATORS"
+
+logger = logging.getLogger(__name__)
 
 
 def backend(x: Tensor) -> ModuleType:
@@ -53,8 +56,17 @@ def _kernels(name: str) -> ModuleType:
 
 @cache
 def find_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
+    """Whether Triton is installed and can start kernels, for which it builds a module with the host's C compiler."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        import_module("triton.runtime").driver.active.get_current_device()
+    except Exception as error:  # of many kinds: no compiler, no headers of Python, no place to write
+        logger.warning(
+            "Triton cannot start kernels (%s), so the operators run through torch alone, which is slow", error
+        )
+        return False
+    return True
 
 
 def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
-"""The operators as Triton kernels, for GPUs. Their speed is not measured yet; docs/operators.md says what to expect.
+"""The operators as Triton kernels, for GPUs. Their speed is not measured yet; docs/performance.md says what to expect.
 
-One tile is a few pixels by all channels (norms, factors) or by a block of channels (convolutions). Each tile writes its
-sums over pixels, and torch adds them in a fixed order, without atomics, so that results are deterministic.
+A program walks over pixels with what it needs again in registers, and keeps its sums over pixels there until its end.
+torch adds the sums of several programs in a fixed order, without atomics, so that results are deterministic. Most
+programs are a single warp: then no sum over channels and no step of a walk has to wait for other warps.
 """
 
 import torch
@@ -11,19 +12,28 @@ from torch import Tensor
 
 from dico_t2i.ops.plain import NORM_EPS
 
-CHUNK = 32  # pixels that one program sums over
-CONV_PIXELS, CONV_CHANNELS = 64, 32  # tile of the 3x3 convolution
-TEXT_CHANNELS = 64  # two for each thread of a warp, which thus reads 128 bytes of bf16 at a time
-TEXT_PIXELS, TEXT_GRADIENT_PIXELS = 8, 4  # pixels that a thread holds of each of its rows
-TEXT_GROUPS = {5: 5, 7: 7, 9: 3}  # kernel size -> columns of taps whose gradients a thread holds; else 1
-OPTIMIZER_BLOCK = 1024
+CHUNK = 32  # pixels that one program of the norms and factors walks over
+WARP_TILE = 512  # numbers that a warp of theirs holds of a tensor
+CONV_TILE, CONV_PIXELS, CONV_GRADIENT_PIXELS = 128, 4, 2  # numbers of a warp; pixels that a thread holds of a row
+CONV_ROWS = 8  # the fewest that a program walks down
+TEXT_TILE, TEXT_PIXELS = 64, 8
+TAPS_TILE, TAPS_PIXELS, TAPS_ROWS = 32, 4, 2
+MULTIPROCESSORS = 132  # of an H100 and an H200
+FUSED = {"enable_fp_fusion": True}  # multiply-adds; the default of Triton is about to change
 
 
 # ---- LayerNorm over channels, with the residual before it and the modulation after it ----
 
 
 @triton.jit
-def _row_tile(first, last, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _chunk(pixels, chunk_pixels):
+    """The program's pixels of a sample, as first and last row of (N * H * W, C)."""
+    first = tl.program_id(1) * pixels + tl.program_id(0) * chunk_pixels
+    return first, tl.minimum(first + chunk_pixels, (tl.program_id(1) + 1) * pixels)
+
+
+@triton.jit
+def _row_tile(first, last, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Pixels ``first`` to ``first + ROWS``, masked at ``last``: indices (ROWS,), offsets and mask (ROWS, BLOCK)."""
     rows = first + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK)
@@ -37,269 +47,407 @@ def _load(pointer, offsets, mask):
 
 
 @triton.jit
+def _load_vector(pointer, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels of the program's sample, (1, BLOCK)."""
+    channels = tl.arange(0, BLOCK)[None, :]
+    return _load(pointer + tl.program_id(1) * C, channels, channels < C)
+
+
+@triton.jit
+def _store_sums(pointer, total, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's sums over pixels, of a tile, into (N, chunks, C)."""
+    channels = tl.arange(0, BLOCK)
+    at = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * C + channels
+    tl.store(pointer + at, tl.sum(total, 0), channels < C)
+
+
+@triton.jit
+def _both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _norm_forward(
-    x, branch, gate, shift, scale, residual, out, mean, rstd,
-    rows_total, pixels, C, eps,
+    x, branch, gate, shift, scale, residual, out, mean, rstd, pixels, eps, chunk_pixels,
     HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr, MODULATE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, at, mask = _row_tile(tl.program_id(0) * ROWS, rows_total, C, ROWS, BLOCK)
-    vectors = (rows // pixels)[:, None] * C + tl.arange(0, BLOCK)[None, :]
-    value = _load(x, at, mask)
-    if HAS_BRANCH:
-        added = _load(branch, at, mask)
-        if HAS_GATE:
-            added *= _load(gate, vectors, mask)
-        rounded = (value + added).to(residual.dtype.element_ty)  # round first, as backward sees the stored value
-        tl.store(residual + at, rounded, mask)
-        value = rounded.to(tl.float32)
-    average = tl.sum(value, 1) / C
-    centred = tl.where(mask, value - average[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
-    tl.store(mean + rows, average, rows < rows_total)
-    tl.store(rstd + rows, inverse, rows < rows_total)
-    normed = centred * inverse[:, None]
+    if HAS_GATE:
+        gates = _load_vector(gate, C, BLOCK)
     if MODULATE:
-        normed = normed * (1.0 + _load(scale, vectors, mask)) + _load(shift, vectors, mask)
-    tl.store(out + at, normed.to(out.dtype.element_ty), mask)
+        factor, offset = 1.0 + _load_vector(scale, C, BLOCK), _load_vector(shift, C, BLOCK)
+    known = tl.arange(0, BLOCK)[None, :] < C
+    first, last = _chunk(pixels, chunk_pixels)
+    for start in range(first, last, ROWS):
+        rows, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
+        value = _load(x, at, mask)
+        if HAS_BRANCH:
+            added = _load(branch, at, mask)
+            if HAS_GATE:
+                added *= gates
+            rounded = (value + added).to(residual.dtype.element_ty)  # round first, as backward sees the stored value
+            tl.store(residual + at, rounded, mask)
+            value = rounded.to(tl.float32)
+        average = tl.sum(value, 1) / C
+        centred = tl.where(known, value - average[:, None], 0.0)
+        inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+        tl.store(mean + rows, average, rows < last)
+        tl.store(rstd + rows, inverse, rows < last)
+        normed = centred * inverse[:, None]
+        if MODULATE:
+            normed = normed * factor + offset
+        tl.store(out + at, normed.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _norm_backward(
-    residual, mean, rstd, scale, branch, gate, grad_residual, grad_out, grad_x, grad_branch, sums,
-    pixels, C, chunk_pixels,
+    residual, mean, rstd, scale, branch, gate, grad_residual, grad_out, grad_x, grad_branch, sums, pixels, chunk_pixels,
     HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MODULATE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums (3, N, chunks, C), float32: the gradients of gate, shift and scale."""
-    chunk, n = tl.program_id(0), tl.program_id(1)
-    channels = tl.arange(0, BLOCK)
-    inside = channels < C
-    zero = tl.zeros((BLOCK,), tl.float32)
+    zero = tl.zeros((ROWS, BLOCK), tl.float32)
     gate_sum, shift_sum, scale_sum = zero, zero, zero
-    factor = zero + 1.0
     if MODULATE:
-        factor += _load(scale + n * C, channels, inside)
+        factor = 1.0 + _load_vector(scale, C, BLOCK)
     if HAS_GATE:
-        gates = _load(gate + n * C, channels, inside)
-    first = n * pixels + chunk * chunk_pixels
-    last = tl.minimum(first + chunk_pixels, (n + 1) * pixels)
+        gates = _load_vector(gate, C, BLOCK)
+    first, last = _chunk(pixels, chunk_pixels)
     for start in range(first, last, ROWS):
         rows, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
         grad = _load(grad_out, at, mask)
         average, inverse = _load(mean, rows, rows < last)[:, None], _load(rstd, rows, rows < last)[:, None]
-        normed = tl.where(mask, (_load(residual, at, mask) - average) * inverse, 0.0)
+        normed = (_load(residual, at, mask) - average) * inverse  # where it is masked, the gradient is 0
         if MODULATE:
-            shift_sum += tl.sum(grad, 0)
-            scale_sum += tl.sum(grad * normed, 0)
-            grad *= factor[None, :]
-        dot = tl.sum(grad * normed, 1)[:, None] / C
-        value = inverse * (grad - tl.sum(grad, 1)[:, None] / C - normed * dot)
+            shift_sum += grad
+            scale_sum += grad * normed
+            grad *= factor
+        total, dot = tl.reduce((grad, grad * normed), 1, _both)
+        value = inverse * (grad - total[:, None] / C - normed * (dot[:, None] / C))
         if HAS_RESIDUAL:
             value += _load(grad_residual, at, mask)
         tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask)
         if HAS_GATE:
-            gate_sum += tl.sum(value * _load(branch, at, mask), 0)
-            tl.store(grad_branch + at, (value * gates[None, :]).to(grad_branch.dtype.element_ty), mask)
-    at_sums = (n * tl.num_programs(0) + chunk) * C + channels
+            gate_sum += value * _load(branch, at, mask)
+            tl.store(grad_branch + at, (value * gates).to(grad_branch.dtype.element_ty), mask)
     plane = tl.num_programs(1) * tl.num_programs(0) * C
     if HAS_GATE:
-        tl.store(sums + at_sums, gate_sum, inside)
+        _store_sums(sums, gate_sum, C, BLOCK)
     if MODULATE:
-        tl.store(sums + plane + at_sums, shift_sum, inside)
-        tl.store(sums + 2 * plane + at_sums, scale_sum, inside)
+        _store_sums(sums + plane, shift_sum, C, BLOCK)
+        _store_sums(sums + 2 * plane, scale_sum, C, BLOCK)
 
 
 # ---- a factor for each sample and channel ----
 
 
 @triton.jit
-def _scale_forward(x, scale, base, out, rows_total, pixels, C, HAS_BASE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip  # noqa: E501
-    rows, at, mask = _row_tile(tl.program_id(0) * ROWS, rows_total, C, ROWS, BLOCK)
-    vectors = (rows // pixels)[:, None] * C + tl.arange(0, BLOCK)[None, :]
-    value = _load(x, at, mask) * _load(scale, vectors, mask)
-    if HAS_BASE:
-        value += _load(base, at, mask)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask)
+def _scale_forward(
+    x, scale, base, out, pixels, chunk_pixels,
+    HAS_BASE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    factor = _load_vector(scale, C, BLOCK)
+    first, last = _chunk(pixels, chunk_pixels)
+    for start in range(first, last, ROWS):
+        _, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
+        value = _load(x, at, mask) * factor
+        if HAS_BASE:
+            value += _load(base, at, mask)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
-def _scale_backward(x, scale, grad, grad_x, sums, pixels, C, chunk_pixels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_backward(
+    x, scale, grad, grad_x, sums, pixels, chunk_pixels, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """sums (N, chunks, C), float32: the gradient of scale."""
-    chunk, n = tl.program_id(0), tl.program_id(1)
-    channels = tl.arange(0, BLOCK)
-    factor = _load(scale + n * C, channels, channels < C)[None, :]
-    total = tl.zeros((BLOCK,), tl.float32)
-    first = n * pixels + chunk * chunk_pixels
-    last = tl.minimum(first + chunk_pixels, (n + 1) * pixels)
+    factor = _load_vector(scale, C, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    first, last = _chunk(pixels, chunk_pixels)
     for start in range(first, last, ROWS):
         _, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
         value = _load(grad, at, mask)
-        total += tl.sum(value * _load(x, at, mask), 0)
+        total += value * _load(x, at, mask)
         tl.store(grad_x + at, (value * factor).to(grad_x.dtype.element_ty), mask)
-    tl.store(sums + (n * tl.num_programs(0) + chunk) * C + channels, total, channels < C)
+    _store_sums(sums, total, C, BLOCK)
+
+
+# ---- what all convolutions share: a walk down the rows of a strip of columns ----
+
+
+@triton.jit
+def _strip(PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
+    """First columns (LANES, 1) of PIXELS each, and channels (1, CHANNELS), of a program (strip, channels, sample)."""
+    columns = (tl.program_id(0) * LANES + tl.arange(0, LANES)) * PIXELS
+    return columns[:, None], (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+
+
+@triton.jit
+def _load_row(pointer, row, columns, channels, H, W, C: tl.constexpr, COUNT: tl.constexpr):
+    """Load COUNT pixels of a row, from ``columns`` on, each (LANES, CHANNELS) in float32; 0 outside the image."""
+    pixels = ()
+    row = row + tl.zeros((1, 1), tl.int32)  # a tensor, in the interpreter as well
+    at = pointer + ((row * W + columns) * C + channels)
+    for p in tl.static_range(COUNT):
+        inside = (columns + p >= 0) & (columns + p < W) & (channels < C) & (row >= 0) & (row < H)
+        pixels = pixels + (tl.load(at + p * C, inside, other=0.0).to(tl.float32),)
+    return pixels
+
+
+@triton.jit
+def _store_row(pointer, values, row, columns, channels, H, W, C: tl.constexpr, COUNT: tl.constexpr):
+    """Store the first COUNT of ``values`` as pixels of a row, from ``columns`` on, where they are in the image."""
+    row = row + tl.zeros((1, 1), tl.int32)
+    at = pointer + ((row * W + columns) * C + channels)
+    for p in tl.static_range(COUNT):
+        inside = (columns + p < W) & (channels < C) & (row >= 0) & (row < H)
+        tl.store(at + p * C, values[p].to(pointer.dtype.element_ty), inside)
 
 
 # ---- depthwise 3x3, GELU, mean ----
 
 
 @triton.jit
-def _conv_tile(H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The tile of a program (pixels, channels, sample).
+def _load_taps(weight, channels, C: tl.constexpr, FLIPPED: tl.constexpr):
+    """The nine taps of ``weight`` (9, C), each in the shape of ``channels`` and in float32.
 
-    Returns row and column (PIXELS,), channels (CHANNELS,), offsets and mask (PIXELS, CHANNELS).
+    That shape is a whole tile: each thread then loads its own channels, at once.
     """
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = (pixel < H * W)[:, None] & (channels < C)[None, :]
-    at = (tl.program_id(2).to(tl.int64) * H * W + pixel)[:, None] * C + channels[None, :]
-    return pixel // W, pixel % W, channels, at, mask
-
-
-@triton.jit
-def _load_shifted(pointer, at, mask, row, column, i, j, H, W, C):
-    """Load the tile shifted by i pixels down and j to the right; it is 0 outside the image."""
-    inside = (row + i >= 0) & (row + i < H) & (column + j >= 0) & (column + j < W)
-    return tl.load(pointer + at + (i * W + j) * C, mask & inside[:, None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _convolve(x, weight, bias, at, mask, row, column, channels, H, W, C):
-    known = channels < C
-    value = tl.zeros(at.shape, tl.float32) + _load(bias, channels, known)[None, :]
+    taps = ()
     for tap in tl.static_range(9):
-        factor = _load(weight, channels * 9 + tap, known)
-        value += _load_shifted(x, at, mask, row, column, tap // 3 - 1, tap % 3 - 1, H, W, C) * factor[None, :]
-    return value
+        taps = taps + (_load(weight, (8 - tap if FLIPPED else tap) * C + channels, channels < C),)
+    return taps
 
 
 @triton.jit
-def _normal(x):
-    """The standard normal distribution function at x."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+def _spread(window, source, taps, fresh, PIXELS: tl.constexpr):
+    """Add what an input row gives to the output rows above, at and below it; the first of the three is then complete.
+
+    ``window`` has the first two, PIXELS of each; ``fresh`` is the start of the third. ``source`` has a pixel more at
+    either side.
+    """
+    sums = ()
+    for k in tl.static_range(3):
+        for p in tl.static_range(PIXELS):
+            value = window[k * PIXELS + p] if k < 2 else fresh
+            for j in tl.static_range(3):
+                value = tl.fma(source[p + j], taps[(2 - k) * 3 + j], value)
+            sums = sums + (value,)
+    return sums
 
 
 @triton.jit
-def _depthwise_forward(x, weight, bias, out, sums, H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """sums (N, tiles, C), float32: the sum of out over pixels."""
-    row, column, channels, at, mask = _conv_tile(H, W, C, PIXELS, CHANNELS)
-    value = _convolve(x, weight, bias, at, mask, row, column, channels, H, W, C)
-    value = tl.where(mask, value * _normal(value), 0.0)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask)
-    at_sums = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * C + channels
-    tl.store(sums + at_sums, tl.sum(value, 0), channels < C)
+def _tail(t):
+    """What the normal distribution has above t >= 0.
+
+    Its base-2 logarithm is a polynomial, fitted on 0 to 6.5 for the least error of the result, and of t times it: 7e-7.
+    Where t is larger, the result falls on to 0.
+    """
+    power = tl.fma(t, -5.028728628531098e-4, 7.300691679120064e-3)
+    power = tl.fma(t, tl.fma(t, power, -5.2388086915016174e-2), -0.45936816930770874)
+    return tl.exp2(tl.fma(t, tl.fma(t, power, -1.1510701179504395), -1.0))
 
 
 @triton.jit
-def _depthwise_slope(x, weight, bias, grad, grad_mean, before, H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _part(H, rows_each):
+    """Sample, and first and last row, of a program whose axis 2 counts parts of samples."""
+    parts = tl.cdiv(H, rows_each)
+    begin = tl.program_id(2) % parts * rows_each
+    return (tl.program_id(2) // parts).to(tl.int64), begin, tl.minimum(begin + rows_each, H)
+
+
+@triton.jit
+def _rows_before(x, begin, columns, channels, taps, fresh, H, W, C: tl.constexpr, PIXELS: tl.constexpr):
+    """The window of ``_spread`` with what the two rows above row begin + 1 give."""
+    window = (fresh,) * (2 * PIXELS)
+    for above in tl.static_range(2):
+        source = _load_row(x, begin - 1 + above, columns - 1, channels, H, W, C, PIXELS + 2)
+        window = _spread(window, source, taps, fresh, PIXELS)[PIXELS:]
+    return window
+
+
+@triton.jit
+def _depthwise_forward(
+    x, weight, bias, out, sums, H, W, rows_each,
+    C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """sums (N * parts * strips, C), float32: the sum of out over the pixels of each program."""
+    sample, begin, end = _part(H, rows_each)
+    columns, channels = _strip(PIXELS, LANES, CHANNELS)
+    start = sample * H * W * C
+    wide = tl.broadcast_to(channels, (LANES, CHANNELS))
+    taps = _load_taps(weight, wide, C, False)
+    zero = tl.zeros((LANES, CHANNELS), tl.float32)
+    fresh, total = _load(bias, wide, wide < C), zero
+    window = _rows_before(x + start, begin, columns, channels, taps, fresh, H, W, C, PIXELS)
+    for row in range(begin, end):
+        source = _load_row(x + start, row + 1, columns - 1, channels, H, W, C, PIXELS + 2)
+        rows = _spread(window, source, taps, fresh, PIXELS)
+        values = ()
+        for p in tl.static_range(PIXELS):
+            size = tl.abs(rows[p])
+            value = tl.maximum(rows[p], 0.0) - size * _tail(size)
+            values = values + (value,)
+            total = tl.fma(value, (columns + p < W).to(tl.float32), total)
+        _store_row(out + start, values, row, columns, channels, H, W, C, PIXELS)
+        window = rows[PIXELS:]
+    at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * C + channels
+    tl.store(sums + at, tl.sum(total, 0)[None, :], channels < C)
+
+
+@triton.jit
+def _depthwise_slope(
+    x, weight, bias, grad, grad_mean, before, H, W, rows_each,
+    C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Compute ``before``, the gradient of GELU's input."""
-    row, column, channels, at, mask = _conv_tile(H, W, C, PIXELS, CHANNELS)
-    value = _convolve(x, weight, bias, at, mask, row, column, channels, H, W, C)
-    slope = _normal(value) + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
-    pooled = _load(grad_mean + tl.program_id(2) * C, channels, channels < C) / (H * W)
-    result = (_load(grad, at, mask) + pooled[None, :]) * slope
-    tl.store(before + at, result.to(before.dtype.element_ty), mask)
+    sample, begin, end = _part(H, rows_each)
+    columns, channels = _strip(PIXELS, LANES, CHANNELS)
+    start = sample * H * W * C
+    wide = tl.broadcast_to(channels, (LANES, CHANNELS))
+    taps = _load_taps(weight, wide, C, False)
+    fresh = _load(bias, wide, wide < C)
+    pooled = _load(grad_mean + sample * C, wide, wide < C) / (H * W)
+    window = _rows_before(x + start, begin, columns, channels, taps, fresh, H, W, C, PIXELS)
+    for row in range(begin, end):
+        given = _load_row(grad + start, row, columns, channels, H, W, C, PIXELS)
+        source = _load_row(x + start, row + 1, columns - 1, channels, H, W, C, PIXELS + 2)
+        rows = _spread(window, source, taps, fresh, PIXELS)
+        values = ()
+        for p in tl.static_range(PIXELS):
+            size = tl.abs(rows[p])
+            density = tl.exp2(tl.fma(-0.7213475204444817 * size, size, -1.3257480647361595))
+            slope = tl.fma(-size, density, _tail(size))  # of GELU at -size; at size it is 1 minus that
+            slope = tl.where(rows[p] > 0, 1.0 - slope, slope)
+            values = values + ((given[p] + pooled) * slope,)
+        _store_row(before + start, values, row, columns, channels, H, W, C, PIXELS)
+        window = rows[PIXELS:]
 
 
 @triton.jit
-def _depthwise_backward(x, weight, before, grad_x, sums, H, W, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Both gradients use one shifted load. sums (N, tiles, 10, C), float32: gradients of the nine taps and the bias."""
-    row, column, channels, at, mask = _conv_tile(H, W, C, PIXELS, CHANNELS)
-    known = channels < C
-    source = _load(x, at, mask)
-    result = tl.zeros(at.shape, tl.float32)
-    at_sums = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 10 * C + channels
+def _depthwise_backward(
+    x, weight, before, grad_x, sums, H, W, rows_each,
+    C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Both gradients use one load of ``before``. sums (N * parts * strips, 10, C), float32: nine taps and the bias."""
+    sample, begin, end = _part(H, rows_each)
+    columns, channels = _strip(PIXELS, LANES, CHANNELS)
+    start = sample * H * W * C
+    wide = tl.broadcast_to(channels, (LANES, CHANNELS))
+    taps = _load_taps(weight, wide, C, True)
+    zero = tl.zeros((LANES, CHANNELS), tl.float32)
+    totals, bias_total = (zero,) * 9, zero
+    window = (zero,) * (2 * PIXELS)
+    inputs = (zero,) * (2 * PIXELS)  # of x, the row above that of ``before`` and the same; 0 where they are not ours
+    for row in range(begin - 1, end + 1):
+        source = _load_row(before + start, row, columns - 1, channels, H, W, C, PIXELS + 2)
+        inputs = inputs + _load_row(x + start, row + 1, columns, channels, end, W, C, PIXELS)
+        ours = ((row >= begin) & (row < end)).to(tl.float32)
+        for p in tl.static_range(PIXELS):
+            more = ()
+            for tap in tl.static_range(9):
+                more = more + (tl.fma(source[p + 2 - tap % 3], inputs[tap // 3 * PIXELS + p], totals[tap]),)
+            totals = more
+            bias_total = tl.fma(source[p + 1], ours, bias_total)
+        rows = _spread(window, source, taps, zero, PIXELS)
+        if row > begin:
+            _store_row(grad_x + start, rows, row - 1, columns, channels, H, W, C, PIXELS)
+        window, inputs = rows[PIXELS:], inputs[PIXELS:]
+    at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 10 * C + channels
     for tap in tl.static_range(9):
-        grad = _load_shifted(before, at, mask, row, column, 1 - tap // 3, 1 - tap % 3, H, W, C)
-        result += grad * _load(weight, channels * 9 + tap, known)[None, :]
-        tl.store(sums + at_sums + tap * C, tl.sum(grad * source, 0), known)
-        if tap == 4:
-            tl.store(sums + at_sums + 9 * C, tl.sum(grad, 0), known)
-    tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask)
+        tl.store(sums + at + tap * C, tl.sum(totals[tap], 0)[None, :], channels < C)
+    tl.store(sums + at + 9 * C, tl.sum(bias_total, 0)[None, :], channels < C)
 
 
 # ---- the text convolution ----
 
 
 @triton.jit
-def _load_row(pointer, sample, row, column, channels, H, W, C, COUNT: tl.constexpr):
-    """Load COUNT pixels of a row, starting at ``column``, each (CHANNELS,) in float32; 0 outside the image."""
-    pixels = ()
-    at = (sample * H + row) * W * C + channels
-    for p in tl.static_range(COUNT):
-        inside = (row >= 0) & (row < H) & (column + p >= 0) & (column + p < W)
-        value = tl.load(pointer + at + (column + p) * C, channels < C * inside, other=0.0)
-        pixels = pixels + (value.to(tl.float32),)
-    return pixels
+def _text_pack(
+    context, taps, T, C: tl.constexpr,
+    FLIPPED: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the taps as ``_text_forward`` reads them: (N, channel blocks, TAPS, CHANNELS) in float32."""
+    sample, lanes, tap = tl.program_id(1).to(tl.int64), tl.arange(0, CHANNELS), tl.arange(0, BLOCK)
+    channels = tl.program_id(0) * CHANNELS + lanes
+    token = tl.minimum(TAPS - 1 - tap if FLIPPED else tap, T - 1)
+    known = (tap < TAPS)[:, None]
+    value = _load(context + sample * T * C, token[:, None] * C + channels[None, :], known & (channels < C)[None, :])
+    at = (sample * tl.num_programs(0) + tl.program_id(0)) * TAPS * CHANNELS
+    tl.store(taps + at + (tap[:, None] * CHANNELS + lanes[None, :]), value, known & (lanes >= 0)[None, :])
 
 
 @triton.jit
 def _text_forward(
-    x, context, out, H, W, C, T, FLIPPED: tl.constexpr, K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
-):
+    x, taps, out, H, W,
+    C: tl.constexpr, K: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Each thread moves down PIXELS columns of two channels and holds the K output rows that a row contributes to.
 
-    The pixels that it loads of a row are used for K columns of taps and for all K output rows.
+    The pixels that it loads of a row are used for K columns of taps and for all K output rows; each tap that it loads,
+    for PIXELS pixels. The distances of the taps in memory are constants, so that loading one is one instruction.
     """
-    sample, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * PIXELS
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    tokens = context + sample * T * C + channels
-    zero = tl.zeros((CHANNELS,), tl.float32)
+    sample = tl.program_id(2).to(tl.int64)
+    columns, channels = _strip(PIXELS, LANES, CHANNELS)
+    start = sample * H * W * C
+    zero = tl.zeros((LANES, CHANNELS), tl.float32)
+    at_taps = taps + (sample * tl.num_programs(1) + tl.program_id(1)) * K * K * CHANNELS
+    at_taps += tl.broadcast_to(tl.arange(0, CHANNELS)[None, :], (LANES, CHANNELS))
     window = (zero,) * (K * PIXELS)  # output rows row - K // 2 to row + K // 2
-    for row in range(H + K // 2):
-        source = _load_row(x, sample, row, first - K // 2, channels, H, W, C, PIXELS + K - 1)
+    for row in range(H):
+        source = _load_row(x + start, row, columns - K // 2, channels, H, W, C, PIXELS + K - 1)
         for j in tl.static_range(K):
             sums = ()
             for k in tl.static_range(K):
-                tap = (K - 1 - k) * K + j
-                if FLIPPED:
-                    tap = K * K - 1 - tap
-                factor = _load(tokens, tl.minimum(tap, T - 1) * C, channels < C)
+                factor = tl.load(at_taps + ((K - 1 - k) * K + j) * CHANNELS)
                 for p in tl.static_range(PIXELS):
                     sums = sums + (tl.fma(source[p + j], factor, window[k * PIXELS + p]),)
             window = sums
         if row >= K // 2:
-            at = (sample * H + row - K // 2) * W * C + channels
-            for p in tl.static_range(PIXELS):
-                value = window[p].to(out.dtype.element_ty)
-                tl.store(out + at + (first + p) * C, value, channels < C * (first + p < W))
+            _store_row(out + start, window, row - K // 2, columns, channels, H, W, C, PIXELS)
         window = window[PIXELS:] + (zero,) * PIXELS
+    for k in tl.static_range(K // 2):
+        _store_row(out + start, window[k * PIXELS :], H - K // 2 + k, columns, channels, H, W, C, PIXELS)
 
 
 @triton.jit
 def _text_taps(
-    x, grad, sums, H, W, C, columns_each,
-    K: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, grad, sums, H, W, T, columns_each,
+    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the kernels, (tiles, N, K * K, C) in float32; a program computes K rows and GROUP columns of taps.
+    """Gradients of the tokens, (tiles, N, T, C); those of the taps that repeat the last token are summed.
 
-    A thread holds K rows of the output gradient, PIXELS wide, and combines each input row that it loads with all of
-    them.
+    A thread holds the gradients of all taps of its channel and K - 1 + ROWS rows of the output gradient, PIXELS wide,
+    and combines each input row that it loads with K of them.
     """
-    sample = (tl.program_id(2) // (K // GROUP)).to(tl.int64)
-    first_tap = tl.program_id(2) % (K // GROUP) * GROUP
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    sample = tl.program_id(2).to(tl.int64)
+    start = sample * H * W * C
+    channels = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     begin = tl.program_id(0) * columns_each
-    zero = tl.zeros((CHANNELS,), tl.float32)
-    total = (zero,) * (K * GROUP)
+    zero = tl.zeros((1, CHANNELS), tl.float32)
+    total = (zero,) * (K * K)
     for first in range(begin, tl.minimum(begin + columns_each, W), PIXELS):
-        window = (zero,) * (PIXELS * (K // 2 + 1))  # K // 2 + 1 rows of zeros; then rows 0 to K // 2 - 1
+        window = (zero,) * (PIXELS * (K // 2))  # rows above the image; then rows 0 to K // 2 - 1
         for k in tl.static_range(K // 2):
-            window = window + _load_row(grad, sample, k, first, channels, H, W, C, PIXELS)
-        for row in range(H):
-            window = window[PIXELS:] + _load_row(grad, sample, row + K // 2, first, channels, H, W, C, PIXELS)
-            source = _load_row(x, sample, row, first + first_tap - K // 2, channels, H, W, C, PIXELS + GROUP - 1)
-            for p in tl.static_range(PIXELS):
-                more = ()
-                for k in tl.static_range(K * GROUP):
-                    gradient = window[(K - 1 - k // GROUP) * PIXELS + p]
-                    more = more + (tl.fma(source[p + k % GROUP], gradient, total[k]),)
-                total = more
-    samples = tl.num_programs(2) // (K // GROUP)
-    at = (tl.program_id(0) * samples + sample) * K * K * C + channels
-    for k in tl.static_range(K * GROUP):
-        tap = k // GROUP * K + first_tap + k % GROUP
-        tl.store(sums + at + tap * C, total[k], channels < C)
+            window = window + _load_row(grad + start, k, first, channels, H, W, C, PIXELS)
+        for above in range(0, H, ROWS):
+            for r in tl.static_range(ROWS):
+                window = window + _load_row(grad + start, above + r + K // 2, first, channels, H, W, C, PIXELS)
+            for r in tl.static_range(ROWS):
+                source = _load_row(x + start, above + r, first - K // 2, channels, H, W, C, PIXELS + K - 1)
+                for p in tl.static_range(PIXELS):
+                    more = ()
+                    for k in tl.static_range(K * K):
+                        gradient = window[(K - 1 + r - k // K) * PIXELS + p]
+                        more = more + (tl.fma(source[p + k % K], gradient, total[k]),)
+                    total = more
+            window = window[ROWS * PIXELS :]
+    at = sums + (tl.program_id(0) * tl.num_programs(2) + sample) * T * C + channels
+    last, before_last = zero, tl.zeros((1, CHANNELS), tl.int32) + (T - 1)
+    for k in tl.static_range(K * K):
+        tl.store(at + k * C, total[k].to(sums.dtype.element_ty), (channels < C) & (k < before_last))
+        last += tl.where(k < before_last, 0.0, total[k])
+    tl.store(at + (T - 1) * C, last.to(sums.dtype.element_ty), channels < C)
 
 
 # ---- The interface that ``plain`` and ``native`` have as well ----
@@ -308,12 +456,34 @@ def _text_taps(
 def _rows(C: int) -> dict[str, int]:
     """Tile size and number of warps of a kernel whose tile holds all channels."""
     block = triton.next_power_of_2(C)
-    rows = max(1, 2048 // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": 4 if rows * block <= 2048 else 8}
+    return {
+        "C": C,
+        "ROWS": max(1, WARP_TILE // block),
+        "BLOCK": block,
+        "num_warps": max(1, block // WARP_TILE),
+        **FUSED,
+    }
 
 
-def _tile() -> dict[str, int]:
-    return {"PIXELS": CONV_PIXELS, "CHANNELS": CONV_CHANNELS}
+def _parts(programs: int, warps: int, most: int) -> int:
+    """Into how many parts to cut each program of one warp, so that each multiprocessor has about ``warps`` of them."""
+    return max(1, min(most, triton.cdiv(MULTIPROCESSORS * warps, programs)))
+
+
+def _strips(x: Tensor, tile: int, pixels: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid (strips, channel blocks, N) and tile of a kernel that walks down rows, ``pixels`` columns in a thread."""
+    N, _, W, C = x.shape
+    lanes = min(triton.next_power_of_2(triton.cdiv(W, pixels)), tile // 32)
+    grid = (triton.cdiv(W, lanes * pixels), triton.cdiv(C, tile // lanes), N)
+    return grid, {"C": C, "PIXELS": pixels, "LANES": lanes, "CHANNELS": tile // lanes, "num_warps": 1, **FUSED}
+
+
+def _depthwise_strips(x: Tensor, pixels: int) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Grid (strips, channel blocks, N * parts), the rows of a part, and the tile."""
+    (strips, blocks, N), tile = _strips(x, CONV_TILE, pixels)
+    H = x.shape[1]
+    rows_each = triton.cdiv(H, _parts(strips * blocks * N, 24, triton.cdiv(H, CONV_ROWS)))
+    return (strips, blocks, N * triton.cdiv(H, rows_each)), rows_each, tile
 
 
 def _vector(vector: Tensor | None) -> Tensor | None:
@@ -331,10 +501,9 @@ def norm_forward(
     N, H, W, C = x.shape
     residual, out = None if branch is None else torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (torch.empty(N, H, W, dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = _rows(C)
-    _norm_forward[triton.cdiv(N * H * W, tile["ROWS"]),](
-        x, branch, *map(_vector, (gate, shift, scale)), residual, out, mean, rstd, N * H * W, H * W, C, NORM_EPS,
-        HAS_BRANCH=branch is not None, HAS_GATE=gate is not None, MODULATE=scale is not None, **tile,
+    _norm_forward[triton.cdiv(H * W, CHUNK), N](
+        x, branch, *map(_vector, (gate, shift, scale)), residual, out, mean, rstd, H * W, NORM_EPS, CHUNK,
+        HAS_BRANCH=branch is not None, HAS_GATE=gate is not None, MODULATE=scale is not None, **_rows(C),
     )  # fmt: skip
     return residual, out, mean, rstd
 
@@ -355,7 +524,7 @@ def norm_backward(
     sums = torch.empty(3, N, chunks, C, dtype=torch.float32, device=residual.device)
     _norm_backward[chunks, N](
         residual, mean, rstd, _vector(scale), branch, _vector(gate), grad_residual, grad_out, grad_x, grad_branch, sums,
-        H * W, C, CHUNK,
+        H * W, CHUNK,
         HAS_GATE=gate is not None, HAS_RESIDUAL=grad_residual is not None, MODULATE=scale is not None, **_rows(C),
     )  # fmt: skip
     return grad_x, grad_branch, _as(gate, sums[0]), _as(scale, sums[1]), _as(scale, sums[2])
@@ -363,9 +532,9 @@ def norm_backward(
 
 def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
     N, H, W, C = x.shape
-    out, tile = torch.empty_like(x), _rows(C)
-    grid = (triton.cdiv(N * H * W, tile["ROWS"]),)
-    _scale_forward[grid](x, _vector(scale), base, out, N * H * W, H * W, C, HAS_BASE=base is not None, **tile)
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(H * W, CHUNK), N)
+    _scale_forward[grid](x, _vector(scale), base, out, H * W, CHUNK, HAS_BASE=base is not None, **_rows(C))
     return out
 
 
@@ -373,31 +542,35 @@ def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tens
     N, H, W, C = x.shape
     chunks = triton.cdiv(H * W, CHUNK)
     grad_x, sums = torch.empty_like(x), torch.empty(N, chunks, C, dtype=torch.float32, device=x.device)
-    _scale_backward[chunks, N](x, _vector(scale), grad, grad_x, sums, H * W, C, CHUNK, **_rows(C))
+    _scale_backward[chunks, N](x, _vector(scale), grad, grad_x, sums, H * W, CHUNK, **_rows(C))
     return grad_x, sums.sum(1).to(scale.dtype)
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     N, H, W, C = x.shape
-    tiles = triton.cdiv(H * W, CONV_PIXELS)
-    out, sums = torch.empty_like(x), torch.empty(N, tiles, C, dtype=torch.float32, device=x.device)
-    grid = (tiles, triton.cdiv(C, CONV_CHANNELS), N)
-    _depthwise_forward[grid](x, weight.contiguous(), bias, out, sums, H, W, C, **_tile())
-    return out, (sums.sum(1) / (H * W)).to(x.dtype)
+    grid, rows_each, tile = _depthwise_strips(x, CONV_PIXELS)
+    out, sums = torch.empty_like(x), torch.empty(grid[2] * grid[0], C, dtype=torch.float32, device=x.device)
+    _depthwise_forward[grid](x, _taps_first(weight), bias, out, sums, H, W, rows_each, **tile)
+    return out, (sums.view(N, -1, C).sum(1) / (H * W)).to(x.dtype)
 
 
 def depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N, H, W, C = x.shape
-    tiles, weight = triton.cdiv(H * W, CONV_PIXELS), weight.contiguous()
-    before, grad_x = torch.empty_like(x), torch.empty_like(x)
-    sums = torch.empty(N * tiles, 10, C, dtype=torch.float32, device=x.device)
-    grid = (tiles, triton.cdiv(C, CONV_CHANNELS), N)
-    _depthwise_slope[grid](x, weight, bias, grad, grad_mean.contiguous(), before, H, W, C, **_tile())
-    _depthwise_backward[grid](x, weight, before, grad_x, sums, H, W, C, **_tile())
-    grad_weight, grad_bias = sums[:, :9].sum(0).T.reshape(weight.shape), sums[:, 9].sum(0)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    _, H, W, C = x.shape
+    taps, before, grad_x = _taps_first(weight), torch.empty_like(x), torch.empty_like(x)
+    grid, rows_each, tile = _depthwise_strips(x, CONV_PIXELS)
+    _depthwise_slope[grid](x, taps, bias, grad, grad_mean.contiguous(), before, H, W, rows_each, **tile)
+    grid, rows_each, tile = _depthwise_strips(x, CONV_GRADIENT_PIXELS)
+    sums = torch.empty(grid[2] * grid[0], 10, C, dtype=torch.float32, device=x.device)
+    _depthwise_backward[grid](x, taps, before, grad_x, sums, H, W, rows_each, **tile)
+    total = sums.sum(0)
+    return grad_x, total[:9].T.reshape(weight.shape).to(weight.dtype), total[9].to(bias.dtype)
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """(C, 1, 3, 3) -> (9, C), so that a thread loads one tap of several channels at once."""
+    return weight.reshape(-1, 9).T.contiguous()
 
 
 def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
@@ -412,25 +585,27 @@ def text_backward(
 
 
 def _correlate(x: Tensor, context: Tensor, kernel: int, *, flipped: bool) -> Tensor:
-    N, H, W, C = x.shape
-    out = torch.empty_like(x)
-    _text_forward[triton.cdiv(W, TEXT_PIXELS), triton.cdiv(C, TEXT_CHANNELS), N](
-        x, context, out, H, W, C, context.shape[1],
-        FLIPPED=flipped, K=kernel, PIXELS=TEXT_PIXELS, CHANNELS=TEXT_CHANNELS, num_warps=1,
+    (N, H, W, C), T = x.shape, context.shape[1]
+    (strips, blocks, _), tile = _strips(x, TEXT_TILE, TEXT_PIXELS)
+    count, channels, out = kernel**2, tile["CHANNELS"], torch.empty_like(x)
+    taps = torch.empty(N, blocks, count, channels, dtype=torch.float32, device=x.device)
+    _text_pack[blocks, N](
+        context, taps, T, C,
+        FLIPPED=flipped, TAPS=count, BLOCK=triton.next_power_of_2(count), CHANNELS=channels, **FUSED,
     )  # fmt: skip
+    _text_forward[strips, blocks, N](x, taps, out, H, W, K=kernel, **tile)
     return out
 
 
 def _token_gradient(x: Tensor, context: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """The gradient of the tokens; the gradients of the taps that repeat the last token are summed."""
-    (N, H, W, C), T, group = x.shape, context.shape[1], TEXT_GROUPS.get(kernel, 1)
-    columns = 8 if N * C < 132 * 16 * TEXT_CHANNELS else 32  # small batches need more tiles to fill the GPU
+    (N, H, W, C), T = x.shape, context.shape[1]
+    blocks = triton.cdiv(C, TAPS_TILE)
+    parts = _parts(blocks * N, 8, triton.cdiv(W, TAPS_PIXELS))
+    columns = triton.cdiv(triton.cdiv(W, parts), TAPS_PIXELS) * TAPS_PIXELS
     tiles = triton.cdiv(W, columns)
-    sums = torch.empty(tiles, N, kernel**2, C, dtype=torch.float32, device=x.device)
-    _text_taps[tiles, triton.cdiv(C, TEXT_CHANNELS), N * (kernel // group)](
-        x, grad, sums, H, W, C, columns,
-        K=kernel, GROUP=group, PIXELS=TEXT_GRADIENT_PIXELS, CHANNELS=TEXT_CHANNELS, num_warps=1,
+    sums = torch.empty(tiles, N, T, C, dtype=context.dtype if tiles == 1 else torch.float32, device=x.device)
+    _text_taps[tiles, blocks, N](
+        x, grad, sums, H, W, T, columns,
+        C=C, K=kernel, ROWS=TAPS_ROWS, PIXELS=TAPS_PIXELS, CHANNELS=TAPS_TILE, num_warps=1, **FUSED,
     )  # fmt: skip
-    taps = sums.sum(0)
-    tokens = torch.cat((taps[:, : T - 1], taps[:, T - 1 :].sum(1, keepdim=True)), dim=1)
-    return tokens.to(context.dtype)
+    return sums[0] if tiles == 1 else sums.sum(0).to(context.dtype)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dico_t2i.ops.kernels import FUSED
 from dico_t2i.ops.plain_scans import GLA_CHUNK, SCAN_CHUNK
 
 SCAN_CHANNELS = 16  # of a program
@@ -139,7 +140,7 @@ def gla_forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor,
     out, state = torch.empty_like(v), torch.empty(N, H, K, V, dtype=torch.float32, device=v.device)
     tile = _gla_tile(K, min(V, 64), v)
     grid = (N * H, triton.cdiv(V, tile["VALUES"]))
-    _gla_forward[grid](q, k, v, gates, out, state, L, H, K, V, K**-0.5, **tile)
+    _gla_forward[grid](q, k, v, gates, out, state, L, H, K, V, K**-0.5, **tile, **FUSED)
     return out, state
 
 
@@ -150,10 +151,11 @@ def gla_backward(
     scale, tile = K**-0.5, _gla_tile(K, V, v)
     grad_q, grad_k = (torch.empty(q.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     grad_v = torch.empty_like(v)
-    _gla_backward_q[N * H,](k, v, gates, grad, grad_q, L, H, K, V, **tile)
+    _gla_backward_q[N * H,](k, v, gates, grad, grad_q, L, H, K, V, **tile, **FUSED)
     _gla_backward_kv[N * H,](
-        q, k, v, gates, grad, grad_state, grad_k, grad_v, L, H, K, V, scale, HAS_STATE=grad_state is not None, **tile
-    )
+        q, k, v, gates, grad, grad_state, grad_k, grad_v, L, H, K, V, scale,
+        HAS_STATE=grad_state is not None, **tile, **FUSED,
+    )  # fmt: skip
     through = scale * q * grad_q - k * grad_k
     grad_gates = through.flip(1).cumsum(1).flip(1)
     if grad_state is not None:
@@ -326,7 +328,7 @@ def scan_forward(
     states = torch.empty(N, triton.cdiv(L, SCAN_CHUNK), n, E, dtype=torch.float32, device=u.device)
     out = torch.empty_like(u)
     grid = (N, triton.cdiv(E, SCAN_CHANNELS))
-    _scan_forward[grid](u, delta, A, B, C, D, z, bias, out, states, L, E, n, **_scan_tile(n, backwards))
+    _scan_forward[grid](u, delta, A, B, C, D, z, bias, out, states, L, E, n, **_scan_tile(n, backwards), **FUSED)
     return out, states
 
 
@@ -354,7 +356,7 @@ def scan_backward(
     _scan_backward[N, blocks](
         u, delta, A, B, C, D, z, bias, states, grad,
         grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, N, L, E, n,
-        **_scan_tile(n, backwards),
+        **_scan_tile(n, backwards), **FUSED,
     )  # fmt: skip
     summed = (grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_D.sum(0))
     return grad_u, grad_delta, *summed, grad_z, grad_bias.sum(0)

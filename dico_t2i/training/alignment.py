@@ -8,6 +8,7 @@ The projector is a child of the network with the name PROJECTOR, so that the eng
 it with the network. Code that reads the network from a checkpoint leaves it out.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,14 +79,18 @@ def resample(x: Tensor, rows: int, columns: int) -> Tensor:
     """
     if x.shape[1:3] == (rows, columns):
         return x
-    down, across = _weights(x.shape[1], rows).to(x), _weights(x.shape[2], columns).to(x)
+    down, across = (_weights(*sizes, x.dtype, x.device) for sizes in ((x.shape[1], rows), (x.shape[2], columns)))
     return torch.einsum("ph,qw,nhwd->npqd", down, across, x)
 
 
-def _weights(source: int, target: int) -> Tensor:
-    """The weight of each source in each target, (target, source)."""
+@cache
+def _weights(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weight of each source in each target, (target, source).
+
+    It is computed in float64 and kept: copying it to a GPU for each micro-batch would make the host wait.
+    """
     units = torch.eye(source, dtype=torch.float64)[None, None]
-    return F.interpolate(units, size=(source, target), mode="bilinear", antialias=True)[0, 0].T
+    return F.interpolate(units, size=(source, target), mode="bilinear", antialias=True)[0, 0].T.to(device, dtype)
 
 
 def token_side(config: Config) -> int:

@@ -95,8 +95,8 @@ def contender(
     """A network at work: a training step (forward, backward, AdamW, average of the weights), or one pass.
 
     All networks make a pass in the working dtype of ours. All are trained like ours, except "plain" and those under
-    "autocast": they have fp32 weights (with TF32 convolutions on a GPU, cuDNN's default). how: "autocast" runs them
-    under bf16 autocast, "compiled" also under torch.compile (ours: block by block).
+    "autocast": they have fp32 weights. how: "autocast" runs them under bf16 autocast, "compiled" also under
+    torch.compile (ours: block by block).
     """
     with setting.device:
         network = network_of(kind, setting).to(setting.device)

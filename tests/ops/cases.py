@@ -92,6 +92,8 @@ def main(name: str) -> None:
         "bfloat16": errors(module, (1, 5, 7, 70), torch.bfloat16, tokens=()),
         "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
         "wide": errors(module, (1, 2, 10, 3), torch.float32, tokens=(40,)),
+        "parts": errors(module, (1, 17, 5, 40), torch.float32, tokens=()),
+        "strips": text_errors(module, (2, 2, 18, 40), torch.float32, (77,)),
         "text 5": text_errors(module, (1, 3, 2, 70), torch.float32, (25,), 5),
         "text 11": text_errors(module, (1, 1, 2, 3), torch.float32, (77,), 11),
     }

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dico_t2i import ops
 from dico_t2i.models.blocks import Block, TextConvolution, TextProjection
-from dico_t2i.ops import native, plain, reference
+from dico_t2i.ops import backend, native, plain, reference
 from tests.ops.cases import errors, text_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,6 +151,22 @@ def test_without_a_compiler_torch_takes_over(monkeypatch, caplog, tmp_path, comp
         native.library.cache_clear()
     assert len(caplog.records) == (1 if compiler else 0)
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), OSError("no space left")])
+def test_where_triton_cannot_start_kernels_torch_takes_over(monkeypatch, caplog, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "import_module", fail)
+    backend.find_triton.cache_clear()
+    try:
+        assert [backend.find_triton() for _ in range(2)] == [False, False]
+    finally:
+        backend.find_triton.cache_clear()
+    (record,) = caplog.records
+    assert str(error) in record.getMessage()
 
 
 def block_and_inputs():

@@ -18,6 +18,7 @@ from dico_t2i.data.checks import check_data
 from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.sources import load_data, make_order
 from dico_t2i.training.inputs import InputMaker
+from dico_t2i.training.observers.groups import group_sums
 from dico_t2i.training.ranks.distributed import World
 
 
@@ -57,7 +58,8 @@ class Validation:
             band = position % len(self.timesteps)
             losses = self._losses(model, batch, position, self.timesteps.to(position.device)[band])
             parts = [losses.get(key, torch.zeros_like(losses["loss"])) for key in ("loss", "mse", "vb")]
-            sums.index_add_(0, band, torch.stack([*parts, torch.ones_like(parts[0])], dim=1).double())
+            values = torch.stack([*parts, torch.ones_like(parts[0])], dim=1).double()
+            sums += group_sums(values, band, len(self.timesteps))
         dist.all_reduce(sums)
         loss, mse, vb, _ = (sums.sum(0) / sums[:, 3].sum()).tolist()
         by_band = (sums[:, 0] / sums[:, 3]).tolist()
