@@ -56,8 +56,12 @@ def equal_time(configs: Sequence[Config], seconds: Sequence[float]) -> list[list
         if config.stages or not config.train.duration.steps:
             raise ValueError(f"--equal time: {config.name} has stages, or no train.duration.steps; use --equal steps")
     budget = (configs[0].train.duration.steps or 0) * seconds[0]
-    steps = [round(budget / each) for each in seconds]
-    return [[f"train.duration.steps={count}", f"validation.every.steps={count}"] for count in steps]
+    changes = []
+    for config, each in zip(configs, seconds, strict=True):
+        steps = round(budget / each)
+        own = steps == config.train.duration.steps
+        changes.append([] if own else [f"train.duration.steps={steps}", f"validation.every.steps={steps}"])
+    return changes
 
 
 def measure(file: Path, run: Path, seed: int, overrides: Sequence[str], prompts: int) -> dict[str, float]:
@@ -138,13 +142,13 @@ def _shown(key: str, number: dict[str, Any]) -> str:
     return f"{number['mean']:{form}} ± {number['interval']:{form}}"
 
 
-def _step_seconds(files: Sequence[Path], configs: Sequence[Config], kept: Path) -> list[float]:
+def _step_seconds(names: Sequence[str], configs: Sequence[Config], kept: Path) -> list[float]:
     """CPU seconds of a step of each config: those that are kept in a file, if it has all, so that runs can resume."""
     found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
-    if not set(map(str, files)) <= found.keys():
-        found = dict(zip(map(str, files), step_seconds(configs, ROUNDS), strict=True))
+    if not set(names) <= found.keys():
+        found = dict(zip(names, step_seconds(configs, ROUNDS), strict=True))
         kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return [found[str(file)] for file in files]
+    return [found[name] for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.runs.mkdir(parents=True, exist_ok=True)
     changes: dict[str, list[list[str]]] = {"steps": [[] for _ in configs]}
     if "time" in args.equal:
-        changes["time"] = equal_time(configs, _step_seconds(files, configs, args.runs / "step_seconds.json"))
+        names = [" ".join([str(file), *args.set]) for file in files]
+        changes["time"] = equal_time(configs, _step_seconds(names, configs, args.runs / "step_seconds.json"))
     tables: dict[str, list[dict[str, Any]]] = {}
     for equal in args.equal:
         tables[equal] = []

@@ -202,6 +202,8 @@ class DiCoConfig(NetworkConfig):
     def _slots(self) -> DiCoConfig:
         if not self.has_slots and (self.text_slots, self.text_slot_width) != (8, None):
             raise ValueError("text_slots: they are for text_fusion: routed and for text_summary; leave them out")
+        if self.text_summary and self.condition == "class":
+            raise ValueError("text_summary: it needs condition: text; leave it out")
         return self
 
     @model_validator(mode="after")

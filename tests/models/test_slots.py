@@ -123,3 +123,8 @@ def test_work_is_counted():
 def test_what_does_not_fit_is_named(options, message):
     with pytest.raises(ValidationError, match=message):
         DiCoConfig(**SMALL, condition="text", **options)
+
+
+def test_a_summary_needs_text():
+    with pytest.raises(ValidationError, match="text_summary: it needs condition: text"):
+        DiCoConfig(**SMALL, text_summary=True)
