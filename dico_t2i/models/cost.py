@@ -49,11 +49,7 @@ def _built_parameters(config: NetworkConfig, adapter: AdapterConfig | None) -> t
         if adapter:
             add_adapter(network, adapter)
     linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
-<<<<<<< HEAD
     return tuple(_Parameter(p.numel(), p.requires_grad, p in linear) for p in network.parameters())
-=======
-    return tuple(p.numel() for p in network.parameters() if p.requires_grad and (not matrices or p in linear))
->>>>>>> h-engine
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
