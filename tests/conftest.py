@@ -36,6 +36,7 @@ def long(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("long")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest first, so that side by side (pytest -n) all end at about the same time.
 
