@@ -67,7 +67,7 @@ def autocast(config: Config) -> bool:
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of one large matrix product: the best of a few runs, which take less than a second."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(4):
