@@ -130,14 +130,8 @@ class DiCoConfig(NetworkConfig):
     # The number of blocks of each stage: encoder1, encoder2, middle, decoder2, decoder1.
     depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
     mlp_ratio: PositiveFloat  # The hidden width of the feed-forward, as a multiple of the block's channels.
-    # How text enters a block: dwc is a depthwise convolution whose kernels are made from the tokens; routed scales and
-    # shifts each pixel by text slots that the pixel chooses; none leaves it to text_summary and pooled_text.
-    text_fusion: Literal["dwc", "cross_attention", "routed", "none"] = "dwc"
-    # The stages whose blocks take text by text_fusion.
-    text_stages: tuple[Stage, ...] = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
-    text_slots: Positive = 8  # For routed and text_summary: the number of slots that gather the tokens.
-    text_slot_width: Positive | None = None  # The width of a slot; with none it is that of the tokens.
-    text_summary: Flag = False  # Adds a summary of the text slots to the timestep embedding.
+    # How text enters a block: dwc is a depthwise convolution whose kernels are made from the tokens.
+    text_fusion: Literal["dwc", "cross_attention"] = "dwc"
     # For dwc: where the MLP that makes the kernels is, in each block or once for each stage.
     text_projection: Literal["block", "stage"] = "block"
     # Tokens and width of each of several encoders, such as [[77, 768], [256, 1024]]; a linear layer for each encoder
@@ -194,17 +188,9 @@ class DiCoConfig(NetworkConfig):
         for key in ("text_pooling", "text_kernel", "text_projection"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"{key}: it is for text_fusion: dwc; {self.text_fusion} takes any number of tokens and has no such"
-                    " key"
+                    f"{key}: it is for text_fusion: dwc; cross_attention takes any number of tokens and makes keys and"
+                    " values in each block"
                 )
-
-    @model_validator(mode="after")
-    def _slots(self) -> DiCoConfig:
-        if not self.has_slots and (self.text_slots, self.text_slot_width) != (8, None):
-            raise ValueError("text_slots: they are for text_fusion: routed and for text_summary; leave them out")
-        if self.text_summary and self.condition == "class":
-            raise ValueError("text_summary: it needs condition: text; leave it out")
-        return self
 
     @model_validator(mode="after")
     def _switches_of_the_conv_module(self) -> DiCoConfig:
@@ -217,16 +203,6 @@ class DiCoConfig(NetworkConfig):
     def text_width(self) -> int:
         """Return the width of the tokens that the blocks receive."""
         return self.text_inputs_width or self.text_dim
-
-    @property
-    def has_slots(self) -> bool:
-        """Return whether learned queries gather the tokens into slots."""
-        return self.text_summary or self.text_fusion == "routed"
-
-    @property
-    def slot_width(self) -> int:
-        """Return the width of the text slots."""
-        return self.text_slot_width or self.text_width
 
     @property
     def latent_divisor(self) -> int:

@@ -25,10 +25,7 @@ from dico_t2i.files import write_atomically
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the rank and alpha
 ORIGIN = "dico"  # where this package writes the run and the step
-TARGETS = (
-    *("stages.*.conv.*", "stages.*.ffn.*", "stages.*.text.*", "text_input.*", "stage_text.*", "condition_*"),
-    *("text_slots.*", "slot_mixing.*", "summary_*"),
-)
+TARGETS = ("stages.*.conv.*", "stages.*.ffn.*", "stages.*.text.*", "text_input.*", "stage_text.*", "condition_*")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 

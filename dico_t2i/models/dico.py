@@ -26,13 +26,11 @@ from dico_t2i.models.conditioning import TextInput, TimestepEmbedding
 from dico_t2i.models.isotropic import PatchHead, PatchStem, Step, in_a_row
 from dico_t2i.models.mixers import ACTIVATIONS, ablated_mixer
 from dico_t2i.models.network import Network
-from dico_t2i.models.slots import WAVES, RoutedModulation, SlotMixing, TextSlots
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
-# The text kernels of each stage: one for each block, or a single one that all its blocks share; and the text's summary.
+# The text kernels of each stage: one for each block, or a single one that all its blocks share.
 TextKernels = dict[str, tuple[TextKernel, ...]]
-SUMMARY = "summary"
 
 # The adaLN inputs, after SiLU, for each width: (N, width).
 Conditions = dict[int, Tensor]
@@ -65,20 +63,14 @@ class DiCo(Network):
         self.condition_embeddings = nn.ModuleList(_condition_embedding(config, width) for width in levels)
         self.stages = nn.ModuleDict(
             {
-                stage: _stage(config, stage, self.widths[stage], depth)
+                stage: _stage(config, self.widths[stage], depth)
                 for stage, depth in zip(STAGES, config.depths, strict=True)
             }
         )
         self.text_input = _text_input(config)
-        self.text_slots = _text_slots(config)
-        routed = config.condition == "text" and config.text_fusion == "routed"
-        self.slot_mixing = SlotMixing(config.slot_width) if routed else None
-        self.summary_embeddings = nn.ModuleList(
-            nn.Linear(config.slot_width, width) for width in levels if config.text_summary
-        )
         shared_text = config.condition == "text" and config.text_projection == "stage"
         self.stage_text = nn.ModuleDict(
-            {s: TextProjection(config.text_width, self.widths[s]) for s in config.text_stages} if shared_text else {}
+            {s: TextProjection(config.text_width, self.widths[s]) for s in STAGES} if shared_text else {}
         )
         if isotropic:
             skips = sum(config.depths) // 2 if config.layout == "isotropic_skips" else 0
@@ -103,32 +95,26 @@ class DiCo(Network):
                 nn.init.xavier_uniform_(parameter)
         if self.text_input is not None and self.text_input.pooling is not None:
             self.text_input.pooling.reset_position()
-        if self.text_slots is not None:
-            self.text_slots.reset_query()
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
         """The kernels of every block, which depend only on the tokens."""
         super().text_kernels(tokens)
-        text, summary = self._text(tokens)
-        assert isinstance(text, Tensor)
-        kernels = {stage: tuple(self._kernels(stage, text)) for stage in STAGES}
-        return kernels if summary is None else {**kernels, SUMMARY: (TextKernel(summary),)}
-
-    def _kernels(self, stage: str, text: Tensor) -> Iterator[TextKernel]:
-        """The kernels of a stage's blocks, or the one kernel that they share; none where text does not enter them."""
-        shared = stage in self.stage_text
-        text = self.stage_text[stage](text) if shared else text
-        for block in list(self._blocks(stage))[: 1 if shared else None]:
-            branch = cast(Block, block).text
-            if branch is not None:
-                yield cast(TextConvolution, branch).kernel(text)
+        kernels: TextKernels = {}
+        tokens = cast(Tensor, self._text(tokens))
+        for stage in STAGES:
+            text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
+            branches = [cast(Block, block).text for block in self._blocks(stage)]
+            kernels[stage] = tuple(
+                cast(TextConvolution, b).kernel(text) for b in branches[: 1 if self.stage_text else None]
+            )
+        return kernels
 
     def residual_blocks(self) -> Iterator[nn.Module]:
         return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
-        text, summary = self._text(cond)
-        c = self._conditions(t, cond, pooled, summary)
+        c = self._conditions(t, cond, pooled)
+        text = self._text(cond)
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
         x = (self._u_shape if self.config.layout == "u" else self._isotropic)(x, c, text)
         return self.head(x, c[self.widths["decoder1"]]).permute(0, 3, 1, 2)
@@ -143,33 +129,22 @@ class DiCo(Network):
     def _isotropic(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
         return in_a_row(x, [step for stage in STAGES for step in self._steps(stage, c, text)], self.merges)
 
-    def _text(self, cond: Tensor | TextKernels) -> tuple[Tensor | TextKernels | None, Tensor | None]:
-        """What the stages receive of the text, which is None with class labels, and the text's summary, if any."""
+    def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
+        """The part of the condition that the stages receive: text, or None with class labels."""
         if self.config.condition == "class":
-            return None, None
-        if isinstance(cond, dict):
-            return cond, cond[SUMMARY][0].value if SUMMARY in cond else None
-        tokens = cond if self.text_input is None else self.text_input(cond)
-        if self.text_slots is None:
-            return tokens, None
-        slots, summary = self.text_slots(tokens)
-        text = tokens if self.slot_mixing is None else self.slot_mixing(slots, summary)
-        return text, summary if self.config.text_summary else None
+            return None
+        return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
 
-    def _conditions(
-        self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None, summary: Tensor | None
-    ) -> Conditions:
+    def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> Conditions:
         """The adaLN inputs, after SiLU, for each width."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
             raise ValueError("this model also needs the pooled text (pooled_text): pass pooled=(N, pooled_dim)")
         conditions = {}
-        for level, (time, embedding) in enumerate(zip(self.time_embeddings, self.condition_embeddings, strict=True)):
+        for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
             embedded = time(t)
             if not isinstance(embedding, nn.Identity):
                 embedded = embedded + embedding(source)
-            if summary is not None:
-                embedded = embedded + self.summary_embeddings[level](summary)
             conditions[embedded.shape[1]] = F.silu(embedded)
         return conditions
 
@@ -181,7 +156,7 @@ class DiCo(Network):
     def _steps(self, stage: str, c: Conditions, text: Tensor | TextKernels | None) -> Iterator[Step]:
         """The blocks of a stage, each bound to all its inputs except x."""
         if isinstance(text, dict):
-            texts: tuple[Tensor | TextKernel | None, ...] = text[stage] or (None,)
+            texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
         else:
             texts = (self.stage_text[stage](text) if stage in self.stage_text else text,)
         recompute = self.training and stage in self.config.checkpoint_stages
@@ -201,12 +176,12 @@ def _condition_embedding(config: DiCoConfig, width: int) -> nn.Module:
     return nn.Identity()
 
 
-def _stage(config: DiCoConfig, stage: str, width: int, depth: int) -> nn.ModuleList:
+def _stage(config: DiCoConfig, width: int, depth: int) -> nn.ModuleList:
     return nn.ModuleList(
         Block(
             width,
             config.mlp_ratio,
-            _text_branch(config, width) if stage in config.text_stages else None,
+            _text_branch(config, width),
             ablated_mixer(config, width, number),
             ACTIVATIONS[config.activation],
         )
@@ -219,21 +194,12 @@ def _apply(block: Callable[..., Tensor], condition: Tensor, text: Tensor | TextK
 
 
 def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
-    if config.condition == "class" or config.text_fusion == "none":
+    if config.condition == "class":
         return None
-    if config.text_fusion == "routed":
-        return RoutedModulation(config.slot_width, config.text_slots, width)
     if config.text_fusion == "cross_attention":
         return CrossAttention(config.text_width, width, config.text_mask)
     projection = TextProjection(config.text_width, width) if config.text_projection == "block" else None
     return TextConvolution(projection, config.text_kernel)
-
-
-def _text_slots(config: DiCoConfig) -> TextSlots | None:
-    if config.condition == "class" or not config.has_slots:
-        return None
-    slots = config.text_slots + (WAVES if config.text_fusion == "routed" else 0)
-    return TextSlots(config.text_width, slots, config.slot_width, config.text_mask)
 
 
 def _text_input(config: DiCoConfig) -> TextInput | None:
