@@ -160,7 +160,9 @@ def test_the_paper_sizes():
     assert 2.9 < plan.flops_per_image / (2 * plan.macs_per_image) < 3.1
 
 
-@pytest.mark.parametrize(("name", "gmacs"), [("dit_xl_imagenet256", 118.66), ("mmdit_coco", None)])
+@pytest.mark.parametrize(
+    ("name", "gmacs"), [("dit_xl_imagenet256", 118.66), pytest.param("mmdit_coco", None, marks=pytest.mark.long)]
+)
 def test_peers_are_planned_alike(name, gmacs):
     plan = make_plan(load_config(ROOT / "configs" / "peers" / f"{name}.yaml"))
     assert gmacs is None or abs(plan.macs_per_image / 1e9 / gmacs - 1) < 0.01
