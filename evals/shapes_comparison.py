@@ -17,9 +17,7 @@ median of its reports, and its seconds are those of its training, without the ti
 
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,21 +28,22 @@ from rich.table import Table
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.shapes_scene import Scene, held_out_pairs, held_out_prompts
+from data_prep.shapes_scene import held_out_pairs, held_out_prompts
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import Config, load_config
 from dico_t2i.models import count_macs, count_parameters
 from dico_t2i.report.history import read_history
 from dico_t2i.runs.log import json_lines
-from evals.prompt_accuracy import PROPERTIES, accuracy, load_samples
+from evals.prompt_accuracy import PROPERTIES, accuracy
 from evals.shapes.cost import step_seconds
 from evals.shapes.pairs import PAIR_MEASURES, pair_accuracy
+from evals.shapes.programs import python, samples
 
 SHAPES = Path("configs/shapes")
 WIDTH = 190
 ROUNDS = 15
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as the steps are timed
 SHOWN = ("val_loss", *PROPERTIES, "all", *PAIR_MEASURES, "images_per_s", "seconds")
-Asked = Sequence[tuple[str, Scene]]
 
 
 def equal_time(configs: Sequence[Config], seconds: Sequence[float]) -> list[list[str]]:
@@ -70,10 +69,10 @@ def measure(file: Path, run: Path, seed: int, overrides: Sequence[str], prompts:
     Raises ValueError if one of these commands fails.
     """
     changes = [*overrides, f"name={run.name}", f"seed={seed}"]
-    _python("-m", "dico_t2i", "train", "--config", str(file), "--runs", str(run.parent), *changes)
+    python("-m", "dico_t2i", "train", "--config", str(file), "--runs", str(run.parent), *changes, **ONE_THREAD)
     ones, twos = held_out_prompts(prompts, seed=0), held_out_pairs(prompts, seed=0)
-    numbers = accuracy(_samples(run, "one_object", ones), [scene for _, scene in ones])
-    numbers |= pair_accuracy(_samples(run, "two_objects", twos), [scene for _, scene in twos])
+    numbers = accuracy(samples(run / "one_object", str(run), ones, **ONE_THREAD), [scene for _, scene in ones])
+    numbers |= pair_accuracy(samples(run / "two_objects", str(run), twos, **ONE_THREAD), [scene for _, scene in twos])
     lines = list(json_lines(run / "metrics.jsonl"))
     validations, speeds = [line for line in lines if "val_loss" in line], [line.get("images_per_s") for line in lines]
     if not validations or not any(speeds):
@@ -83,27 +82,11 @@ def measure(file: Path, run: Path, seed: int, overrides: Sequence[str], prompts:
     return {**numbers, "images_per_s": speed, "seconds": read_history(run).seconds}
 
 
-def _samples(run: Path, name: str, asked: Asked) -> Any:
-    """The images of these prompts, (N, size, size, 3) uint8; sampled unless they are there."""
-    out, listed = run / name, run / f"{name}.txt"
-    if not (out / "grid.png").exists():
-        listed.write_text("\n".join(prompt for prompt, _ in asked) + "\n", encoding="utf-8")
-        command = ("-m", "dico_t2i", "sample", "--checkpoint", str(run), "--prompts", str(listed))
-        _python(*command, "--out", str(out), "--batch", "60")
-    return load_samples(out)[0]
-
-
-def _python(*command: str) -> None:
-    """Run a command on one thread, as the steps are timed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if code := subprocess.run([sys.executable, *command], check=False, env=environment).returncode:
-        raise ValueError(f"python {' '.join(command)}: it ended with exit status {code}")
-
-
 def summary(file: Path, overrides: Sequence[str], seeds: Sequence[dict[str, float]]) -> dict[str, Any]:
     """A row: the size of the network, and each number of all seeds, with its mean and interval."""
     config = load_config(file, overrides)
-    row: dict[str, Any] = {"config": str(file), "overrides": list(overrides), "steps": config.train.duration.steps}
+    steps = sum(stage.train.duration.steps or 0 for stage in config.stage_configs)
+    row: dict[str, Any] = {"config": str(file), "overrides": list(overrides), "steps": steps}
     row["parameters"] = count_parameters(config.model)
     row["macs"] = count_macs(config.model, (1, config.model.in_channels, config.latent_size, config.latent_size))
     for key in seeds[0]:
