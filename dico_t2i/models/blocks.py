@@ -172,15 +172,14 @@ class CrossAttention(nn.Module):
         both = self.key_value(text)
         return TextKernel(both * is_token(text) if self.masked else both)
 
-    def forward(self, residual: Residual, text: Tensor | TextKernel) -> Residual:
-        total, x = residual.norm()
+    def forward(self, x: Tensor, text: Tensor | TextKernel) -> Tensor:
         N, H, W, C = x.shape
         query = self.query(x).reshape(N, H * W, -1, self.head_dim).transpose(1, 2)
         both = (text if isinstance(text, TextKernel) else self.kernel(text)).value
         key, value = both.reshape(N, both.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         mask = padding_bias(both)[:, None, None] if self.masked else None
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return Residual(total, self.out(mixed.transpose(1, 2).reshape(N, H, W, C)))
+        return self.out(mixed.transpose(1, 2).reshape(N, H, W, C))
 
 
 class Block(nn.Module):
@@ -206,17 +205,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, text: Tensor | TextKernel | None = None) -> Tensor:
         """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or a TextKernel -> (N, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        residual = self._mixed(Residual(x), shift1, scale1, gate1)
+        residual = self._mix(Residual(x), shift1, scale1, gate1)
         if self.text is not None:
-            residual = self.text(residual, text)
+            residual = self._add_text(residual, text)
         x, branch, gate, bias = self.ffn(residual, shift2, scale2, gate2)
         return gated_residual(x, gate, branch, bias)
 
-    def _mixed(self, residual: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:
+    def _mix(self, residual: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:
         if isinstance(self.conv, ConvModule):
             return self.conv(residual, shift, scale, gate)
         x, normed = residual.norm(shift, scale)
         return Residual(x, self.conv(normed), gate)
+
+    def _add_text(self, residual: Residual, text: Tensor | TextKernel | None) -> Residual:
+        assert self.text is not None
+        if isinstance(self.text, TextConvolution):
+            return self.text(residual, text)
+        x, normed = residual.norm()
+        return Residual(x, self.text(normed, text))
 
 
 class Downsample(nn.Module):
