@@ -346,10 +346,10 @@ def _depthwise_forward(
 
 @triton.jit
 def _depthwise_slope(
-    x, weight, bias, grad, grad_mean, before, H, W, rows_each,
+    x, weight, bias, grad, grad_mean, before, sums, H, W, rows_each,
     C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``before``, the gradient of GELU's input."""
+    """Compute ``before``, the gradient of GELU's input. sums (N * parts * strips, C), float32: its sum over pixels."""
     sample, begin, end = _part(H, rows_each)
     columns, channels = _strip(PIXELS, LANES, CHANNELS)
     start = sample * H * W * C
@@ -357,6 +357,7 @@ def _depthwise_slope(
     taps = _load_taps(weight, wide, C, False)
     fresh = _load(bias, wide, wide < C)
     pooled = _load(grad_mean + sample * C, wide, wide < C) / (H * W)
+    total = tl.zeros((LANES, CHANNELS), tl.float32)
     window = _rows_before(x + start, begin, columns, channels, taps, fresh, H, W, C, PIXELS)
     for row in range(begin, end):
         given = _load_row(grad + start, row, columns, channels, H, W, C, PIXELS)
@@ -366,18 +367,22 @@ def _depthwise_slope(
         for p in tl.static_range(PIXELS):
             size = tl.abs(rows[p])
             values = values + ((given[p] + pooled) * _slope(rows[p], size, _tail(size)),)
+            total = tl.fma(values[p], (columns + p < W).to(tl.float32), total)
         _store_row(before + start, values, row, columns, channels, H, W, C, PIXELS)
         window = rows[PIXELS:]
+    at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * C + channels
+    tl.store(sums + at, tl.sum(total, 0)[None, :], channels < C)
 
 
 @triton.jit
 def _depthwise_backward(
     x, weight, before, grad_x, sums, H, W, rows_each,
-    C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, EVEN: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Both gradients use one load of ``before``.
 
-    sums (N * parts * strips, 11, C), float32: nine taps, the bias and grad_x.
+    sums (N * parts * strips, 10, C), float32: those of the nine taps, and the sum of grad_x over pixels. EVEN: the
+    strips end where the image does.
     """
     sample, begin, end = _part(H, rows_each)
     columns, channels = _strip(PIXELS, LANES, CHANNELS)
@@ -385,30 +390,27 @@ def _depthwise_backward(
     wide = tl.broadcast_to(channels, (LANES, CHANNELS))
     taps = _load_taps(weight, wide, C, True)
     zero = tl.zeros((LANES, CHANNELS), tl.float32)
-    totals, bias_total, passed = (zero,) * 9, zero, zero
+    totals, passed = (zero,) * 9, zero
     window = (zero,) * (2 * PIXELS)
     inputs = (zero,) * (2 * PIXELS)  # of x, the row above that of ``before`` and the same; 0 where they are not ours
     for row in range(begin - 1, end + 1):
         source = _load_row(before + start, row, columns - 1, channels, H, W, C, PIXELS + 2)
         inputs = inputs + _load_row(x + start, row + 1, columns, channels, end, W, C, PIXELS)
-        ours = ((row >= begin) & (row < end)).to(tl.float32)
         for p in tl.static_range(PIXELS):
             more = ()
             for tap in tl.static_range(9):
                 more = more + (tl.fma(source[p + 2 - tap % 3], inputs[tap // 3 * PIXELS + p], totals[tap]),)
             totals = more
-            bias_total = tl.fma(source[p + 1], ours, bias_total)
         rows = _spread(window, source, taps, zero, PIXELS)
         if row > begin:
             for p in tl.static_range(PIXELS):
-                passed = tl.fma(rows[p], (columns + p < W).to(tl.float32), passed)
+                passed += rows[p] if EVEN else tl.where(columns + p < W, rows[p], 0.0)
             _store_row(grad_x + start, rows, row - 1, columns, channels, H, W, C, PIXELS)
         window, inputs = rows[PIXELS:], inputs[PIXELS:]
-    at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 11 * C + channels
+    at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 10 * C + channels
     for tap in tl.static_range(9):
         tl.store(sums + at + tap * C, tl.sum(totals[tap], 0)[None, :], channels < C)
-    tl.store(sums + at + 9 * C, tl.sum(bias_total, 0)[None, :], channels < C)
-    tl.store(sums + at + 10 * C, tl.sum(passed, 0)[None, :], channels < C)
+    tl.store(sums + at + 9 * C, tl.sum(passed, 0)[None, :], channels < C)
 
 
 # ---- the text convolution ----
@@ -629,17 +631,14 @@ def depthwise_backward(
     _, H, W, C = x.shape
     taps, before, grad_x = _taps_first(weight), torch.empty_like(x), torch.empty_like(x)
     grid, rows_each, tile = _depthwise_strips(x, CONV_PIXELS)
-    _depthwise_slope[grid](x, taps, bias, grad, grad_mean.contiguous(), before, H, W, rows_each, **tile)
+    bias_sums = torch.empty(grid[2] * grid[0], C, dtype=torch.float32, device=x.device)
+    _depthwise_slope[grid](x, taps, bias, grad, grad_mean.contiguous(), before, bias_sums, H, W, rows_each, **tile)
     grid, rows_each, tile = _depthwise_strips(x, CONV_GRADIENT_PIXELS)
-    sums = torch.empty(grid[2] * grid[0], 11, C, dtype=torch.float32, device=x.device)
-    _depthwise_backward[grid](x, taps, before, grad_x, sums, H, W, rows_each, **tile)
-    total = sums.sum(0)
-    return (
-        grad_x,
-        total[:9].T.reshape(weight.shape).to(weight.dtype),
-        total[9].clone().to(bias.dtype),
-        total[10].clone(),
-    )
+    sums = torch.empty(grid[2] * grid[0], 10, C, dtype=torch.float32, device=x.device)
+    even = W % (tile["PIXELS"] * tile["LANES"]) == 0
+    _depthwise_backward[grid](x, taps, before, grad_x, sums, H, W, rows_each, EVEN=even, **tile)
+    grad_weight = sums[:, :9].sum(0).T.reshape(weight.shape).to(weight.dtype)
+    return grad_x, grad_weight, bias_sums.sum(0).to(bias.dtype), sums[:, 9].sum(0)
 
 
 def _taps_first(weight: Tensor) -> Tensor:

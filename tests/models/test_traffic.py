@@ -1,0 +1,96 @@
+"""Bytes that a training step keeps for the backward pass and moves, by operator: pinned, so that a rise is noticed."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dico_t2i.config import load_config
+from dico_t2i.plan.cost import traced_pass
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+BATCH = 4
+
+
+def counted(name):
+    """MB an image: kept, by the operator that made it, and moved, by operator; weights are read once a micro-batch."""
+    changes = [f"train.micro_batch={BATCH}", f"train.global_batch={BATCH}", "cluster.nodes=1", "train.zero_stage=1"]
+    config = load_config(CONFIGS / f"{name}.yaml", [*changes, "cluster.gpus_per_node=1", f"data.streams={BATCH}"])
+    traced = traced_pass(config, BATCH)
+    moved = Counter()
+    for call, traffic in zip(traced.calls, traced.traffic, strict=True):
+        moved[call.operator] += traffic
+    return {operator: size / BATCH / 1e6 for operator, size in traced.kept.items()}, {
+        operator: size / BATCH / 1e6 for operator, size in moved.items()
+    }
+
+
+# MB an image in bf16: kept, moved.
+TOTALS = {
+    "dico_s_imagenet256": (40.73, 441.5),
+    "dico_s_t2i": (47.43, 542.3),
+    "dico_xl_imagenet256": (271.65, 3714.5),
+    "dico_xl_t2i": (317.95, 4454.0),
+    "dico_h_imagenet256": (490.97, 6542.4),
+    "dico_h_t2i": (556.17, 7572.0),
+}
+# Of the operators that keep more than 1 MB and move more than 50 MB.
+KEPT = {
+    "dico_xl_imagenet256": {
+        "aten::addmm": 166.66,
+        "dico_t2i::scale": 65.60,
+        "dico_t2i::residual_norm_modulate": 32.99,
+        "aten::cat": 2.56,
+        "dico_t2i::norm_modulate": 1.90,
+    },
+    "dico_xl_t2i": {
+        "aten::addmm": 179.85,
+        "dico_t2i::residual_norm_modulate": 65.98,
+        "dico_t2i::scale": 65.60,
+        "aten::cat": 2.56,
+        "dico_t2i::norm_modulate": 1.90,
+    },
+}
+MOVED = {
+    "dico_xl_imagenet256": {
+        "aten::mm": 1297.6,
+        "aten::addmm": 649.3,
+        "dico_t2i::norm_modulate_backward": 400.1,
+        "dico_t2i::gelu_backward": 262.5,
+        "dico_t2i::scale_backward": 197.5,
+        "dico_t2i::scale": 164.2,
+        "dico_t2i::residual_norm_modulate": 131.6,
+        "aten::gelu": 131.2,
+        "aten::copy_": 99.4,  # mostly weights of 3x3 convolutions, as are the next ones: a fourth of them an image
+        "dico_t2i::depthwise_backward": 99.0,
+        "aten::convolution_backward": 76.3,
+        "dico_t2i::norm_modulate": 69.4,
+        "dico_t2i::depthwise": 65.9,
+    },
+    "dico_xl_t2i": {
+        "aten::mm": 1401.6,
+        "aten::addmm": 716.1,
+        "dico_t2i::norm_modulate_backward": 564.3,
+        "dico_t2i::gelu_backward": 288.9,
+        "dico_t2i::residual_norm_modulate": 263.0,
+        "dico_t2i::scale_backward": 197.5,
+        "dico_t2i::scale": 164.2,
+        "dico_t2i::text_dwconv_backward": 151.0,
+        "aten::gelu": 144.4,
+        "aten::copy_": 99.4,
+        "dico_t2i::depthwise_backward": 99.0,
+        "aten::convolution_backward": 76.3,
+        "dico_t2i::text_dwconv": 72.2,
+        "dico_t2i::norm_modulate": 69.4,
+        "dico_t2i::depthwise": 65.9,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_what_a_step_keeps_and_moves(name):
+    kept, moved = counted(name)
+    assert (sum(kept.values()), sum(moved.values())) == pytest.approx(TOTALS[name], rel=2e-3)
+    if name in KEPT:
+        assert {operator: size for operator, size in kept.items() if size > 1} == pytest.approx(KEPT[name], rel=5e-3)
+        assert {operator: size for operator, size in moved.items() if size > 50} == pytest.approx(MOVED[name], rel=2e-3)
