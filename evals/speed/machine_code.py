@@ -30,9 +30,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Machine(NamedTuple):
-    """A GPU: compute capability, multiprocessors with four schedulers each, clock, and memory rate in bytes/s.
+    """A GPU: compute capability, multiprocessors with four schedulers each, clock, and rates.
 
-    The memory rates are 0.9 of the published ones; on an H200 this share was measured.
+    bandwidth in bytes/s is 0.9 of the published one, products in bf16 operations/s 0.8 of the published one; on an H200
+    both shares were measured.
     """
 
     capability: int
@@ -40,12 +41,13 @@ class Machine(NamedTuple):
     clock: float
     bandwidth: float
     shared: int  # shared memory of a multiprocessor, bytes
+    products: float
 
 
 MACHINES = {
-    "A100": Machine(80, 108, 1.41e9, 1.83e12, 164 << 10),
-    "H100": Machine(90, 132, 1.755e9, 3.0e12, 228 << 10),
-    "H200": Machine(90, 132, 1.755e9, 4.3e12, 228 << 10),
+    "A100": Machine(80, 108, 1.41e9, 1.83e12, 164 << 10, 250e12),
+    "H100": Machine(90, 132, 1.755e9, 3.0e12, 228 << 10, 790e12),
+    "H200": Machine(90, 132, 1.755e9, 4.3e12, 228 << 10, 790e12),
 }
 
 
