@@ -4,10 +4,10 @@
     python evals/new_colour.py
     python evals/new_colour.py train.duration.steps=600 adapter.rank=16
 
-Renders 50 images of one brown shape, trains configs/quickstart_brown.yaml on them, exports the adapter as a file and
-samples with and without it: all scenes with one brown shape that are not among the 50, and held-out combinations of the
-old colours, as evals/prompt_accuracy.py has them. Samples are read like there, with brown among the colours. Started
-again, it resumes where it stopped.
+Renders 50 images of one brown shape, trains configs/quickstart_brown.yaml on them and on as many samples of the
+quickstart's data, exports the adapter as a file and samples with and without it: all scenes with one brown shape that
+are not among the 50, and held-out combinations of the old colours, as evals/prompt_accuracy.py has them. Samples are
+read like there, with brown among the colours. Started again, it resumes where it stopped.
 """
 
 import io
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     config = load_config(CONFIG, args.overrides)
     assert config.init is not None
-    make_data(Path(config.data.path or ""), config.data.image_size, args.seed)
+    (place,) = (source.path for source in config.data.mixture if source.name == NAME)
+    make_data(Path(place), config.data.image_size, args.seed)
     folder = args.runs / config.name
     started = time.monotonic()
     _python("-m", "dico_t2i", "train", "--config", str(CONFIG), "--runs", str(args.runs), *args.overrides)

@@ -37,9 +37,10 @@ def long(pytestconfig: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first, so that side by side (pytest -n, file by file) all end at about the same time.
+    """The longest first, so that side by side (pytest -n) all end at about the same time.
 
-    Cases with the marker ``long`` belong to the long form alone.
+    A file's tests stay together, and all that need SLURM: these mostly wait, and share one SLURM. Cases with the marker
+    ``long`` belong to the long form alone.
     """
     if not config.getoption("long"):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
@@ -50,6 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return rank.get(file.as_posix(), rank.get(file.parts[0], len(rank)))
 
     items.sort(key=place)
+    for item in items:
+        file = item.path.relative_to(TESTS)
+        item.add_marker(pytest.mark.xdist_group("cluster" if file.parts[0] == "cluster" else file.as_posix()))
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,14 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.long
 def test_every_module_has_a_page_with_its_docstrings(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "docs" / "make_api.py"), str(tmp_path / "site")]
     done = forkserver.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

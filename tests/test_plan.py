@@ -67,11 +67,11 @@ def test_memory_is_within_ten_percent_of_the_engines(tmp_path, text, overrides):
 STEPPING = ["train.micro_batch=1", "train.global_batch=2", "data.streams=2"]
 
 
-@pytest.mark.parametrize("changes", [["train.zero_stage=1"], ["train.zero_stage=2"], ["train.zero_stage=3"]], ids=str)
-def test_the_optimizers_step_can_take_the_most(tmp_path, changes):
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
+def test_the_optimizers_step_can_take_the_most(tmp_path, stage):
     """Where activations are small: one rank, one sample a pass."""
     path = write(tmp_path, width=160)
-    config = load_config(path, [*STEPPING, *changes])
+    config = load_config(path, [*STEPPING, f"train.zero_stage={stage}"])
     memory = make_plan(config).estimate.memory
     measured = run("tests.plan_memory", config, tmp_path)["peak"]
     assert memory.activations == 0
@@ -107,21 +107,17 @@ def test_peers_are_planned_alike(name, gmacs):
 
 
 def test_what_does_not_fit_is_refused_with_what_does(capsys):
-    config = load_config(
-        ROOT / "configs" / "dico_xl_imagenet256.yaml", ["train.micro_batch=256", "cluster.gpus_per_node=1"]
-    )
-    plan = make_plan(config)
+    path, large = ROOT / "configs" / "dico_s_imagenet256.yaml", ["train.global_batch=2048", "train.micro_batch=2048"]
+    plan = make_plan(load_config(path, [*large, "cluster.gpus_per_node=1"]))
     assert not plan.estimate.fits
     assert plan.remedies
     assert all(estimate.fits for estimate in plan.remedies.values())
     assert "train.micro_batch=" in refusal(plan)
     for change in plan.remedies:
-        changed = load_config(
-            ROOT / "configs" / "dico_xl_imagenet256.yaml", [*_split(change), "cluster.gpus_per_node=1"]
-        )
+        changed = load_config(path, [large[0], *_split(change), "cluster.gpus_per_node=1"])
         assert make_plan(changed).estimate.fits, change
     with pytest.raises(SystemExit) as left:
-        main(["plan", "--config", "configs/dico_xl_imagenet256.yaml", "--gpus-per-node", "1", "train.micro_batch=256"])
+        main(["plan", "--config", str(path), "--gpus-per-node", "1", *large])
     assert left.value.code == 2
     assert "needs" in capsys.readouterr().err
 
@@ -130,6 +126,7 @@ def _split(change: str) -> list[str]:
     return change.replace(" model.", "\nmodel.").replace(" train.", "\ntrain.").split("\n")
 
 
+@pytest.mark.long
 def test_more_ranks_and_stages_take_less_memory():
     path = ROOT / "configs" / "dico_h_t2i.yaml"
     sizes = [

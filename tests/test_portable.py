@@ -202,6 +202,7 @@ def alone(text_model, class_model, flow_model, pooled_model, tmp_path_factory):
     return [[next(images) for _ in calls] for _, calls in work]
 
 
+@pytest.mark.long
 def test_a_new_environment_of_diffusers_transformers_and_torch_is_enough(text_model, alone, tmp_path):
     """Of the locked versions, out of uv's cache; skipped where that is empty, rather than download torch again."""
     uv = [sys.executable, "-m", "uv", "--quiet", "--no-config"]

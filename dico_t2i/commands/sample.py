@@ -28,7 +28,7 @@ from dico_t2i.randomness import check_seeds
 from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.weights import exported_weights, locate_checkpoint
 from dico_t2i.sampling.images import image_path, save_grid, save_image
-from dico_t2i.sampling.labels import CLASSES, class_number
+from dico_t2i.sampling.labels import class_number, conditions_of
 from dico_t2i.sampling.options import Options, changed_sampler
 from dico_t2i.sampling.pipeline import Pipeline, choose_device, load_pipeline
 from dico_t2i.text_lines import check_text, read_lines
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ[OPERATORS] = "torch"
     adapter = arguments.adapter, arguments.adapter_scale
     pipeline = load_pipeline(arguments.checkpoint, arguments.weights, device, dtype, *adapter)
-    _check_conditions(arguments, conditions, pipeline)
+    _check_conditions(arguments, pipeline)
     sampler = chosen_sampler(arguments, pipeline.config.sampler)
     pipeline.check(options, sampler)
     encoder = pipeline.conditioner.text_encoder
@@ -208,20 +208,17 @@ def _conditions(arguments: argparse.Namespace) -> list[str | int]:
     return prompts
 
 
-def _check_conditions(arguments: argparse.Namespace, numbers: Sequence[str | int], pipeline: Pipeline) -> None:
+def _check_conditions(arguments: argparse.Namespace, pipeline: Pipeline) -> None:
     """Raise ValueError if the model does not take these conditions, text or classes, or for unknown classes."""
     model, labels = pipeline.config.model, arguments.labels
     if model.condition != ("text" if labels is None else "class"):
         raise ValueError(f"{arguments.checkpoint} is {model.condition}-conditional; use --labels only for classes")
     if labels is None:
         return
-    names = [label for label in labels if not label.strip().isdecimal()]
-    if names and model.num_classes != CLASSES:
-        classes = model.num_classes
-        raise ValueError(f"--labels {names[0]!r}: this model has {classes} classes, not ImageNet's; give numbers")
-    highest = max(map(int, numbers))
-    if highest >= max(1, model.num_classes):
-        raise ValueError(f"--labels {highest}: this model's classes are 0 to {model.num_classes - 1}")
+    try:
+        conditions_of(labels, model)
+    except ValueError as error:
+        raise ValueError(f"--labels {error}") from None
 
 
 def chosen_sampler(arguments: argparse.Namespace, default: SamplerConfig) -> SamplerConfig:

@@ -188,6 +188,7 @@ class BucketOrder:
         self._orders: dict[int, Order | MixtureOrder] = {}
         self._lengths: dict[int, int] = {}  # the positions of each bucket's order in an epoch
         self._sources: dict[int, np.ndarray] = {}  # of a mixture: the numbers of the data sets in each bucket
+        self._source_count = len(sources)
         totals = counts.sum(0, dtype=np.int64)
         if sources:
             self._mix(counts, shuffle_block, sources)
@@ -233,7 +234,7 @@ class BucketOrder:
         """The fraction of each data set in the samples of an epoch, (sources,); None if there is only one data set."""
         if not self._sources:
             return None
-        shares = np.zeros(1 + max(int(numbers.max()) for numbers in self._sources.values()))
+        shares = np.zeros(self._source_count)
         for bucket, numbers in self._sources.items():
             order = self._orders[bucket]
             assert isinstance(order, MixtureOrder)
@@ -273,7 +274,7 @@ class BucketOrder:
             return None
         epoch, within = divmod(position // self.global_batch, sum(self.steps.values()))
         before = self._sequence(epoch)[0][:within]
-        total = np.zeros(1 + max(int(numbers.max()) for numbers in self._sources.values()), dtype=np.int64)
+        total = np.zeros(self._source_count, dtype=np.int64)
         for bucket, numbers in self._sources.items():
             turn = int(np.count_nonzero(before == bucket))
             own = self._orders[bucket].counts(epoch * self._lengths[bucket] + turn * self.global_batch)

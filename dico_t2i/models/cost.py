@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,7 @@ from dico_t2i.ops import SCANS
 
 def count_parameters(config: NetworkConfig) -> int:
     """The number of parameters of the network that a config describes."""
-    return _parameters(config.model_copy(update={"checkpoint_stages": ()}))
-
-
-@cache
-def _parameters(config: NetworkConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_network(config).parameters())
+    return sum(parameter.size for parameter in _parameters(config))
 
 
 def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool = False) -> int:
@@ -32,17 +26,27 @@ def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices
     """
     if adapter is None and not matrices:
         return count_parameters(config)
-    return _trained(config.model_copy(update={"checkpoint_stages": ()}), adapter, matrices)
+    return sum(p.size for p in _parameters(config, adapter) if p.trained and (p.linear or not matrices))
+
+
+class _Parameter(NamedTuple):
+    size: int
+    trained: bool
+    linear: bool  # the weight of a linear layer
+
+
+def _parameters(config: NetworkConfig, adapter: AdapterConfig | None = None) -> tuple[_Parameter, ...]:
+    return _built_parameters(config.model_copy(update={"checkpoint_stages": ()}), adapter)
 
 
 @cache
-def _trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool) -> int:
+def _built_parameters(config: NetworkConfig, adapter: AdapterConfig | None) -> tuple[_Parameter, ...]:
     with torch.device("meta"):
         network = build_network(config)
         if adapter:
             add_adapter(network, adapter)
     linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
-    return sum(p.numel() for p in network.parameters() if p.requires_grad and (not matrices or p in linear))
+    return tuple(_Parameter(p.numel(), p.requires_grad, p in linear) for p in network.parameters())
 
 
 def count_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:

@@ -55,6 +55,7 @@ def _amount(value: float | None) -> str:
 
 
 def refusal(plan: Plan) -> str:
+    """The message for a run that does not fit, with settings that would."""
     need, have = plan.estimate.memory.total, USABLE * 1e9 * plan.hardware.memory_gb
     lines = [f"{plan.name} needs {_gb(need)} on each {plan.hardware.name}, but {_gb(have)} can be used. What fits:"]
     for change, estimate in plan.remedies.items():

@@ -52,9 +52,9 @@ def conditions_of(given: Sequence[str | int], model: NetworkConfig) -> list[str 
     if names and model.num_classes != CLASSES:
         raise ValueError(f"{names[0]!r}: this model has {model.num_classes} classes, not ImageNet's; give numbers")
     numbers = [class_number(str(one)) for one in given]
-    beyond = [number for number in numbers if number >= model.num_classes]
-    if beyond:
-        raise ValueError(f"class {beyond[0]}: this model has the classes 0 to {model.num_classes - 1}")
+    highest = max(numbers, default=0)
+    if highest >= max(1, model.num_classes):
+        raise ValueError(f"{highest}: this model's classes are 0 to {max(1, model.num_classes) - 1}")
     return list(numbers)
 
 

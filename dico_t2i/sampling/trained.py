@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dico_t2i.config import Config, ConfigError, load_config
+from dico_t2i.config import Config, ConfigError, InitConfig, load_config
 from dico_t2i.encoders.local import file_hash, find_weights, read_json
 from dico_t2i.models import Network, merge_adapter
 from dico_t2i.runs.checkpoint import Checkpoint, read_weights
@@ -86,17 +86,39 @@ def find_trained(path: Path, weights: str | None) -> Trained:
     )
 
 
+def init_place(init: InitConfig) -> Path:
+    """The run, checkpoint, exported folder or file of weights that ``init.from`` names. Raises MissingModelError."""
+    files = find_weights(init.from_, "init.from")
+    return files[0] if len(files) == 1 else files[0].parent
+
+
+def is_weights_file(place: Path) -> bool:
+    """Whether a path is a file of weights; ``checkpoints/latest`` is a file, too, but stands for a checkpoint."""
+    return place.is_file() and place.parent.name != "checkpoints"
+
+
+def init_kind(init: InitConfig) -> str | None:
+    """The kind of weights that ``init.weights`` asks for, by its name in a checkpoint; None stands for the default."""
+    return WEIGHT if init.weights == RAW else init.weights
+
+
+def export_record(folder: Path) -> dict[str, Any]:
+    """The content of export.json in an exported folder; empty without the file."""
+    file = folder / "export.json"
+    return read_json(file) if file.exists() else {}
+
+
 def base_of(config: Config) -> Trained:
     """The weights that a run's adapter is added to. Raises ValueError if they cannot be found or read."""
     assert config.init is not None  # the config refuses an adapter without it
-    files, weights = find_weights(config.init.from_, "init.from"), config.init.weights
-    if len(files) == 1 and files[0].is_file() and files[0].parent.name != "checkpoints":
+    place = init_place(config.init)
+    if is_weights_file(place):
         raise ConfigError(
             f"init.from: {config.init.from_} is a file, but an adapter needs a run, a checkpoint or an exported folder;"
             " make one of released weights with dico import-official"
         )
     try:
-        base = find_trained(files[0] if len(files) == 1 else files[0].parent, WEIGHT if weights == RAW else weights)
+        base = find_trained(place, init_kind(config.init))
     except ValueError as error:
         raise ConfigError(f"init.from: {error}") from None
     return replace(base, name=f"{config.init.from_} ({base.kind})")
@@ -131,7 +153,7 @@ def exported_config(folder: Path) -> Config:
 
 
 def _export(path: Path, file: Path, weights: str | None) -> Trained:
-    record = read_json(path / "export.json") if (path / "export.json").exists() else {}
+    record = export_record(path)
     held = record.get("weights")
     if weights not in (None, held):
         raise ValueError(f"--weights {weights}: {path} is an export that holds only {held}; give its run")

@@ -137,11 +137,18 @@ def find_initial(config: Config, run: RunFolder, shapes: Mapping[str, Sequence[i
 def check_initial(config: Config, run: RunFolder) -> None:
     """Raise ValueError if the weights of ``init`` are missing or do not fit the network."""
     if config.adapter:
-        find_base(config, run)
+        find_base(config, _newest(run))
     elif config.init is not None:
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in build_network(config.model).named_parameters()}
         find_initial(config, run, shapes)
+
+
+def _newest(run: RunFolder) -> ckpt.Checkpoint | None:
+    try:
+        return ckpt.newest_checkpoint(run.checkpoints)
+    except ckpt.CheckpointError:  # none, or a damaged one, which resuming reports
+        return None
 
 
 def fit(source: Source, shapes: Mapping[str, Shape], model: NetworkConfig, init: InitConfig) -> Fit:

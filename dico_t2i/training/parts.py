@@ -1,9 +1,7 @@
 """Builds the parts of a run on one rank, in the order in which they depend on each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,8 +14,7 @@ from dico_t2i.diffusion import build
 from dico_t2i.encoders import check_cached
 from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.load import load_encoders
-from dico_t2i.runs.checkpoint import CheckpointError, newest_checkpoint
-from dico_t2i.runs.folder import RunFolder
+from dico_t2i.runs.checkpoint import Checkpoint
 from dico_t2i.sampling.trained import Trained
 from dico_t2i.training.adapted import build_adapted, find_base
 from dico_t2i.training.alignment import Alignment
@@ -57,11 +54,14 @@ class Parts:
     initial: Initial | None  # the weights that the run starts from, if it has no checkpoint of its own
 
 
-def build_parts(stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], session: Session) -> Parts:
+def build_parts(
+    stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], session: Session, checkpoint: Checkpoint | None
+) -> Parts:
     """Load the encoders, make the network, the optimizer and the data order, then open the session's report.
 
     stages, indexes: the stages that are left, and their data. The parts are those of the first; the data of the others
-    are checked. Raises ConfigError, DataError or MissingModelError before training starts.
+    are checked. checkpoint: the one that the run resumes from. Raises ConfigError, DataError or MissingModelError
+    before training starts.
     """
     stage, index, run, world = stages[0], indexes[0], session.run, session.world
     config = stage.config
@@ -72,7 +72,7 @@ def build_parts(stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], ses
         _checked_validation(later.config, its_index, world, inputs)
     validation = _checked_validation(config, index, world, inputs)
     micro_batch, accumulation = config.batching(world.size)
-    base = find_base(config, run)
+    base = find_base(config, checkpoint)
     torch.manual_seed(config.seed)
     network = build_adapted(config, base)
     if inputs.alignment:
@@ -81,7 +81,7 @@ def build_parts(stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], ses
     order = make_order(config.data, index, config.seed + stage.number, config.train.global_batch)
     initial = find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
-    note = _check_encoders(run, base, encoders, world)
+    note = _check_encoders(checkpoint, base, encoders, world)
     report = session.open(stage.run_steps)  # all checks have passed
     if note:
         report.event(0, "config", note)
@@ -117,34 +117,26 @@ def _checked_validation(config: Config, index: DatasetIndex, world: World, input
     return validation
 
 
-def _check_encoders(run: RunFolder, base: Trained | None, encoders: Identities, world: World) -> str:
+def _check_encoders(checkpoint: Checkpoint | None, base: Trained | None, encoders: Identities, world: World) -> str:
     """Raise ConfigError on all ranks if the run, or its base, has been trained with other encoders; collective.
 
-    Returns a note where the newest checkpoint, or the base, does not tell.
+    Returns a note where the checkpoint, or the base, does not tell.
     """
-    path, state = _trained_so_far(run, base)
-    trained, problem = state.get(KEY), ""
-    if path is None:
+    before = checkpoint or base
+    if before is None:
         return ""
+    trained = before.state.get(KEY) if isinstance(before, Checkpoint) else before.record.get(KEY)
     if trained is None:
-        return f"note: {path} does not say which encoders it was trained with; they are not checked"
+        return f"note: {before.path} does not say which encoders it was trained with; they are not checked"
+    problem = ""
     try:
-        check_identities(trained, encoders, str(path))
+        check_identities(trained, encoders, str(before.path))
     except ConfigError as error:
         problem = str(error)
     problem = first_message(problem, world.device)
     if problem:
         raise ConfigError(problem)
     return ""
-
-
-def _trained_so_far(run: RunFolder, base: Trained | None) -> tuple[Path | None, Mapping[str, Any]]:
-    """The run's newest checkpoint, or else its base, and what is recorded of its training."""
-    try:
-        checkpoint = newest_checkpoint(run.checkpoints)
-    except CheckpointError:  # none, or a damaged one, of which the restoring tells
-        return (base.path, base.record) if base else (None, {})
-    return checkpoint.path, checkpoint.state
 
 
 def span_in_steps(config: Config, index: DatasetIndex, span: Span) -> int:

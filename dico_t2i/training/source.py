@@ -13,14 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dico_t2i.config import ConfigError, InitConfig, NetworkConfig, load_config
-from dico_t2i.encoders.local import file_hash, find_weights, read_json
+from dico_t2i.encoders.local import file_hash
 from dico_t2i.models import build_network
 from dico_t2i.models.official import infer_config, official_key, read_official
 from dico_t2i.runs import checkpoint as ckpt
 from dico_t2i.runs.kinds import WEIGHT
 from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
-
-RAW = "raw"  # the config's name of the weights themselves
+from dico_t2i.sampling.trained import RAW, export_record, init_kind, init_place, is_weights_file
 
 _RELEASED = "x_embedder.proj.weight"  # a key that only a released DiCo or DiT has
 
@@ -51,24 +50,22 @@ class Source:
 
 def open_source(init: InitConfig) -> Source:
     """Open the weights that ``init`` names, without reading them. Raises ValueError (CheckpointError, ConfigError)."""
-    files = find_weights(init.from_, "init.from")
-    if len(files) == 1 and files[0].is_file() and files[0].parent.name != "checkpoints":
-        return _file(files[0], init, {}, None)
-    path = files[0] if len(files) == 1 else files[0].parent
+    path = init_place(init)
+    if is_weights_file(path):
+        return _file(path, init, {}, None)
     try:
         file = exported_weights(path)
         if file is None:
             return _checkpoint(path, init)
     except ValueError as error:
         raise ConfigError(f"init.from: {error}") from None
-    origin = read_json(path / "export.json") if (path / "export.json").exists() else {}
-    return _file(file, init, origin, load_config(path / "config.yaml").model)
+    return _file(file, init, export_record(path), load_config(path / "config.yaml").model)
 
 
 def _checkpoint(path: Path, init: InitConfig) -> Source:
     run, checkpoint = locate_checkpoint(path)
     config = trained_config(run, checkpoint)
-    kind = chosen_weights(WEIGHT if init.weights == RAW else init.weights, config, checkpoint)
+    kind = chosen_weights(init_kind(init), config, checkpoint)
     shards = ckpt.Shards(checkpoint)
     return Source(
         name=f"{init.from_} ({kind})",

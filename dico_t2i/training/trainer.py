@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -122,7 +123,7 @@ class Trainer:
         """stages, indexes: those that are left, of which the first is trained. checkpoint: None if the run begins."""
         self.session, self.stage, self.index = session, stages[0], indexes[0]
         self.config, self.run, self.world, self.stop = self.stage.config, session.run, session.world, session.stop
-        self.parts: Parts = build_parts(stages, indexes, session)
+        self.parts: Parts = build_parts(stages, indexes, session, checkpoint)
         self.engine, self.report, self.meter = self.parts.engine, self.parts.report, self.parts.meter
         self.guard, self.saver = self.parts.guard, self.parts.saver
         warmup = self.config.optimizer.warmup
@@ -340,25 +341,21 @@ class Trainer:
         if isinstance(order, BucketOrder):
             batches = sum(order.steps.values())
             buckets = f"{len(order.steps)} of {len(self.index.buckets)} buckets, {batches} batches of {size} per epoch"
-            yield (
-                f"{buckets}; {self._shares(order)}"
-                if order.shares is not None
-                else (
-                    f"{buckets}; each epoch leaves out {order.dropped} samples that do not fill a batch: different"
-                    f" ones each time, except for {order.unused} in buckets with less than one batch"
-                )
+            rest = (
+                f"each epoch leaves out {order.dropped} samples that do not fill a batch: different ones each time,"
+                f" except for {order.unused} in buckets with less than one batch"
             )
+            yield f"{buckets}; {rest if order.shares is None else self._shares(order.shares)}"
         if isinstance(order, MixtureOrder):
             shares = zip(self.config.data.mixture, order.per_block.tolist(), strict=True)
             yield f"of each {order.block} samples of a stream: " + ", ".join(
                 f"{n} {source.name}" for source, n in shares
             )
 
-    def _shares(self, order: BucketOrder) -> str:
+    def _shares(self, shares: np.ndarray) -> str:
         """The share of each data set of a mixture in the samples."""
-        assert order.shares is not None
-        shares = zip(self.config.data.mixture, order.shares.tolist(), strict=True)
-        return "of the samples: " + ", ".join(f"{100 * share:.2f} % {source.name}" for source, share in shares)
+        named = zip(self.config.data.mixture, shares.tolist(), strict=True)
+        return "of the samples: " + ", ".join(f"{100 * share:.2f} % {source.name}" for source, share in named)
 
     @property
     def _own_position(self) -> int:

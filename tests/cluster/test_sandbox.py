@@ -43,6 +43,7 @@ def test_a_job_runs_on_two_nodes_and_again_when_requeued(slurm, tmp_path):
     assert sorted(output.read_text().splitlines()) == ["0", "0 1", "1", "1 1"]
 
 
+@pytest.mark.long
 def test_a_job_whose_node_dies_runs_again(slurm, tmp_path):
     output = tmp_path / "out"
     script = f"hostname >> {output}; [ $SLURM_RESTART_COUNT ] || sleep 100"

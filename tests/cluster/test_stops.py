@@ -24,22 +24,22 @@ def test_a_run_stopped_in_every_way_ends_bit_equal(slurm, workplace):
     def restarted(times):
         until(lambda: read_state(run).restarts == times, f"restart {times}")
 
-    reached(40)
+    reached(20)
     refused = workplace.launch(code=2)
     assert f"job {job} (RUNNING" in refused
     shown = workplace.call("status.py", "--folder", "runs", "--json")
     assert json.loads(shown)[0]["job_state"] == "RUNNING"
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     restarted(1)
-    reached(read_state(run).step + 30)
+    reached(read_state(run).step + 15)
     subprocess.run(["scontrol", "requeue", job], check=True)
     restarted(2)
-    reached(read_state(run).step + 30)
+    reached(read_state(run).step + 15)
     subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"], check=True)
     until(lambda: state_of(job) in ("PENDING", "COMPLETED"), "requeue at the time limit")
     subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
     restarted(3)
-    reached(read_state(run).step + 30)
+    reached(read_state(run).step + 15)
     slurm.kill_node("n2", steps=True)
     until(lambda: state_of(job) != "RUNNING", "the end of the job whose node is gone")
     slurm.start_node("n2")
@@ -52,23 +52,17 @@ def test_a_run_stopped_in_every_way_ends_bit_equal(slurm, workplace):
     started = json.loads((run / "starts" / "0000.json").read_text())
     assert "launch.py" in started["command"]
     assert started["packages"]["torch"] == torch.__version__.split("+")[0]
-    workplace.train_undisturbed("whole")
-    whole, parts = workplace.weights("whole"), workplace.weights("tiny")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    losses = {
-        line["step"]: line["loss"] for line in json_lines(workplace.runs / "whole/metrics.jsonl") if "loss" in line
-    }
-    assert all(losses[line["step"]] == line["loss"] for line in json_lines(run / "metrics.jsonl") if "loss" in line)
+    workplace.assert_undisturbed("tiny")
 
 
 def test_the_log_says_what_slurm_did(slurm, workplace):
     output = workplace.launch("train.duration.steps=100000")
     job, run = job_id(output), workplace.runs / "tiny"
     log = Path(re.search(r"job's log: +(\S+)", output)[1])
-    until(lambda: read_state(run).step >= 20, "step 20")
+    until(lambda: read_state(run).step >= 10, "step 10")
     subprocess.run(["scontrol", "requeue", job], check=True)
     until(lambda: read_state(run).restarts == 1, "the requeue")
-    until(lambda: read_state(run).step >= 40, "step 40")
+    until(lambda: read_state(run).step >= 30, "step 30")
     assert "requeued by SLURM" in log.read_text()
     assert "cancelled" not in log.read_text()
     subprocess.run(["scancel", job], check=True)

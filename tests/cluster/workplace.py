@@ -12,11 +12,12 @@ import yaml
 
 from cluster import slurm as commands
 from dico_t2i.runs.checkpoint import newest_checkpoint, read_weights
+from dico_t2i.runs.log import json_lines
 from tests import forkserver
 from tests.training.conftest import TINY, launch
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 400
+STEPS = 260
 PATIENCE_S = 240
 
 
@@ -32,7 +33,7 @@ class Workplace:
             "data": {**TINY["data"], "path": str(data)},
             "log": {"every": {"steps": 1}, "wandb": "disabled"},
         }
-        tree["train"] = {**TINY["train"], "duration": {"steps": STEPS}, "micro_batch": 4}
+        tree["train"] = {**TINY["train"], "duration": {"steps": STEPS}}
         tree["checkpoint"] = {"every": {"steps": 20}}
         cluster = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "30", "python": str(python)}
         cluster["env"] = {"OMP_NUM_THREADS": 1}
@@ -56,15 +57,24 @@ class Workplace:
     def launch(self, *arguments: str, code: int = 0) -> str:
         return self.call("launch.py", "--config", str(self.config), *arguments, code=code)
 
-    def train_undisturbed(self, name: str) -> None:
-        """The same run under torchrun, on as many ranks."""
-        arguments = ["--config", str(self.config), "--runs", str(self.runs), f"name={name}"]
-        process = launch(2, "-m", "dico_t2i", "train", *arguments)
+    def assert_undisturbed(self, name: str) -> None:
+        """Assert that a run has the weights and losses of the same run under torchrun, on as many ranks."""
+        process = launch(
+            2, "-m", "dico_t2i", "train", "--config", str(self.config), "--runs", str(self.runs), "name=whole"
+        )
         output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, output
+        whole, disturbed = self._weights("whole"), self._weights(name)
+        assert all(torch.equal(whole[key], disturbed[key]) for key in whole)
+        losses = dict(self._losses("whole"))
+        assert all(losses[step] == loss for step, loss in self._losses(name))
 
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
+    def _weights(self, name: str) -> dict[str, torch.Tensor]:
         return dict(read_weights(newest_checkpoint(self.runs / name / "checkpoints"), "weight"))
+
+    def _losses(self, name: str) -> list[tuple[int, float]]:
+        lines = json_lines(self.runs / name / "metrics.jsonl")
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 def job_id(output: str) -> str:

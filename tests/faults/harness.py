@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from dico_t2i.data.writer import ShardWriter
 from dico_t2i.runs import checkpoint as ckpt
@@ -56,7 +57,7 @@ CONFIG: dict[str, Any] = {
     "train": {
         "duration": {"steps": 12},
         "global_batch": GLOBAL_BATCH,
-        "micro_batch": 2,  # with two ranks, two passes a step
+        "micro_batch": 4,  # with two ranks one pass a step, with one rank two
         "precision": "fp32",
         "zero_stage": 1,
     },
@@ -217,6 +218,21 @@ class Run:
         return {
             f"{kind}:{name}": value for kind in checkpoint.kinds for name, value in ckpt.read_weights(checkpoint, kind)
         }
+
+    def shards(self) -> list[dict[str, torch.Tensor]]:
+        """All that the newest checkpoint holds, by rank."""
+        return [load_file(file) for file in sorted(ckpt.newest_checkpoint(self.checkpoints).path.glob("*.safetensors"))]
+
+    def assert_same_shards(self, other: "Run") -> None:
+        """Assert that the newest checkpoints of two runs hold the same, bit by bit."""
+        for ours, theirs in zip(self.shards(), other.shards(), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    def assert_same(self, other: "Run") -> None:
+        """Assert that two runs have the same losses and the same newest checkpoints, bit by bit."""
+        assert self.losses() == other.losses()
+        self.assert_same_shards(other)
 
     def history(self) -> dict[int, Counter[tuple[int, str]]]:
         """Step -> (position, key) -> how often it was trained on, in what the run's weights are made of.

@@ -11,7 +11,8 @@ import pytest
 
 from .harness import Job, Run
 
-STEPS = "train.duration.steps=120"
+LAST = 90
+STEPS = f"train.duration.steps={LAST}"
 SIZE = 8 << 20  # bytes: room for some ten checkpoints of the tiny model
 
 
@@ -48,7 +49,10 @@ def fill_while_training(run: Run, job: Job, leave: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("leave", [0, 400_000], ids=["nothing left", "room for a part"])
+@pytest.mark.parametrize(
+    "leave",
+    [pytest.param(0, id="nothing left", marks=pytest.mark.long), pytest.param(400_000, id="room for a part")],
+)
 def test_a_full_disk_under_the_checkpoints(new_run, leave):
     run = new_run(STEPS)
     with small_disk(run.checkpoints):
@@ -67,9 +71,9 @@ def test_a_full_disk_under_the_checkpoints(new_run, leave):
         assert "WARNING" in job.output
         failures = [event["step"] for event in run.events("save failed")]
         assert len(failures) == len(set(failures)), "each failure is told once"
-        assert sorted(run.losses()) == list(range(1, 121))
+        assert sorted(run.losses()) == list(range(1, LAST + 1))
         steps = run.valid_steps()
-        assert steps[-1] == 120
+        assert steps[-1] == LAST
         names = {"latest", *(f"step-{step:08d}" for step in steps)}
         assert {path.name for path in run.checkpoints.iterdir()} == names, "something is left of the failed saves"
 
@@ -85,6 +89,5 @@ def test_a_full_disk_under_the_whole_run(new_run):
         job.until(lambda: job.last_step >= there + 20)  # far enough for metrics.jsonl to need another page
         filler.unlink()
         assert job.wait() == [0, 0], job.output
-        assert run.valid_steps()[-1] == 120
-        assert job.last_step == 120
+        assert run.valid_steps()[-1] == job.last_step == LAST
         assert run.metrics()[-1]["event"] == "done"  # and every line can be read

@@ -15,7 +15,12 @@ STEPS = "train.duration.steps=20"
 
 @pytest.mark.parametrize(
     ("number", "rank"),
-    [(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGUSR2, 1), (signal.SIGUSR2, 0)],
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR2, 1, marks=pytest.mark.long),
+        (signal.SIGUSR2, 0),
+    ],
     ids=lambda value: getattr(value, "name", f"rank {value}"),
 )
 def test_a_signal_to_one_rank(new_run, whole_run, number, rank):

@@ -30,7 +30,7 @@ TINY = {
     "text_encoder": {"kind": "transformers", "weights": "seeded", "seeded": {"width": 32, "layers": 1, "heads": 2}},
     "data": {"image_size": 16, "flip": False, "streams": 4, "workers": 1},
     "optimizer": {"lr": 1e-3, "ema": [0.9, 0.99], "clip": 1.0, "warmup": {"steps": 3}},
-    "train": {"duration": {"steps": 8}, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "zero_stage": 1},
+    "train": {"duration": {"steps": 8}, "global_batch": 8, "micro_batch": 4, "precision": "fp32", "zero_stage": 1},
     "checkpoint": {"every": {"steps": 100}},
     "log": {"every": {"steps": 1}, "wandb": "disabled"},
 }

@@ -127,24 +127,24 @@ def test_a_block_that_is_not_there(runs, block, message):
         feature_width(config, block)
 
 
-def test_stopping_and_going_on_changes_no_bit_and_stages_agree(runs, tmp_path):
-    steps = ("train.duration.steps=6", "checkpoint.every.steps=3")
+def test_stopping_and_going_on_changes_no_bit_and_stages_agree(runs, tmp_path, long):
+    steps = ("train.duration.steps=4", "checkpoint.every.steps=2")
     output = runs.train("whole", ALIGNED, *steps, "train.zero_stage=2", ranks=2)
     assert "aligned with: seeded (random, untrained) image encoder" in output
     losses = runs.losses("whole")
     whole = newest_checkpoint(runs.folder / "whole" / "checkpoints")
     assert any(name.startswith("alignment.") for name in whole.shapes)
     whole.path.rename(tmp_path / "kept")
-    assert "step-00000003" in runs.train("whole", ALIGNED, *steps, "train.zero_stage=2", ranks=2).replace("\n", "")
+    assert "step-00000002" in runs.train("whole", ALIGNED, *steps, "train.zero_stage=2", ranks=2).replace("\n", "")
     assert runs.losses("whole") == losses
     for file in whole.files:
         before, after = load_file(tmp_path / "kept" / file), load_file(whole.path / file)
         assert all(torch.equal(before[name], after[name]) for name in before)
     runs.train("zero3", ALIGNED, *steps, "train.zero_stage=3", ranks=2)
-    runs.train("bf16", ALIGNED, *steps, "train.precision=bf16", ranks=2)
-    for step, loss in losses.items():
-        assert runs.losses("zero3")[step] == pytest.approx(loss, rel=1e-5)
-        assert runs.losses("bf16")[step] == pytest.approx(loss, rel=0.02)
+    assert runs.losses("zero3") == pytest.approx(losses, rel=1e-5)
+    if long:
+        runs.train("bf16", ALIGNED, *steps, "train.precision=bf16", ranks=2)
+        assert runs.losses("bf16") == pytest.approx(losses, rel=0.02)
     reports = [m for m in runs.metrics("whole") if "loss" in m]
     for report in reports:
         assert report["loss"] == pytest.approx(report["mse"] + report["vb"] + 0.5 * report["alignment"], rel=1e-5)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -19,6 +18,7 @@ from dico_t2i.runs.folder import RunFolder
 from dico_t2i.runs.log import LogWriter, append, json_lines
 from dico_t2i.sampling.pipeline import load_pipeline
 from dico_t2i.training.observers.memory_report import memory_report
+from tests import forkserver
 from tests.ports import free_port
 from tests.small_models import save_autoencoder
 
@@ -80,7 +80,7 @@ def test_another_autoencoder_is_refused_at_every_door(trained, tmp_path):
     with pytest.raises(ConfigError, match="different autoencoder"):
         load(tmp_path / "good")
     command = [sys.executable, "-m", "dico_t2i", "train", "--config", str(run / "config.yaml")]
-    done = subprocess.run(
+    done = forkserver.run(
         [*command, "--runs", str(tmp_path), "train.duration.steps=4"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
@@ -250,7 +250,7 @@ def test_a_meeting_that_cannot_be_is_one_line(runs, environment, message):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         meeting = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = subprocess.run(
+        done = forkserver.run(
             [sys.executable, *runs.command("meeting")],
             env={**os.environ, **meeting, **environment},
             capture_output=True,

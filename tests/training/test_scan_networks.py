@@ -44,7 +44,7 @@ def override(kind):
     return f"model={yaml.safe_dump(NETWORKS[kind], default_flow_style=True, width=1000).strip()}"
 
 
-@pytest.mark.parametrize("kind", ["dig", "dis", "dim"])
+@pytest.mark.parametrize("kind", ["dig", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("dis", "dim"))])
 def test_they_go_on_where_they_stopped(class_runs, kind, long):
     """2k steps are k steps, a new start, and k more steps; DiS leaves out blocks at random."""
     k, shared = (10 if long else 2), (override(kind), "train.zero_stage=2", "sampler.guidance=1.5")

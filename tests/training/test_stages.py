@@ -17,13 +17,13 @@ from dico_t2i.runs.lineage import read_lineage
 from dico_t2i.sampling.pipeline import load_pipeline
 from tests.faults.harness import CONFIG, Run, write_data
 
-SMALL = {"name": "small", "train": {"duration": {"steps": 60}}}
+SMALL = {"name": "small", "train": {"duration": {"steps": 30}}}
 LARGE = {
     "name": "large",
     "data": {"image_size": 16, "streams": 2},
     "model": {"dropout_prob": 0.3},
     "optimizer": {"lr": 5e-4, "warmup": {"steps": 6}, "betas": [0.8, 0.9]},
-    "train": {"duration": {"steps": 40}, "global_batch": 4, "micro_batch": 1},
+    "train": {"duration": {"steps": 20}, "global_batch": 4, "micro_batch": 1},
 }
 
 
@@ -56,23 +56,23 @@ def whole(tmp_path_factory, data):
 
 def test_stopped_in_each_stage_no_bit_differs(tmp_path, data, whole):
     run = staged(tmp_path, data)
-    for step in (10, 75):
+    for step in (8, 36):
         stop_at(run, step)
     run.train()
-    assert 10 <= run.events("stop")[0]["step"] < 60 < run.events("stop")[1]["step"] < 100
+    assert 8 <= run.events("stop")[0]["step"] < 30 < run.events("stop")[1]["step"] < 50
     assert run.losses() == whole.losses()
-    assert [line["images"] for line in run.metrics() if "loss" in line][-1] == 60 * 8 + 40 * 4
+    assert [line["images"] for line in run.metrics() if "loss" in line][-1] == 30 * 8 + 20 * 4
     ours, theirs = run.state(), whole.state()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     lineage = [(entry["what"], entry["from"], entry["step"]) for entry in read_lineage(run.path)]
-    assert lineage == [("stage", "small", 0), ("stage", "large", 60)]
+    assert lineage == [("stage", "small", 0), ("stage", "large", 30)]
     assert read_lineage(run.path) == read_lineage(whole.path)
 
 
 def test_the_ranks_may_change_in_each_stage(tmp_path, data, whole):
     run = staged(tmp_path, data)
-    stop_at(run, 10, ranks=1)
-    stop_at(run, 75, ranks=2)
+    stop_at(run, 8, ranks=1)
+    stop_at(run, 36, ranks=2)
     run.train("train.zero_stage=3", ranks=1)
     for step, loss in whole.losses().items():
         assert abs(run.losses()[step] - loss) < 1e-4 * loss, step
@@ -81,23 +81,23 @@ def test_the_ranks_may_change_in_each_stage(tmp_path, data, whole):
 def test_each_stage_has_its_own_settings_and_the_first_ends_with_a_checkpoint(whole, tmp_path):
     lines = {line["step"]: line for line in whole.metrics() if "loss" in line}
     assert [lines[step]["lr"] for step in (1, 3)] == pytest.approx([1e-3 / 3, 1e-3])
-    assert lines[60]["lr"] < 1e-5  # the end of the cosine
-    assert [lines[step]["lr"] for step in (61, 66)] == pytest.approx([5e-4 / 6, 5e-4])
+    assert lines[30]["lr"] < 1e-5  # the end of the cosine
+    assert [lines[step]["lr"] for step in (31, 36)] == pytest.approx([5e-4 / 6, 5e-4])
     assert [event["stage"] for kind in ("start", "stage") for event in whole.events(kind)] == ["small", "large"]
-    assert [event["total_steps"] for event in whole.events("start")] == [100]
+    assert [event["total_steps"] for event in whole.events("start")] == [50]
     assert len(whole.events("done")) == 1
-    assert 60 in whole.valid_steps()  # kept, although keep_last is 3
+    assert 30 in whole.valid_steps()  # kept, although keep_last is 3
     cpu = torch.device("cpu")
-    border = whole.checkpoints / "step-00000060"
+    border = whole.checkpoints / "step-00000030"
     assert load_pipeline(border, None, cpu, torch.float32).config.data.image_size == 8
     assert load_pipeline(whole.path, None, cpu, torch.float32).config.data.image_size == 16
     assert open_checkpoint(border).state["stage"] == {"name": "small", "first_step": 0, "first_position": 0}
     export(whole.path, None, tmp_path / "export")
-    assert "| stage | large | 60 | " in (tmp_path / "export" / "README.md").read_text()
+    assert "| stage | large | 30 | " in (tmp_path / "export" / "README.md").read_text()
     write_report([whole.path], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<td>large</td>" in page
-    assert "<dt>images seen</dt><dd>640</dd>" in page
+    assert "<dt>images seen</dt><dd>320</dd>" in page
 
 
 def test_a_run_begins_at_a_named_stage_and_stages_are_added(tmp_path, data):
@@ -155,19 +155,19 @@ def test_where_stages_begin_and_end():
     epochs = {"name": "epochs", "train": {"duration": {"epochs": 2}}, "validation": None}
     stages = plan_stages(config(SMALL, LARGE, epochs), [64, 64, 40])
     assert [(s.first_step, s.last_step, s.first_position, s.run_steps) for s in stages] == [
-        (0, 60, 0, 110),
-        (60, 100, 480, 110),
-        (100, 110, 640, 110),
+        (0, 30, 0, 60),
+        (30, 50, 240, 60),
+        (50, 60, 320, 60),
     ]
     assert next_stage(stages, 0, 0, {}).name == "small"
-    assert next_stage(stages, 60, 480, stages[0].record) == stages[1]
-    assert next_stage(stages, 110, 720, stages[2].record) == stages[2]
-    longer = plan_stages(config({**SMALL, "train": {"duration": {"steps": 90}}}, LARGE), [64, 64])
-    late = next_stage(longer, 70, 520, stages[1].record)  # the first stage's new length comes too late
-    assert (late.name, late.first_step, late.last_step, late.first_position) == ("large", 60, 100, 480)
+    assert next_stage(stages, 30, 240, stages[0].record) == stages[1]
+    assert next_stage(stages, 60, 400, stages[2].record) == stages[2]
+    longer = plan_stages(config({**SMALL, "train": {"duration": {"steps": 45}}}, LARGE), [64, 64])
+    late = next_stage(longer, 35, 260, stages[1].record)  # the first stage's new length comes too late
+    assert (late.name, late.first_step, late.last_step, late.first_position) == ("large", 30, 50, 240)
     skipped = next_stage(stages, 10, 80, stages[0].record, begin="large")
-    assert (skipped.first_step, skipped.last_step, skipped.first_position) == (10, 50, 80)
-    assert next_stage(stages, 70, 520, stages[1].record, begin="small").name == "large"
+    assert (skipped.first_step, skipped.last_step, skipped.first_position) == (10, 30, 80)
+    assert next_stage(stages, 35, 260, stages[1].record, begin="small").name == "large"
 
 
 def test_a_plan_has_every_stage_their_sum_and_a_refusal(tmp_path, capsys):
@@ -190,9 +190,9 @@ def test_a_plan_has_every_stage_their_sum_and_a_refusal(tmp_path, capsys):
     rows = {
         line.split("│")[1].strip(): line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") == 8
     }
-    assert (rows["small"], rows["large"], rows["all"]) == ("60", "40", "100")
+    assert (rows["small"], rows["large"], rows["all"]) == ("30", "20", "50")
     plans = yaml.safe_load((tmp_path / "plan.json").read_text())["stages"]
-    assert [entry["steps"] for entry in plans] == [60, 40]
+    assert [entry["steps"] for entry in plans] == [30, 20]
     code, shown = plan("stages.large.data.image_size=2048", "stages.large.train.micro_batch=2")
     assert code == 2
     assert "tiny, stage large needs" in shown

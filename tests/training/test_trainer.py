@@ -19,7 +19,7 @@ def final(runs, name, kind="weight"):
     return dict(read_weights(checkpoint, kind))
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.long), (3, 2)])
 def test_stopping_and_going_on_changes_no_bit(runs, stage, ranks):
     overrides = (f"train.zero_stage={stage}",)
     runs.train("whole", *overrides, ranks=ranks)
