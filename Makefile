@@ -23,7 +23,7 @@ quickstart: env
 	$(BIN)/python evals/quickstart.py
 
 test: env
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # Kill a run over and over, many times more than `make test` does; about 15 minutes.
 soak: env

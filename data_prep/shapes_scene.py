@@ -6,7 +6,7 @@ its centre, in units of its radius.
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -209,3 +209,23 @@ def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
     order = np.concatenate([rng.permutation(len(scenes)) for _ in range(math.ceil(n / len(scenes)))])[:n]
     chosen = [scenes[i] for i in order]
     return [(wordings[rng.integers(len(wordings))], s) for s in chosen for wordings in [captions(s)]]
+
+
+def held_out_pairs(n: int, seed: int) -> list[tuple[str, Scene]]:
+    """``n`` prompts for held-out scenes of two objects, each with its scene; n must be even.
+
+    Prompts 2 k and 2 k + 1 have the same words in another order: the two objects exchange their places.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for _ in range(n // 2):
+        scene = random_scene(rng, two_objects=1.0, held_out=True)
+        wording = rng.integers(len(captions(scene)))
+        chosen += [(captions(each)[wording], each) for each in (scene, exchanged(scene))]
+    return chosen
+
+
+def exchanged(pair: Scene) -> Scene:
+    """The scene in which the two objects have exchanged their places."""
+    first, second = pair.objects
+    return replace(pair, objects=(replace(second, place=first.place), replace(first, place=second.place)))

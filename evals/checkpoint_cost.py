@@ -37,7 +37,8 @@ class Trial:
 
     def __init__(self, config: Config, world: World, batch: int, folder: Path) -> None:
         self.world, self.folder = world, folder
-        self.engine = Engine(build_network(config.model), config.train, config.optimizer, (batch, 1), world)
+        network = build_network(config.model)
+        self.engine = Engine(network, config.train, config.optimizer, (batch, 1), world, config.cluster)
         self.engine.materialize(0)
         model, device = config.model, world.device
         self.x = torch.randn(batch, model.in_channels, config.latent_size, config.latent_size, device=device)

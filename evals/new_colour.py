@@ -12,7 +12,6 @@ read like there, with brown among the colours. Started again, it resumes where i
 
 import io
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +41,8 @@ from data_prep.shapes_scene import (
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import load_config
 from dico_t2i.data.writer import ShardWriter
-from evals.prompt_accuracy import PROPERTIES, accuracy, load_samples
+from evals.prompt_accuracy import PROPERTIES, accuracy
+from evals.shapes.programs import python, samples
 
 CONFIG = Path("configs/quickstart_brown.yaml")
 NAME, BROWN = "brown", (120, 70, 20)
@@ -87,20 +87,10 @@ def measure(folder: Path, base: str, adapter: Path | None, seed: int) -> dict[st
     """Sample all prompts into ``folder``, and return the accuracies of each kind of prompts."""
     found = {}
     for name, asked in prompts(seed).items():
-        out, listed = folder / name.replace(" ", "_"), folder / f"{name.replace(' ', '_')}.txt"
-        folder.mkdir(parents=True, exist_ok=True)
-        listed.write_text("\n".join(prompt for prompt, _ in asked) + "\n", encoding="utf-8")
-        if not (out / "grid.png").exists():
-            command = ["-m", "dico_t2i", "sample", "--checkpoint", base, "--prompts", str(listed), "--out", str(out)]
-            _python(*command, "--batch", "60", *(["--adapter", str(adapter)] if adapter else []))
-        images, _ = load_samples(out)
+        options = ["--adapter", str(adapter)] if adapter else []
+        images = samples(folder / name.replace(" ", "_"), base, asked, *options)
         found[name] = accuracy(images, [scene for _, scene in asked], PALETTE)
     return found
-
-
-def _python(*command: str) -> None:
-    if code := subprocess.run([sys.executable, *command], check=False).returncode:
-        raise ValueError(f"python {' '.join(command)}: it ended with exit status {code}")
 
 
 def print_table(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], seconds: float) -> None:
@@ -123,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_data(Path(place), config.data.image_size, args.seed)
     folder = args.runs / config.name
     started = time.monotonic()
-    _python("-m", "dico_t2i", "train", "--config", str(CONFIG), "--runs", str(args.runs), *args.overrides)
+    python("-m", "dico_t2i", "train", "--config", str(CONFIG), "--runs", str(args.runs), *args.overrides)
     seconds = time.monotonic() - started
     adapter = folder / f"{NAME}.safetensors"
     if not adapter.exists():
-        _python("-m", "dico_t2i", "export", "--checkpoint", str(folder), "--out", str(adapter))
+        python("-m", "dico_t2i", "export", "--checkpoint", str(folder), "--out", str(adapter))
     before = measure(folder / "before", config.init.from_, None, args.seed)
     after = measure(folder / "after", config.init.from_, adapter, args.seed)
     print_table(before, after, seconds)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,23 @@ def long(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("long")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests together, and all that need SLURM: these mostly wait, and share one SLURM."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/cluster" if file.startswith("tests/cluster/") else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest first, so that side by side (pytest -n) all end at about the same time.
 
-    A file's tests stay together, and all that need SLURM: these mostly wait, and share one SLURM. Cases with the marker
-    ``long`` belong to the long form alone.
+    Cases with the marker ``long`` belong to the long form alone.
     """
     if not config.getoption("long"):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
@@ -51,9 +64,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return rank.get(file.as_posix(), rank.get(file.parts[0], len(rank)))
 
     items.sort(key=place)
-    for item in items:
-        file = item.path.relative_to(TESTS)
-        item.add_marker(pytest.mark.xdist_group("cluster" if file.parts[0] == "cluster" else file.as_posix()))
 
 
 @pytest.fixture(autouse=True)

@@ -38,9 +38,13 @@ PRELOADED = (
     "dico_t2i.cli",
     "dico_t2i.export.portable.load",
     "dico_t2i.training.trainer",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.distributed.run",
     "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
     "diffusers.models.autoencoders.autoencoder_kl",
     "scipy.linalg",
     "matplotlib.pyplot",
@@ -335,21 +339,31 @@ def _serve(connection: socket.socket, set_on_import: dict[str, str]) -> NoReturn
             os.close(descriptor)
 
 
-def _trace_a_step() -> None:
-    """Trace a small network as each run does once; torch imports half a second of modules the first time."""
-    from dico_t2i.config import load_config
+def _trace_the_tests_networks() -> None:
+    """Trace the networks of most tests, as each run does once; the forks find the results in a cache."""
+    from dico_t2i.config import parse_config
     from dico_t2i.plan.cost import traced_pass
+    from tests.faults.harness import CONFIG
+    from tests.training.conftest import TINY
 
-    traced_pass(load_config(ROOT / "configs" / "quickstart.yaml", ["model.depths=[1, 1, 1, 1, 1]"]), 1)
+    for tree in (CONFIG, TINY):
+        config = parse_config({**tree, "data": {**tree["data"], "path": "none"}}, "forkserver")
+        traced_pass(config, config.train.micro_batch)
 
 
 def preload() -> dict[str, str]:
-    """Do the slow imports; returns the environment variables that they set. A process that has done them may fork."""
+    """Do the slow imports and other first steps; returns the environment variables that they set.
+
+    A process that has done them may fork.
+    """
+    from PIL import Image
+
     before = dict(os.environ)
     gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
-    _trace_a_step()
+    _trace_the_tests_networks()
+    Image.init()  # imports the readers of all formats
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         sys.exit(f"the fork server has {threads} threads after its imports; a fork would lose all but one")

@@ -35,7 +35,8 @@ def main(path: Path) -> None:
         return losses["loss"].mean()
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        engine = Engine(build_network(network), config.train, config.optimizer, (micro, accumulation), world)
+        batching = (micro, accumulation)
+        engine = Engine(build_network(network), config.train, config.optimizer, batching, world, config.cluster)
         engine.materialize(0)
         for _ in range(2):
             for _ in range(accumulation):

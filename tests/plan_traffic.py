@@ -1,11 +1,12 @@
-"""Run under torchrun: bytes of each collective in a step of the real engine, for each ZeRO stage that is given.
+"""Run under torchrun: the collectives in a step of the real engine, for each ZeRO stage that is given.
+
+Of each: its name, its bytes, and whether it was called while gradients were computed.
 
 python -m tests.plan_traffic CONFIG.yaml STAGE ...
 """
 
 import json
 import sys
-from collections import Counter
 from functools import partial
 
 import torch
@@ -24,19 +25,20 @@ WHOLE = {
 }
 STEPS = 3  # ZeRO-3 learns in the first which weights it can keep
 
-sent: Counter[str] = Counter()
+sent: list[tuple[str, int, bool]] = []
 
 
-def counted(name, original, *args, **kwargs):
+def noted(name, original, *args, **kwargs):
     position, keyword = WHOLE[name]
     tensor = kwargs[keyword] if keyword in kwargs else args[position]
-    sent[name] += tensor.numel() * tensor.element_size()
+    sent.append((name, tensor.numel() * tensor.element_size(), torch._C._current_graph_task_id() != -1))
     return original(*args, **kwargs)
 
 
-def step_bytes(config: Config, world: World) -> dict[str, int]:
+def step_traffic(config: Config, world: World) -> list[tuple[str, int, bool]]:
     micro, accumulation = config.batching(world.size)
-    engine = Engine(build_network(config.model), config.train, config.optimizer, (micro, accumulation), world)
+    network, batching = build_network(config.model), (micro, accumulation)
+    engine = Engine(network, config.train, config.optimizer, batching, world, config.cluster)
     engine.materialize(0)
     x = torch.zeros(micro, config.model.in_channels, config.latent_size, config.latent_size)
     t = torch.zeros(micro, dtype=torch.int64)
@@ -45,14 +47,14 @@ def step_bytes(config: Config, world: World) -> dict[str, int]:
         for _ in range(accumulation):
             engine.backward(engine.model(x, t, t).float().square().mean())
             engine.step(1e-4)
-    return dict(sent)
+    return list(sent)
 
 
 def main(path: str, stages: list[str]) -> None:
     for name in WHOLE:
-        setattr(dist, name, partial(counted, name, getattr(dist, name)))
+        setattr(dist, name, partial(noted, name, getattr(dist, name)))
     world = join_world()
-    results = {stage: step_bytes(load_config(path, [f"train.zero_stage={stage}"]), world) for stage in stages}
+    results = {stage: step_traffic(load_config(path, [f"train.zero_stage={stage}"]), world) for stage in stages}
     if world.is_main:
         print("RESULT", json.dumps(results))
     leave_world()

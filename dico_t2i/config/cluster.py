@@ -9,7 +9,7 @@ from dico_t2i.config.yaml12 import AnyText, Flag, Text
 
 
 class HardwareConfig(Section):
-    """The hardware that `dico plan` computes with: the devices and the connections between them, in decimal units."""
+    """The devices and the connections between them, in decimal units. `dico plan` computes with them."""
 
     name: Text = "H100"  # The name of the device, shown in the plan.
     memory_gb: PositiveFloat = 80.0  # The memory of one device.
@@ -17,6 +17,9 @@ class HardwareConfig(Section):
     memory_gb_s: PositiveFloat = 2900.0  # The bandwidth of a device's memory.
     link_gb_s: PositiveFloat = 350.0  # The bandwidth from one device to the others of its node, in each direction.
     network_gb_s: PositiveFloat = 40.0  # The bandwidth from one device to other nodes, in each direction.
+    # The time of an all-reduce of a few bytes over all devices, in microseconds. Training computes from it, from the
+    # bandwidths and from the number of parameters how many gradients it sends together.
+    latency_us: PositiveFloat = 30.0
     disk_gb_s: PositiveFloat = 1.0  # The write rate of one node to the file system that holds the checkpoints.
 
 
@@ -60,6 +63,13 @@ class ClusterConfig(Section):
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that each device sends in a ring of all devices, over the slowest link."""
+        network = self.hardware.network_gb_s * self.ranks_per_node  # each device of a node sends its share
+        link = self.hardware.link_gb_s
+        return 1e9 * (link if self.nodes == 1 else min(network, link))
 
     @model_validator(mode="after")
     def _one_process_per_gpu(self) -> ClusterConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +27,8 @@ from dico_t2i.data.tar import PACKED
 from dico_t2i.files import write_atomically
 
 _log = getLogger(__name__)
+
+_TELL_S = 30.0  # between two lines about progress in a log
 
 
 @dataclass(frozen=True)
@@ -239,8 +242,13 @@ def _check_sizes(index: DatasetIndex) -> None:
 
 
 def show_progress(work: Iterable[None], total: int, what: str) -> None:
-    """Wait for all of ``work``, with a progress bar if there is more than one item."""
+    """Wait for all of ``work``, with a progress bar if there is more than one item, or a line now and then in a log."""
+    from rich.console import Console
     from rich.progress import track
 
-    for _ in track(work, what, total=total, transient=True, disable=total < 2):
-        pass
+    console, started, told = Console(), time.monotonic(), time.monotonic()
+    for done, _ in enumerate(track(work, what, total=total, console=console, transient=True, disable=total < 2), 1):
+        now = time.monotonic()
+        if not console.is_terminal and now - told >= _TELL_S and done < total:
+            told, left = now, (now - started) / done * (total - done)
+            print(f"{what}: {done} of {total}, {left / 60:.0f} minutes left", flush=True)

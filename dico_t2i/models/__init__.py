@@ -3,7 +3,7 @@
 from dico_t2i.config import DIT_VARIANTS, UVIT_VARIANTS, VARIANTS, DiCoConfig, NetworkConfig
 from dico_t2i.models.adapter import adapter_origin, add_adapter, merge_adapter, read_adapter, write_adapter
 from dico_t2i.models.build import build_network
-from dico_t2i.models.cost import count_macs, count_parameters, count_scan_macs, count_trained
+from dico_t2i.models.cost import count_macs, count_parameters, count_scan_macs, count_trained, trained_sizes
 from dico_t2i.models.dico import STAGES, DiCo
 from dico_t2i.models.network import Network
 
@@ -25,5 +25,6 @@ __all__ = [
     "count_trained",
     "merge_adapter",
     "read_adapter",
+    "trained_sizes",
     "write_adapter",
 ]

@@ -24,9 +24,12 @@ def count_trained(config: NetworkConfig, adapter: AdapterConfig | None, matrices
 
     matrices: count only the weights of linear layers, which Muon updates.
     """
-    if adapter is None and not matrices:
-        return count_parameters(config)
-    return sum(p.size for p in _parameters(config, adapter) if p.trained and (p.linear or not matrices))
+    return sum(trained_sizes(config, adapter, matrices))
+
+
+def trained_sizes(config: NetworkConfig, adapter: AdapterConfig | None, matrices: bool = False) -> tuple[int, ...]:
+    """The number of elements of each parameter that is trained; with ``matrices``, of each that Muon updates."""
+    return tuple(p.size for p in _parameters(config, adapter) if p.trained and (p.linear or not matrices))
 
 
 class _Parameter(NamedTuple):

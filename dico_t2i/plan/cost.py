@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from dico_t2i.diffusion import build
 from dico_t2i.models import add_adapter, build_network
 from dico_t2i.models.cost import example_inputs
 from dico_t2i.plan.trace import Pass, trace_training
+
+PLAIN_SHARE = 1 / 16  # assumed rate of fp32 and of depthwise convolutions, relative to bf16 products
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,23 @@ def autocast(config: Config) -> bool:
     return config.train.precision == "bf16" and config.train.zero_stage == 0
 
 
+def rates(config: Config) -> tuple[float, float]:
+    """Operations per second of matrix products and of everything else; on CPUs both are equal."""
+    peak = 1e12 * config.cluster.hardware.peak_tflops
+    plain = peak * (PLAIN_SHARE if config.cluster.gpus_per_node else 1)
+    return (peak if config.train.precision == "bf16" else plain), plain
+
+
+def seconds(config: Config, traced: Pass) -> np.ndarray:
+    """The seconds of each operation of a pass: its arithmetic or its memory traffic, whichever takes longer."""
+    products, plain = rates(config)
+    work = traced.products / products + traced.others / plain
+    return np.maximum(work, traced.traffic / (1e9 * config.cluster.hardware.memory_gb_s))
+
+
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of one large matrix product: the best of a few runs, which take less than a second."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(4):

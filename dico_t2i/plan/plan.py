@@ -2,8 +2,9 @@
 
 The network is traced on the meta device (``plan.trace``); to this come the tensors that DeepSpeed keeps and sends with
 the settings of ``training.engine``. Time is a roofline: each operation takes as long as its arithmetic at the peak rate
-of the device or its bytes at the rate of the memory, whichever is longer, and communication overlaps with nothing. The
-time is a lower bound, since real kernels are slower, and loading data and Python are assumed to cost no time.
+of the device or its bytes at the rate of the memory, whichever is longer; to this comes the communication that is not
+hidden behind computing (``plan.communication``). The time is a lower bound, since real kernels are slower, and loading
+data and Python are assumed to cost no time.
 """
 
 from __future__ import annotations
@@ -21,18 +22,14 @@ from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.text import TowerSize, text_sizes
-from dico_t2i.models import count_macs, count_parameters, count_scan_macs, count_trained
-from dico_t2i.plan.buffers import reduce_bucket
-from dico_t2i.plan.cost import optimizer_traffic, traced_pass
+from dico_t2i.models import count_macs, count_parameters, count_scan_macs, count_trained, trained_sizes
+from dico_t2i.plan.buffers import UNDIVIDED, bucket_size, gradient_bytes, overlaps
+from dico_t2i.plan.communication import GATHERED, KEPT, Communication, buckets, communication
+from dico_t2i.plan.cost import optimizer_traffic, rates, seconds, traced_pass
 from dico_t2i.plan.trace import Pass
 
 CONTEXT_BYTES = 2e9  # assumed for CUDA, NCCL and the libraries' workspaces
 USABLE = 0.95  # assumed share of memory that fragmentation leaves usable
-PLAIN_SHARE = 1 / 16  # assumed rate of fp32 and of depthwise convolutions, relative to bf16 products
-# DeepSpeed's defaults for ZeRO stage 3, in weights: how many it gathers in advance, and how many it keeps from the
-# forward pass to the backward pass. The latter is half of its "maximal reuse distance", which counts both passes.
-GATHERED = 50_000_000
-KEPT = 500_000_000
 _KNOWN_BYTES = {"stabilityai/sd-vae-ft-ema": 335e6}  # fp32
 _CAPTION_BYTES = 500.0  # assumed captions and tar headers of a sample, if the data do not exist yet
 
@@ -63,16 +60,11 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Communication:
-    """The bytes that one device sends in a step, and the seconds this takes over the slowest link used."""
-
-    sent: float
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """The memory and time of a config; times are seconds of a step."""
+    """The memory and time of a config; times are seconds of a step.
+
+    communication_s: the time that is not hidden behind computing.
+    """
 
     memory: Memory
     fits: bool
@@ -161,7 +153,7 @@ def make_plan(config: Config) -> Plan:
         flops_per_image=float((traced.products + traced.others).sum() / micro),
         estimate=estimate,
         recomputing=stages,
-        communication={stage: _communication(config, stage) for stage in range(4)},
+        communication={stage: communication(_at_stage(config, stage)) for stage in range(4)},
         sample_bytes=_sample_bytes(config, index),
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_s=checkpoint_bytes / config.cluster.nodes / (1e9 * config.cluster.hardware.disk_gb_s),
@@ -173,7 +165,7 @@ def make_plan(config: Config) -> Plan:
 
 def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
     """The bytes of a rank by part for a number of ranks, which training reports beside the measured ones."""
-    tasks = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
+    tasks = {} if config.cluster.ranks == ranks else {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
     here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
     memory = asdict(_estimate(here).memory)
     kept = ("weights", "master_weights", "moments", "averages")
@@ -185,11 +177,11 @@ def _estimate(config: Config) -> Estimate:
     ranks, hardware = config.cluster.ranks, config.cluster.hardware
     micro, accumulation = config.batching(ranks)
     traced = traced_pass(config, micro)
-    memory = _memory(config, traced, accumulation)
-    network_s = accumulation * _roofline(config, traced)
-    text_s = accumulation * micro * _text_flops(config) / _rates(config)[0]
+    memory = _memory(config, traced)
+    network_s = accumulation * float(seconds(config, traced).sum())
+    text_s = accumulation * micro * _text_flops(config) / rates(config)[0]
     optimizer_s = _optimizer_traffic(config) / (1e9 * hardware.memory_gb_s)
-    communication_s = _communication(config, config.train.zero_stage).seconds
+    communication_s = communication(config).exposed
     return Estimate(
         memory=memory,
         fits=memory.total <= USABLE * 1e9 * hardware.memory_gb,
@@ -210,25 +202,67 @@ class _Moment(NamedTuple):
     temporary: float
 
 
-def _memory(config: Config, traced: Pass, accumulation: int) -> Memory:
-    """The memory of one device; tests/test_plan.py compares it with measurements of DeepSpeed."""
-    stage, ranks, trained = config.train.zero_stage, config.cluster.ranks, _trained(config)
-    parameters = count_parameters(config.model) + (trained if config.adapter else 0)
-    share = 1 / ranks if stage > 0 else 1.0
-    working = _working_bytes(config, stage)
-    moments = (
-        _last_pass(traced, (parameters, trained), stage, ranks, working, accumulation > 1),
-        _sending(trained, stage, ranks, working, accumulation > 1),
-        _updating(trained, stage, share, working),
+class _Sharding(NamedTuple):
+    """What decides which gradients a rank holds, and in what buffers it sends them. Numbers are of elements."""
+
+    stage: int
+    ranks: int
+    parameters: int
+    trained: int
+    bucket: int  # of gradients that are sent together
+    buffers: int  # of the size of a bucket: two where one is filled while the other is sent
+    element_bytes: int
+    again: bool  # gradients of earlier passes of the step are kept
+
+    @property
+    def part(self) -> float:
+        """A rank's own gradients after their reduction."""
+        return self.trained / self.ranks
+
+    @property
+    def copied(self) -> int:
+        """The copy of a bucket that is sent; with one rank none is made."""
+        return self.bucket if self.ranks > 1 else 0
+
+
+def _sharding(config: Config) -> _Sharding:
+    stage, ranks = config.train.zero_stage, config.cluster.ranks
+    sizes = trained_sizes(config.model, config.adapter)
+    element_bytes = gradient_bytes(config.train)
+    return _Sharding(
+        stage=stage,
+        ranks=ranks,
+        parameters=count_parameters(config.model) + (sum(sizes) if config.adapter else 0),
+        trained=sum(sizes),
+        bucket=bucket_size(sizes, element_bytes, config.cluster) if stage > 0 else min(UNDIVIDED, sum(sizes)),
+        buffers=2 if overlaps(stage, ranks) and stage < 3 else 1,
+        element_bytes=element_bytes,
+        again=config.batching(ranks)[1] > 1,
     )
+
+
+def _memory(config: Config, traced: Pass) -> Memory:
+    """The memory of one device; tests/test_plan.py compares it with measurements of DeepSpeed."""
+    sharding = _sharding(config)
+    stage, trained, share = sharding.stage, sharding.trained, _share(config)
     return Memory(
-        weights=working * parameters * (share if stage == 3 else 1),
+        weights=sharding.element_bytes * sharding.parameters * (share if stage == 3 else 1),
         master_weights=4 * trained * share if stage > 0 else 0,
         moments=_moment_bytes(config) * share,
         averages=4 * trained * share * len(config.optimizer.ema),
         encoders=_encoder_bytes(config) or 0.0,
-        **max(moments, key=sum)._asdict(),
+        **max(_last_pass(traced, sharding), _sending(sharding), _updating(sharding), key=sum)._asdict(),
     )
+
+
+def _share(config: Config) -> float:
+    """The share of the optimizer's state that a rank holds."""
+    return 1 / config.cluster.ranks if config.train.zero_stage > 0 else 1.0
+
+
+def _at_stage(config: Config, stage: int) -> Config:
+    """The config with another ZeRO stage, although it may not train with it."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
 
 
 def _trained(config: Config) -> int:
@@ -248,80 +282,48 @@ def _matrices(config: Config) -> int:
     return count_trained(config.model, config.adapter, matrices=True) if config.optimizer.kind == "muon" else 0
 
 
-def _working_bytes(config: Config, stage: int) -> int:
-    """Bytes of each weight in the forward pass, and of its gradient; ZeRO stage 0 trains fp32 weights."""
-    return 4 if stage == 0 or config.train.precision == "fp32" else 2
-
-
-def _last_pass(traced: Pass, sizes: tuple[int, int], stage: int, ranks: int, working: int, again: bool) -> _Moment:
-    """The moment of highest use in the last pass of a step.
-
-    sizes: the number of all parameters, and of those that are trained. again: gradients of earlier passes are kept.
-    """
-    parameters, trained = sizes
+def _last_pass(traced: Pass, sharding: _Sharding) -> _Moment:
+    """The moment of highest use in the last pass of a step."""
+    stage, ranks, again, bucket, part = (
+        getattr(sharding, key) for key in ("stage", "ranks", "again", "bucket", "part")
+    )
     none, begun = np.zeros_like(traced.live), traced.gradients > 0
-    bucket, part = working * reduce_bucket(trained), working * trained / ranks
-    emptied = traced.gradients // reduce_bucket(trained)
-    copied = bucket * (np.diff(emptied, prepend=0) > 0)  # a full bucket is copied and sent
-    own = none + working * (trained if again else traced.gradients)
-    gathered = working * (min(parameters, KEPT) + min(parameters, GATHERED)) if ranks > 1 else 0.0
-    gradients = (own, own, part * (again + (emptied > 0)), none + part)[stage]
-    buffers = (none, bucket * (begun | again), bucket * begun + copied, none + bucket + gathered + copied)[stage]
+    sent = np.zeros_like(begun)
+    sent[[at for at, _ in buckets(traced, sharding.trained, bucket)[:-1]]] = True
+    reduced = part * np.maximum.accumulate(sent)
+    kept = sharding.trained if again else traced.gradients
+    # With several ranks stage 1 takes each gradient over into a bucket, and frees it.
+    taken = (sharding.trained - traced.gradients) * again + reduced if ranks > 1 else none + kept
+    gradients = sharding.element_bytes * (none + kept, taken, part * again + reduced, none + part)[stage]
+    filled, copied = sharding.buffers * bucket, sharding.copied * sent
+    gathered = min(sharding.parameters, KEPT) + min(sharding.parameters, GATHERED) if ranks > 1 else 0
+    buffers = (none, filled * (begun | again) + copied, filled * begun + copied, filled + copied + gathered)[stage]
+    buffers = sharding.element_bytes * buffers
     at = int((traced.live + gradients + buffers).argmax())
     activations = min(float(traced.live[at]), traced.activations)
     return _Moment(float(gradients[at]), float(buffers[at]), activations, float(traced.live[at]) - activations)
 
 
-def _sending(parameters: int, stage: int, ranks: int, working: int, again: bool) -> _Moment:
+def _sending(sharding: _Sharding) -> _Moment:
     """The moment after the last pass, when the remaining gradients are sent."""
-    whole, bucket = working * parameters, working * reduce_bucket(parameters)
-    gradients = (whole, whole, whole / ranks * (1 + again), whole / ranks)[stage]
-    buffers = (bucket if ranks > 1 else 0, bucket, 2 * bucket, 2 * bucket)[stage]
-    return _Moment(gradients, buffers, 0.0, 0.0)
+    whole, part, bucket = sharding.trained, sharding.part, sharding.bucket
+    # One rank fills its buckets only now at stage 1, and frees the gradients that it has copied there.
+    first = part if sharding.ranks > 1 else whole + part - bucket
+    gradients = (whole, first, part * (1 + sharding.again), part)[sharding.stage]
+    buffers = sharding.copied if sharding.stage == 0 else sharding.buffers * bucket + sharding.copied
+    return _Moment(sharding.element_bytes * gradients, sharding.element_bytes * buffers, 0.0, 0.0)
 
 
-def _updating(parameters: int, stage: int, share: float, working: int) -> _Moment:
+def _updating(sharding: _Sharding) -> _Moment:
     """The optimizer's step, in which ZeRO copies a rank's gradients into one tensor and converts it to fp32."""
-    part = working * parameters * share
-    copies = part + (4 * parameters * share if working < 4 else 0) if stage > 0 else 0.0
-    return _Moment(part, working * reduce_bucket(parameters) if stage == 3 else 0.0, 0.0, copies)
-
-
-def _roofline(config: Config, traced: Pass) -> float:
-    """Seconds of one forward and backward pass."""
-    products, plain = _rates(config)
-    work = traced.products / products + traced.others / plain
-    return float(np.maximum(work, traced.traffic / (1e9 * config.cluster.hardware.memory_gb_s)).sum())
-
-
-def _rates(config: Config) -> tuple[float, float]:
-    """Operations per second of matrix products and of everything else; on CPUs both are equal."""
-    peak = 1e12 * config.cluster.hardware.peak_tflops
-    plain = peak * (PLAIN_SHARE if config.cluster.gpus_per_node else 1)
-    return (peak if config.train.precision == "bf16" else plain), plain
+    size = sharding.element_bytes
+    part = size * (sharding.part if sharding.stage > 0 else sharding.trained)
+    copies = part + (4 * sharding.part if size < 4 else 0) if sharding.stage > 0 else 0.0
+    return _Moment(part, size * sharding.bucket if sharding.stage == 3 else 0.0, 0.0, copies)
 
 
 def _optimizer_traffic(config: Config) -> float:
-    share = 1 / config.cluster.ranks if config.train.zero_stage > 0 else 1.0
-    return share * optimizer_traffic(_trained(config), len(config.optimizer.ema))
-
-
-def _communication(config: Config, stage: int) -> Communication:
-    """The communication of ring collectives: an all-reduce sends the data twice, a gather or scatter once.
-
-    One rank's share of the data is never sent. ZeRO stage 1 reduces gradients once for each step, stages 2 and 3 after
-    each pass. Stages 1 and 2 use an all-reduce and then gather the weights. Stage 3 gathers the weights in each forward
-    pass, and again in the backward pass those that it did not keep.
-    """
-    ranks, hardware = config.cluster.ranks, config.cluster.hardware
-    _, accumulation = config.batching(ranks)
-    parameters, trained = count_parameters(config.model), _trained(config)
-    gathered = parameters + max(0.0, parameters - KEPT)
-    values = (2 * trained, 3 * trained, (2 * accumulation + 1) * trained, (trained + gathered) * accumulation)[stage]
-    sent = values * _working_bytes(config, stage) * (ranks - 1) / ranks
-    network = hardware.network_gb_s * config.cluster.ranks_per_node  # each device of a node sends its share
-    rate = hardware.link_gb_s if config.cluster.nodes == 1 else min(network, hardware.link_gb_s)
-    return Communication(sent, sent / (1e9 * rate))
+    return _share(config) * optimizer_traffic(_trained(config), len(config.optimizer.ema))
 
 
 def _remedies(config: Config) -> dict[str, Estimate]:

@@ -90,8 +90,9 @@ def _memory(plan: Plan) -> Table:
 def _time(plan: Plan) -> Table:
     estimate = plan.estimate
     table = Table("time of a step, lower bound", "ms")
-    for name in ("network_s", "text_encoder_s", "optimizer_s", "communication_s"):
+    for name in ("network_s", "text_encoder_s", "optimizer_s"):
         table.add_row(name.removesuffix("_s").replace("_", " "), f"{1e3 * getattr(estimate, name):.1f}")
+    table.add_row("communication, not hidden", f"{1e3 * estimate.communication_s:.1f}")
     table.add_row("all", f"{1e3 * estimate.step_s:.1f}", style="bold")
     for stages, other in plan.recomputing.items():
         table.add_row(f"all, recomputing {stages}", f"{1e3 * other.step_s:.1f}")
@@ -100,10 +101,11 @@ def _time(plan: Plan) -> Table:
 
 def _communication(plan: Plan) -> Table:
     where = "between nodes" if plan.nodes > 1 else "in the node"
-    table = Table("ZeRO stage", "each GPU sends, GB per step", f"{where}, ms")
+    table = Table("ZeRO stage", "each GPU sends, GB per step", f"{where}, ms", "hidden, ms", "not hidden, ms")
     for stage, part in plan.communication.items():
         style = "bold" if stage == plan.zero_stage else ""
-        table.add_row(str(stage), f"{part.sent / 1e9:.2f}", f"{1e3 * part.seconds:.1f}", style=style)
+        times = (f"{1e3 * time:.1f}" for time in (part.seconds, part.hidden, part.exposed))
+        table.add_row(str(stage), f"{part.sent / 1e9:.2f}", *times, style=style)
     return table
 
 

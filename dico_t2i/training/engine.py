@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dico_t2i.config import OptimizerConfig, TrainConfig
+from dico_t2i.config import ClusterConfig, OptimizerConfig, TrainConfig
 from dico_t2i.models import Network
-from dico_t2i.plan.buffers import reduce_bucket
+from dico_t2i.plan.buffers import bucket_size, gradient_bytes, overlaps
 from dico_t2i.runs.checkpoint import Piece
 from dico_t2i.runs.kinds import MOMENTS, WEIGHT
 from dico_t2i.training.eight_bit import Adam8bitEMA
@@ -39,10 +39,17 @@ class Engine:
     """A model in training, with forward, backward, step, and access to its fp32 state."""
 
     def __init__(
-        self, model: Network, train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], world: World
+        self,
+        model: Network,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        batching: tuple[int, int],
+        world: World,
+        cluster: ClusterConfig,
     ) -> None:
-        """batching: samples per rank and pass, and passes per step."""
+        """batching: samples per rank and pass, and passes per step. cluster: by its rates the buffers are chosen."""
         self.world, self.stage = world, train.zero_stage
+        self.overlaps = overlaps(self.stage, world.size)
         self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         model.to(world.device)
         if train.compile == "blocks":
@@ -51,7 +58,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adam,
-            config=_deepspeed_config(train, optimizer, batching, sum(shape.numel() for shape in self.shapes.values())),
+            config=_deepspeed_config(train, optimizer, batching) | {"zero_optimization": self._zero(train, cluster)},
             dist_init_required=False,
         )
         self.adam.veto = self._unusable
@@ -62,13 +69,33 @@ class Engine:
         self.skipped = torch.tensor(False, device=world.device)
         self._norm = torch.tensor(math.nan, device=world.device)
 
+    def _zero(self, train: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
+        """DeepSpeed's settings of ZeRO, of which stage 0 reads none.
+
+        No stage reads ``allgather_bucket_size``: stages 1 and 2 gather all weights at once, stage 3 those of a module.
+        """
+        if self.stage == 0:
+            return {"stage": 0}
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        return {
+            "stage": self.stage,
+            "overlap_comm": self.overlaps,
+            "reduce_bucket_size": bucket_size(sizes, gradient_bytes(train), cluster),
+            # Otherwise stages 1 and 2 wait for the device before they send a bucket, instead of once after a pass.
+            "contiguous_gradients": True,
+        }
+
     @property
     def model(self) -> nn.Module:
         """The module to call in the forward pass."""
         return self.engine
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's mean loss; gradients are averaged over micro-batches and ranks."""
+        """Add the gradient of a micro-batch's mean loss; gradients are averaged over micro-batches and ranks.
+
+        If ``overlaps``, DeepSpeed waits for the device at the end of the passes in which it sends gradients: at stage 1
+        the last one of a step, at stages 2 and 3 each one.
+        """
         self.engine.backward(loss)
 
     def step(self, lr: float) -> Tensor:
@@ -235,14 +262,11 @@ def _optimizer(network: Network, config: OptimizerConfig) -> AdamWEMA:
     return (Adam8bitEMA if config.kind == "adamw_8bit" else AdamWEMA)(trained, config)
 
 
-def _deepspeed_config(
-    train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int], parameters: int
-) -> dict[str, Any]:
+def _deepspeed_config(train: TrainConfig, optimizer: OptimizerConfig, batching: tuple[int, int]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batching[0],
         "gradient_accumulation_steps": batching[1],
         "gradient_clipping": optimizer.clip,
-        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": reduce_bucket(parameters)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }

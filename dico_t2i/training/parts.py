@@ -77,7 +77,7 @@ def build_parts(
     network = build_adapted(config, base)
     if inputs.alignment:
         inputs.alignment.attach(network)
-    engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world)
+    engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world, config.cluster)
     order = make_order(config.data, index, config.seed + stage.number, config.train.global_batch)
     initial = find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}

@@ -39,7 +39,7 @@ from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
 from dico_t2i.training.prolonging import prolong
-from dico_t2i.training.ranks.distributed import any_rank, join_world
+from dico_t2i.training.ranks.distributed import any_rank, join_world, main_first
 from dico_t2i.training.ranks.watchdog import Watchdog
 from dico_t2i.training.session import Session
 
@@ -63,10 +63,7 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0, begin: str |
     configs = config.stage_configs
     for own in configs:
         own.batching(world.size)
-        if world.is_main:
-            load_data(own.data)  # creates the index if there is none
-    dist.barrier()
-    indexes = [load_data(own.data) for own in configs]
+    indexes = main_first(lambda: [load_data(own.data) for own in configs], world)  # builds an index if there is none
     for own, index in zip(configs, indexes, strict=True):
         check_data(own, index)
     run = RunFolder(runs, config.name)
@@ -200,8 +197,11 @@ class Trainer:
             batch, inputs = ahead.take()
             losses = self._losses(inputs)
             self.parts.sources.add(batch.sources, losses["loss"])
+            more = self.step + 1 < stage.last_step or number + 1 < accumulation
+            if more and self.engine.overlaps:  # since the backward pass then waits for the device
+                ahead.start()
             self.engine.backward(losses["loss"].mean())
-            if self.step + 1 < stage.last_step or number + 1 < accumulation:
+            if more:
                 ahead.start()
             norm = self.engine.step(rate)
             parts = [losses[key].mean() if key in losses else torch.zeros_like(total[0]) for key in names]

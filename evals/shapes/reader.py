@@ -3,6 +3,7 @@
 Nothing is learned or fitted to a model; the thresholds follow from the geometry of the scenes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,6 +48,26 @@ def read(image: NDArray[np.uint8], colours: Palette = COLOURS) -> Reading:
     place = min(PLACES, key=lambda name: float(np.linalg.norm(np.subtract(PLACES[name], centre))))
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
     return Reading(background, colour, shape, place, size)
+
+
+def read_pair(image: NDArray[np.uint8]) -> tuple[Reading, ...]:
+    """Read two small objects, side by side or one above the other; empty where no two shapes are at such places.
+
+    Each half of the image is read by itself, as if the other half were background.
+    """
+    for axis, places in ((1, ("left", "right")), (0, ("top", "bottom"))):
+        halves = tuple(read(half) for half in _halves(image, axis))
+        if tuple(half.place for half in halves) == places:
+            return halves
+    return ()
+
+
+def _halves(image: NDArray[np.uint8], axis: int) -> Iterator[NDArray[np.uint8]]:
+    ground = _border_colour(image.astype(np.float64)).round().astype(np.uint8)
+    second = np.arange(len(image)) >= len(image) // 2
+    for hidden in (second, ~second):
+        hidden = hidden[:, None, None] if axis == 0 else hidden[None, :, None]
+        yield np.where(hidden, ground, image)
 
 
 def _border_colour(pixels: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -373,3 +374,19 @@ def test_captions_in_any_encoding_are_read_or_refused(members, caption):
         return
     with pytest.raises(SampleError, match="captions cannot be read"):
         captions_of(sample)
+
+
+@pytest.mark.parametrize("condition", ["text", "class"])
+def test_data_workers_leave_the_gpu_alone(index, monkeypatch, condition):
+    """They are forks of a process that uses CUDA, so that their first use of it would fail. Here it does."""
+    batches, parent = loader(index, workers=2, condition=condition), os.getpid()
+    for module, name in ((torch.cuda, "_lazy_init"), (torch.cuda, "is_available"), (torch._C, "_cuda_getDeviceCount")):
+        original = getattr(module, name)
+
+        def guarded(*args, _original=original, _name=name, **kwargs):
+            if os.getpid() != parent:
+                raise AssertionError(f"a data worker called {_name}")
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, guarded)
+    assert sum(len(batch.positions) for batch in islice(batches, 6)) == 12

@@ -47,6 +47,7 @@ def test_a_step_trains():
         assert losses[-1] < losses[0]
 
 
+@pytest.mark.long
 def test_networks_by_name_beside_what_was_published(tmp_path, capsys):
     """6.06 GMACs of a pass with DiT-S/2; DiG is published only."""
     arguments = ["--networks", "DiCo-S", "DiT-S/2", "--batch", "1", "--rounds", "1", "--device", "cpu"]

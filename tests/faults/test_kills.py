@@ -8,7 +8,7 @@ from .harness import OwnDeath, Report, compare, survive
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in range(3)), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1, 3)), 2])
 def test_a_run_survives_kills(new_run, whole_run, stage, capsys, long):
     """Inside a save and between two steps; with more kills, at the start too."""
     kills, steps = (7, 60) if long else (2, 20)
@@ -23,6 +23,7 @@ def test_a_run_survives_kills(new_run, whole_run, stage, capsys, long):
     assert (report.lost, report.repeated, report.differences) == (0, 0, [])
 
 
+@pytest.mark.long
 def test_a_run_on_cached_latents_survives_kills(new_run, whole_run, cached_latents):
     overrides = ("train.duration.steps=26", "train.micro_batch=2", *cached_latents)  # two passes a step
     run = new_run(*overrides)

@@ -19,7 +19,7 @@ STEPS = "train.duration.steps=20"
         (signal.SIGTERM, 1),
         pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.long),
         pytest.param(signal.SIGUSR2, 1, marks=pytest.mark.long),
-        (signal.SIGUSR2, 0),
+        pytest.param(signal.SIGUSR2, 0, marks=pytest.mark.long),
     ],
     ids=lambda value: getattr(value, "name", f"rank {value}"),
 )

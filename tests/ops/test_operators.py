@@ -127,10 +127,10 @@ def test_text_kernels_of_other_sides(module, kernel, tokens, dtype):
         assert max(found.values()) < LIMITS[dtype], found
 
 
-def test_triton_kernels_through_the_interpreter():
+def test_triton_kernels_through_the_interpreter(long):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ops.cases", "dico_t2i.ops.kernels"]
+    command = [sys.executable, "-m", "tests.ops.cases", "dico_t2i.ops.kernels", *(["--long"] if long else [])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.partition("RESULT")[2])

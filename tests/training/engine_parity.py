@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from dico_t2i.config import AdapterConfig, DiCoConfig, OptimizerConfig, Span, TrainConfig
+from dico_t2i.config import AdapterConfig, ClusterConfig, DiCoConfig, OptimizerConfig, Span, TrainConfig
 from dico_t2i.models import DiCo, add_adapter
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.ranks.distributed import join_world, leave_world
@@ -80,7 +80,7 @@ def engine_result(stage, precision, what, world):
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
-    engine = Engine(network, train, optimizer, (MICRO, accumulation), world)
+    engine = Engine(network, train, optimizer, (MICRO, accumulation), world, ClusterConfig())
     engine.materialize(0)
     skipped = []
     for step in range(STEPS):

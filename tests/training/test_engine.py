@@ -41,14 +41,15 @@ def test_muon_is_torchs_own_although_its_matrices_are_divided(ranks):
         assert result["owned"] == result["trained"], result
 
 
-def test_an_adapter_is_trained_at_every_stage_and_nothing_else():
-    for result in parity(2, *(f"{stage}:fp32:adapter" for stage in range(4)), "1:bf16:adapter", "3:bf16:adapter"):
+def test_an_adapter_is_trained_at_every_stage_and_nothing_else(long):
+    cases = [*(f"{stage}:fp32:adapter" for stage in range(4)), "1:bf16:adapter", "3:bf16:adapter"]
+    for result in parity(2, *(cases if long else cases[::5])):
         assert result["weight"] < (2e-5 if "fp32" in result["case"] else 8e-3), result
         assert result["owned"] == result["trained"], result
         assert result["skipped"] == [False, False, True, False], result
 
 
-def test_bf16_follows_within_its_precision():
-    for result in parity(2, "0:bf16", "1:bf16", "2:bf16", "3:bf16"):
+def test_bf16_follows_within_its_precision(long):
+    for result in parity(2, "0:bf16", "1:bf16", *(["2:bf16", "3:bf16"] if long else [])):
         assert result["weight"] < 8e-3, result
         assert result["skipped"] == [False, False, True, False], result

@@ -50,7 +50,7 @@ def test_tf32_is_what_the_config_says(monkeypatch, wanted):
     matmul.allow_tf32 = cudnn.allow_tf32 = not wanted
     try:
         with pytest.raises(NotImplementedError):
-            parts.build_parts([stage], [None], SimpleNamespace(run=None, world=None))
+            parts.build_parts([stage], [None], SimpleNamespace(run=None, world=None), None)
         assert matmul.allow_tf32 is cudnn.allow_tf32 is wanted
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -36,6 +36,7 @@ def test_stopping_and_going_on_changes_no_bit(runs, stage, ranks):
             assert torch.equal(value, parts[name]), (kind, name)
 
 
+@pytest.mark.long
 def test_ranks_and_stages_may_change_on_the_way(runs):
     runs.train("whole", "train.duration.steps=9")
     for steps, stage, ranks in ((3, 1, 1), (6, 3, 2), (9, 0, 1)):

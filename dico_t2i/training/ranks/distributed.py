@@ -4,17 +4,25 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from itertools import count
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dico_t2i.memory import keep_freed_memory
+from dico_t2i.training.ranks.node import compile_in_turn, follow_nccl, keep_kernels_here
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)  # for rank 0's work in ``main_first``
 
 _RESOLVE_S = 5.0
+_numbers = count()  # of the calls of ``main_first``, the same on all ranks
 _flags_group: dist.ProcessGroup | None = None  # uses host memory, so that agreeing does not wait for a GPU
 
 
@@ -68,14 +76,44 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         keep_freed_memory()
     if not dist.is_initialized():
         _check_address(env["MASTER_ADDR"], env["MASTER_PORT"])
+        follow_nccl()
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            _init_group(device, timeout)
         except dist.DistError as error:
             raise MeetingError(_refusal(error)) from None
     if device.type == "cuda":
         global _flags_group
         _flags_group = _flags_group or cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-    return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
+    world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
+    if world.size > 1:
+        keep_kernels_here()
+        if device.type == "cuda":
+            compile_in_turn()
+    return world
+
+
+def _init_group(device: torch.device, timeout: timedelta) -> None:
+    """Create the process group: NCCL's on GPUs, bound to this rank's GPU, else gloo's."""
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def main_first(work: Callable[[], T], world: World) -> T:
+    """The result of some work that rank 0 does before all others, such as building what they then read; collective.
+
+    The others wait in the rendezvous' store, where no time-out of collectives applies, for up to ``PATIENCE``. They end
+    with an error if rank 0 ends without having done the work.
+    """
+    key = f"dico_t2i/main_first/{next(_numbers)}"
+    store = dist.distributed_c10d._get_default_store()
+    if not world.is_main:
+        store.wait([key], PATIENCE)
+        return work()
+    result = work()
+    store.set(key, "")
+    return result
 
 
 def _check_address(host: str, port: str) -> None:
