@@ -225,20 +225,24 @@ def predict_steps(
     device: torch.device, folder: Path, console: Console, names: Sequence[str] = tuple(PREDICTED)
 ) -> None:
     """Print and write a table of each network's training step at 32x32; with a GPU, the measured times as well."""
-    from evals.speed import predict  # it needs Triton
+    from evals.speed import aims, predict  # they need Triton
 
-    text, gpus = "", tuple(predict.MACHINES)
+    text, steps, gpus = "", {}, tuple(predict.MACHINES)
     for name in names:
         variant, condition, batch = PREDICTED[name]
         config = _config(variant, condition)
-        rows = predict.predict(config, batch, 32)
+        steps[name] = step = predict.predict(config, batch, 32)
         if device.type == "cuda":
-            predict.measure_step(config, batch, 32, device, rows)
+            predict.measure_step(config, batch, 32, device, step.rows)
             free_memory(device)
         title = f"{name}, training step, batch {batch}, bf16"
-        console.print(predict.table(title, rows, gpus))
-        text += predict.markdown(title, rows, gpus) + "\n"
+        console.print(predict.table(title, step.rows, gpus))
+        text += predict.markdown(title, step.rows, gpus) + "\n"
         write_atomically(folder / "predicted.md", text.encode())
+    if {"DiCo-XL class", "DiCo-XL text"} <= steps.keys():
+        found = list(aims.aims(steps["DiCo-XL class"], steps["DiCo-XL text"]))
+        console.print(aims.table(found))
+        write_atomically(folder / "predicted.md", (text + aims.markdown(found)).encode())
 
 
 def _write(
@@ -269,7 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="sizes by name; the others are compared with the first: DiCo-S DiT-S/2",
     )
-    which.add_argument("--predict", action="store_true", help="compute each operator's time on GPUs; no GPU is needed")
+    which.add_argument(
+        "--predict",
+        nargs="*",
+        choices=PREDICTED,
+        metavar="NAME",
+        help=f"compute each operator's time on GPUs; no GPU is needed. Default: {', '.join(PREDICTED)}",
+    )
     parser.add_argument("--batch", type=int, help="batch size of --networks (default: 64 on a GPU, 8 on a CPU)")
     parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default: 10 on a GPU, 3 on a CPU)")
@@ -279,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     rounds = args.rounds or (10 if cuda else 3)
-    if args.predict:
+    if args.predict is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        predict_steps(device, args.out, Console(width=max(_TABLE_WIDTH, Console().width)))
+        console = Console(width=max(_TABLE_WIDTH, Console().width))
+        predict_steps(device, args.out, console, args.predict or tuple(PREDICTED))
         return 0
     if args.networks:
         cases, published = by_name(args.networks, args.batch or (64 if cuda else 8)), published_rows(args.networks)

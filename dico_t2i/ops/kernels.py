@@ -102,14 +102,14 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    residual, mean, rstd, shift, scale, branch, gate, grad_residual, grad_out, grad_x, grad_branch, out, sums,
+    source, mean, rstd, shift, scale, branch, gate, grad_residual, grad_out, grad_x, grad_branch, out, sums,
     pixels, chunk_pixels,
     HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MODULATE: tl.constexpr, AGAIN: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums (4, N, chunks, C), float32: the gradient of gate, the sum of that of x, the gradients of shift and scale.
 
-    out: with AGAIN, the output of ``_norm_forward``.
+    source: x with a gate, otherwise the residual. out: with AGAIN, the output of ``_norm_forward``.
     """
     zero = tl.zeros((ROWS, BLOCK), tl.float32)
     gate_sum, grad_sum, shift_sum, scale_sum = zero, zero, zero, zero
@@ -124,7 +124,11 @@ def _norm_backward(
         rows, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
         grad = _load(grad_out, at, mask)
         average, inverse = _load(mean, rows, rows < last)[:, None], _load(rstd, rows, rows < last)[:, None]
-        normed = (_load(residual, at, mask) - average) * inverse  # where it is masked, the gradient is 0
+        value = _load(source, at, mask)
+        if HAS_GATE:
+            added = _load(branch, at, mask)
+            value = (value + added * gates).to(source.dtype.element_ty).to(tl.float32)
+        normed = (value - average) * inverse  # where it is masked, the gradient is 0
         if AGAIN:
             value = normed
             if MODULATE:
@@ -141,7 +145,7 @@ def _norm_backward(
         tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask)
         if HAS_GATE:
             grad_sum += value
-            gate_sum += value * _load(branch, at, mask)
+            gate_sum += value * added
             tl.store(grad_branch + at, (value * gates).to(grad_branch.dtype.element_ty), mask)
     plane = tl.num_programs(1) * tl.num_programs(0) * C
     if HAS_GATE:
@@ -563,7 +567,7 @@ def norm_forward(
 
 
 def norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
     shift: Tensor | None,
@@ -574,13 +578,13 @@ def norm_backward(
     grad_out: Tensor,
     again: bool,
 ) -> tuple[Tensor | None, ...]:
-    N, H, W, C = residual.shape
+    N, H, W, C = source.shape
     chunks = triton.cdiv(H * W, CHUNK)
-    grad_x, grad_branch = torch.empty_like(residual), None if gate is None else torch.empty_like(residual)
-    out = torch.empty_like(residual) if again else None
-    sums = torch.empty(4, N, chunks, C, dtype=torch.float32, device=residual.device)
+    grad_x, grad_branch = torch.empty_like(source), None if gate is None else torch.empty_like(source)
+    out = torch.empty_like(source) if again else None
+    sums = torch.empty(4, N, chunks, C, dtype=torch.float32, device=source.device)
     _norm_backward[chunks, N](
-        residual, mean, rstd, *map(_vector, (shift, scale)), branch, _vector(gate), grad_residual, grad_out,
+        source, mean, rstd, *map(_vector, (shift, scale)), branch, _vector(gate), grad_residual, grad_out,
         grad_x, grad_branch, out, sums, H * W, CHUNK,
         HAS_GATE=gate is not None, HAS_RESIDUAL=grad_residual is not None, MODULATE=scale is not None, AGAIN=again,
         **_rows(C),

@@ -81,18 +81,20 @@ class _NormThen(torch.autograd.Function):
             inputs = (x, branch, gate, shift, scale, None)
             residual, normed, mean, rstd = torch.ops.dico_t2i.residual_norm_modulate(*inputs)
         ctx.kernel, ctx.branch_bias = kernel, None if branch_bias is None else branch_bias.dtype
-        ctx.save_for_backward(residual, mean, rstd, shift, scale, None if gate is None else branch, gate, weight)
+        source, branch = (residual, None) if gate is None else (x, branch)
+        ctx.save_for_backward(source, mean, rstd, shift, scale, branch, gate, weight)
         ctx.set_materialize_grads(False)
         return residual, _applied(kernel, normed.to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_residual: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        residual, mean, rstd, shift, scale, branch, gate, weight = ctx.saved_tensors
+        *kept, weight = ctx.saved_tensors
+        *_, gate = kept
         _, _, _, _, needs_branch, _, _, needs_weight, needs_bias = ctx.needs_input_grad
         assert grad is not None
         normed, grads = norm_gradients(
-            (residual, mean, rstd, shift, scale, branch, gate),
+            tuple(kept),
             grad_residual,
             _gradient_of_input(ctx.kernel, weight, grad),
             again=needs_weight,

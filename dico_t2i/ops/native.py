@@ -138,7 +138,7 @@ def norm_forward(
 
 
 def norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
     shift: Tensor | None,
@@ -149,13 +149,13 @@ def norm_backward(
     grad_out: Tensor,
     again: bool,
 ) -> tuple[Tensor | None, ...]:
-    N, H, W, C = residual.shape
-    grad_x, grad_branch = torch.empty(residual.shape), _new(gate, N, H, W, C)
+    N, H, W, C = source.shape
+    grad_x, grad_branch = torch.empty(source.shape), _new(gate, N, H, W, C)
     sums = [_new(wanted, N, C) for wanted in (gate, gate, scale, scale)]
-    out = _new(again, *residual.shape)
-    inputs = map(_float, (residual, mean, rstd, shift, scale, branch, gate, grad_residual, grad_out))
+    out = _new(again, *source.shape)
+    inputs = map(_float, (source, mean, rstd, shift, scale, branch, gate, grad_residual, grad_out))
     call("norm_backward", *inputs, grad_x, grad_branch, *sums, out, N, H * W, C)
-    likes = (residual, branch, gate, sums[1], scale, scale, residual)
+    likes = (source, branch, gate, sums[1], scale, scale, source)
     return tuple(map(_as, likes, (grad_x, grad_branch, *sums, out)))
 
 

@@ -30,7 +30,7 @@ def residual_norm_modulate(
     """x + gate * branch, and its ``norm_modulate``, in one pass.
 
     x and branch (N, H, W, C); gate, shift and scale (N, C); without a gate it is 1. Returns two (N, H, W, C) in x's
-    dtype. Backward keeps the first of them, the branch if there is a gate, and two numbers for each pixel.
+    dtype. Backward keeps two numbers for each pixel, x and the branch, or without a gate the first result alone.
     branch_bias (C,) is the bias that branch already contains: with a gate its gradient comes from here.
     Raises ValueError when the shapes do not fit.
     """
@@ -45,7 +45,7 @@ def norm_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The norm's output, if ``again``, and the gradients of x, branch and gate, a sum, and those of shift and scale.
 
-    kept: residual, mean, rstd, shift, scale, branch, gate. The sum is that of the gradient of x over pixels, (N, C) in
+    kept: source, mean, rstd, shift, scale, branch, gate, as in ``plain.norm_backward``. The sum is that of the gradient of x over pixels, (N, C) in
     float32 or more; it is there with a gate.
     """
     *_, scale, _, gate = kept
@@ -94,7 +94,7 @@ def _residual_norm(
 
 @torch.library.custom_op("dico_t2i::norm_modulate_backward", mutates_args=())
 def _norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
     shift: Tensor | None,
@@ -107,8 +107,8 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``plain.norm_backward`` returns. Without a gate, the gradient of branch is that of x and left out."""
     branch, grad_residual = (None if t is None else t.contiguous() for t in (branch, grad_residual))
-    kept = (residual.contiguous(), mean, rstd, shift, scale, branch, gate)
-    return present(*backend(residual).norm_backward(*kept, grad_residual, grad_out.contiguous(), again))  # type: ignore[return-value]
+    kept = (source.contiguous(), mean, rstd, shift, scale, branch, gate)
+    return present(*backend(source).norm_backward(*kept, grad_residual, grad_out.contiguous(), again))  # type: ignore[return-value]
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def _(x: Tensor, branch: Tensor, gate: Tensor | None, *_: Any) -> tuple[Tensor, 
 
 @_norm_backward.register_fake
 def _(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
     shift: Any,
@@ -139,7 +139,7 @@ def _(
     grad_out: Any,
     again: bool,
 ) -> tuple[Tensor, ...]:
-    likes = (residual, None if gate is None else residual, gate, gate, scale, scale, residual if again else None)
+    likes = (source, None if gate is None else source, gate, gate, scale, scale, source if again else None)
     outputs = [None if like is None else like.new_empty(like.shape) for like in likes]
     if gate is not None:
         outputs[3] = gate.new_empty(gate.shape, dtype=mean.dtype)
@@ -162,21 +162,22 @@ def _differentiate_norm(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor
 
 
 def _keep_residual_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, branch_bias = inputs
+    x, branch, gate, shift, scale, branch_bias = inputs
     residual, _, mean, rstd = output
     ctx.branch_bias = None if branch_bias is None else branch_bias.dtype
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(residual, mean, rstd, shift, scale, None if gate is None else branch, gate)
+    source, branch = (residual, None) if gate is None else (x, branch)
+    ctx.save_for_backward(source, mean, rstd, shift, scale, branch, gate)
 
 
 def _differentiate_residual_norm(
     ctx: Any, grad_residual: Tensor | None, grad: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors
-    residual, *_, gate = kept
+    source, *_, gate = kept
     if grad is None:
-        grad = torch.zeros_like(residual)
+        grad = torch.zeros_like(source)
     grads = norm_gradients(kept, grad_residual, grad, again=False)[1]
     return *grads[:3], *grads[4:], bias_gradient(ctx.branch_bias, gate, grads[3])
 

@@ -95,10 +95,11 @@ static void add_chunks(const float *sums, float *out, size N, size chunks, size 
         }
 }
 
-/* Gradients of norm_forward. grad_residual, the gradient of its first output, may be NULL; so may branch, gate and scale
-   together with their gradients. Without a gate the gradient of the branch is grad_x. grad_sum (N, C) is the sum of
-   grad_x over pixels, which is there with a gate. out is what norm_forward made, or NULL. */
-int norm_backward(const float *residual, const float *mean, const float *rstd, const float *shift, const float *scale,
+/* Gradients of norm_forward. source is x with a gate, and else the residual. grad_residual, the gradient of norm_forward's
+   first output, may be NULL; so may branch, gate and scale together with their gradients. Without a gate the gradient of
+   the branch is grad_x. grad_sum (N, C) is the sum of grad_x over pixels, which is there with a gate. out is what
+   norm_forward made, or NULL. */
+int norm_backward(const float *source, const float *mean, const float *rstd, const float *shift, const float *scale,
                   const float *branch, const float *gate, const float *grad_residual, const float *grad_out,
                   float *grad_x, float *grad_branch, float *grad_gate, float *grad_sum, float *grad_shift,
                   float *grad_scale, float *out, size N, size pixels, size C, size threads) {
@@ -117,8 +118,14 @@ int norm_backward(const float *residual, const float *mean, const float *rstd, c
             if (gs) memset(gs, 0, C * 4), memset(xs, 0, C * 4);
             if (hs) memset(hs, 0, C * 4), memset(ss, 0, C * 4);
             for (size p = n * pixels + first; p < n * pixels + last; p++) {
-                const float *r = residual + p * C, *go = grad_out + p * C, m = mean[p], s = rstd[p];
-                float *gx = grad_x + p * C, sum = 0, dot = 0;
+                const float *r = source + p * C, *go = grad_out + p * C, m = mean[p], s = rstd[p];
+                float *gx = grad_x + p * C, *gb = gate ? grad_branch + p * C : NULL, sum = 0, dot = 0;
+                if (gate) {
+                    const float *b = branch + p * C, *g = gate + n * C;
+#pragma omp simd
+                    for (size c = 0; c < C; c++) gb[c] = r[c] + g[c] * b[c];
+                    r = gb; /* the residual, until the gradient of the branch takes its place */
+                }
                 if (a) {
 #pragma omp simd reduction(+ : sum, dot)
                     for (size c = 0; c < C; c++) {
@@ -149,9 +156,9 @@ int norm_backward(const float *residual, const float *mean, const float *rstd, c
 #pragma omp simd
                     for (size c = 0; c < C; c++) gx[c] += gr[c];
                 }
+                if (out) modulated(out + p * C, r, m, s, a, shift ? shift + n * C : NULL, C);
                 if (gate) {
                     const float *b = branch + p * C, *g = gate + n * C;
-                    float *gb = grad_branch + p * C;
 #pragma omp simd
                     for (size c = 0; c < C; c++) {
                         gb[c] = gx[c] * g[c];
@@ -159,7 +166,6 @@ int norm_backward(const float *residual, const float *mean, const float *rstd, c
                         xs[c] += gx[c];
                     }
                 }
-                if (out) modulated(out + p * C, r, m, s, a, shift ? shift + n * C : NULL, C);
             }
         }
         if (gate) {

@@ -32,7 +32,7 @@ def norm_forward(
 
 
 def norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
     shift: Tensor | None,
@@ -45,8 +45,10 @@ def norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, branch and gate, the sum of that of x over pixels, gradients of shift and scale, and the output.
 
-    The sum, (N, C) in float32 or more, is there with a gate, the output of ``norm_forward`` with ``again``.
+    source: x with a gate, so that the residual is made again and need not be kept; otherwise the residual. The sum,
+    (N, C) in float32 or more, is there with a gate, the output of ``norm_forward`` with ``again``.
     """
+    residual = source if gate is None or branch is None else scale_forward(branch, gate, source)
     source, grad, mean, rstd = _wide(residual), _wide(grad_out), mean[..., None], rstd[..., None]
     grad_branch = grad_gate = grad_sum = grad_shift = grad_scale = None
     if scale is not None:

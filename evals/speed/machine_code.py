@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import ceil, prod
 from pathlib import Path
@@ -119,6 +119,7 @@ _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):", re.MULTILINE)
 
 
+@cache
 def disassembled(cubin: bytes) -> Code:
     """Read a compiled kernel with Triton's own copy of nvdisasm."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -10,8 +10,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +24,7 @@ from dico_t2i.ops import kernels
 from dico_t2i.plan.cost import optimizer_traffic
 from dico_t2i.plan.trace import Call, Pass
 from evals import gpu_code
-from evals.speed.machine_code import MACHINES, Machine, launches
+from evals.speed.machine_code import MACHINES, Launch, Machine, launches
 from evals.speed.networks import Setting, TrainingStep, network_of, trace_step
 
 UPDATE = "AdamW and the average"
@@ -55,19 +58,28 @@ class Row:
     measured_s: float | None = None
 
 
-def predict(config: NetworkConfig, batch: int, size: int, gpus: Sequence[str] = tuple(MACHINES)) -> list[Row]:
-    """The rows of our network's training step in bf16, the longest first."""
+class Step(NamedTuple):
+    """The rows of a training step, the longest first, and the bytes an image that it keeps for the backward pass."""
+
+    rows: list[Row]
+    kept: float
+
+
+def predict(config: NetworkConfig, batch: int, size: int, gpus: Sequence[str] = tuple(MACHINES)) -> Step:
+    """Our network's training step in bf16."""
     setting = Setting(config, batch, size, torch.device("meta"))
     traced, parameters = trace_step("ours", setting)
     rows: dict[str, Row] = {}
-    for (call, flops, traffic), count in _distinct(traced).items():
+    calls = track(_distinct(traced).items(), "compiling", console=Console(stderr=True), transient=True)
+    for (call, flops, traffic), count in calls:
         if flops or traffic:
             row = rows.setdefault(call.operator, Row(call.operator))
             _add(row, call, count, (flops, traffic), gpus)
     bytes_moved = float(optimizer_traffic(parameters, 1))
     update = Row(UPDATE, 1, 0.0, bytes_moved)
     update.predicted_s.update({gpu: bytes_moved / MACHINES[gpu].bandwidth for gpu in gpus})
-    return sorted([*rows.values(), update], key=lambda row: -row.predicted_s[gpus[-1]])
+    longest_first = sorted([*rows.values(), update], key=lambda row: -row.predicted_s[gpus[-1]])
+    return Step(longest_first, sum(traced.kept.values()) / batch)
 
 
 def _distinct(traced: Pass) -> Counter[tuple[Call, float, float]]:
@@ -91,12 +103,17 @@ def _add(row: Row, call: Call, count: int, work: tuple[float, float], gpus: Sequ
             row.issue_s += count * issue
 
 
-@cache
 def _compiled(call: Call, machine: Machine) -> tuple[float, float]:
     """Seconds of a call, and those of its issue: the sums over its kernels."""
-    found = list(launches(_kernels(call), machine.capability))
+    found = _launches(call, machine.capability)
     issues = [launch.issue_seconds(gpu_code.trips(launch), machine) for launch in found]
     return sum(max(i, launch.memory_seconds(machine)) for i, launch in zip(issues, found, strict=True)), sum(issues)
+
+
+@cache
+def _launches(call: Call, capability: int) -> tuple[Launch, ...]:
+    """The same for all GPUs of a compute capability."""
+    return tuple(launches(_kernels(call), capability))
 
 
 def _kernels(call: Call) -> Callable[[], object]:
@@ -160,7 +177,7 @@ def _inside_ours(event: object) -> bool:
 
 def cells(rows: Sequence[Row], gpus: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The cells of the table: COLUMNS, predicted ms by GPU, measured ms, predicted over measured of the last GPU."""
-    for row in [*rows, _total(rows)]:
+    for row in [*rows, total(rows)]:
         measured = row.measured_s
         yield (
             row.operator,
@@ -174,18 +191,19 @@ def cells(rows: Sequence[Row], gpus: Sequence[str]) -> Iterator[tuple[str, ...]]
         )
 
 
-def _total(rows: Sequence[Row]) -> Row:
-    total = Row("all")
+def total(rows: Sequence[Row]) -> Row:
+    """The sums of all rows."""
+    sums = Row("all")
     for row in rows:
-        total.calls += row.calls
-        total.flops += row.flops
-        total.traffic += row.traffic
-        total.issue_s += row.issue_s
+        sums.calls += row.calls
+        sums.flops += row.flops
+        sums.traffic += row.traffic
+        sums.issue_s += row.issue_s
         for gpu, seconds in row.predicted_s.items():
-            total.predicted_s[gpu] += seconds
+            sums.predicted_s[gpu] += seconds
     known = [row.measured_s for row in rows if row.measured_s is not None]
-    total.measured_s = sum(known) if known else None
-    return total
+    sums.measured_s = sum(known) if known else None
+    return sums
 
 
 def heads(gpus: Sequence[str]) -> tuple[str, ...]:
@@ -201,5 +219,10 @@ def table(title: str, rows: Sequence[Row], gpus: Sequence[str]) -> Table:
 
 
 def markdown(title: str, rows: Sequence[Row], gpus: Sequence[str]) -> str:
-    lines = [heads(gpus), ("---",) * len(heads(gpus)), *cells(rows, gpus)]
-    return f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"**{title}**\n\n" + as_markdown([heads(gpus), *cells(rows, gpus)])
+
+
+def as_markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """A table, its head first."""
+    head, *rest = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ("---",) * len(head), *rest))

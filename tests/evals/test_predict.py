@@ -17,7 +17,7 @@ GPUS = ("A100", "H200")
 def rows(monkeypatch):
     """Without compiling: a call takes 2 ms, 1 ms of issue."""
     monkeypatch.setattr(predict, "_compiled", lambda call, machine: (2e-3, 1e-3))
-    return predict.predict(CONFIG, 2, 8, GPUS)
+    return predict.predict(CONFIG, 2, 8, GPUS).rows
 
 
 def test_all_work_is_in_the_rows(rows):

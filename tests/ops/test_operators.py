@@ -236,9 +236,9 @@ def test_a_block_compiles_as_one_graph_and_can_be_recomputed():
 def test_a_block_keeps_what_it_must():
     """The text branch has no gate: it need not be kept. The FFN's hidden layer is twice as wide.
 
-    Norms and the outputs of GELU are computed again.
+    Norms, the outputs of GELU, and sums with a gate are computed again.
     """
-    names = ["x", "expanded", "scaled", "branch", "residual", "residual", "ffn", "hidden", "hidden"]
+    names = ["x", "expanded", "scaled", "branch", "residual", "ffn", "hidden", "hidden"]
     block, inputs = block_and_inputs()
     kept = {}
 
