@@ -115,10 +115,8 @@ def backward(loss):
     gradients[loss.grad_fn][0] = torch.ones_like(loss)
     while ready:
         node = ready.pop()
-        results = results_of(node, gradients.pop(node, {}))
-        for result, (child, slot) in zip(results, node.next_functions, strict=True):
-            if child is None:
-                continue
+        after = [(child, slot) for child, slot in node.next_functions if child is not None]
+        for result, (child, slot) in zip(results_of(node, gradients.pop(node, {})), after, strict=True):
             if result is not None:
                 like = child._input_metadata[slot]  # the engine sums over broadcast dimensions, and converts
                 result = result.sum_to_size(like.shape).to(like.dtype)
@@ -130,18 +128,21 @@ def backward(loss):
 
 
 def results_of(node, given):
-    """The gradients that a node passes on, from those that it was given by position."""
-    count = len(node.next_functions)
+    """The gradients that a node passes on to each of its next ones, from those that it was given by position."""
+    wanted = [child is not None for child, _ in node.next_functions]
     if not given:
-        return (None,) * count
+        return (None,) * sum(wanted)
     if hasattr(node, "variable"):
         leaf = node.variable
         leaf.grad = given[0].to(leaf.dtype) if leaf.grad is None else leaf.grad + given[0]
         return ()
-    call = node.apply if hasattr(node, "apply") else node
-    results = call(*(given.get(slot) for slot in range(len(node._input_metadata))))
+    gradients = [given.get(slot) for slot in range(len(node._input_metadata))]
+    if hasattr(node, "apply"):  # written in Python: its results are those of all arguments, not of tensors alone
+        wanted, results = node.needs_input_grad, node.apply(*gradients)
+    else:
+        results = node(*gradients)
     results = results if isinstance(results, tuple) else (results,)
-    return (*results, *(None,) * (count - len(results)))
+    return [result for result, want in zip(results, wanted, strict=True) if want]
 
 
 class Step:
