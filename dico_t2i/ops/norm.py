@@ -45,8 +45,8 @@ def norm_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The norm's output, if ``again``, and the gradients of x, branch and gate, a sum, and those of shift and scale.
 
-    kept: source, mean, rstd, shift, scale, branch, gate, as in ``plain.norm_backward``. The sum is that of the gradient of x over pixels, (N, C) in
-    float32 or more; it is there with a gate.
+    kept: source, mean, rstd, shift, scale, branch, gate, as in ``plain.norm_backward``. The sum is that of the gradient
+    of x over pixels, (N, C) in float32 or more; it is there with a gate.
     """
     *_, scale, _, gate = kept
     grads: list[Tensor | None]

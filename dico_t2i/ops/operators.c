@@ -95,9 +95,9 @@ static void add_chunks(const float *sums, float *out, size N, size chunks, size 
         }
 }
 
-/* Gradients of norm_forward. source is x with a gate, and else the residual. grad_residual, the gradient of norm_forward's
-   first output, may be NULL; so may branch, gate and scale together with their gradients. Without a gate the gradient of
-   the branch is grad_x. grad_sum (N, C) is the sum of grad_x over pixels, which is there with a gate. out is what
+/* Gradients of norm_forward. source is x with a gate, and else the residual. grad_residual, the gradient of the first
+   output, may be NULL; so may branch, gate and scale together with their gradients. Without a gate the gradient of the
+   branch is grad_x. grad_sum (N, C) is the sum of grad_x over pixels, which is there with a gate. out is what
    norm_forward made, or NULL. */
 int norm_backward(const float *source, const float *mean, const float *rstd, const float *shift, const float *scale,
                   const float *branch, const float *gate, const float *grad_residual, const float *grad_out,
