@@ -214,9 +214,9 @@ def _chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]
 
 
 PREDICTED: dict[str, tuple[str, Condition, int]] = {
-    "DiCo-S class": ("DiCo-S", "class", 256),
     "DiCo-XL class": ("DiCo-XL", "class", 256),
     "DiCo-XL text": ("DiCo-XL", "text", 256),
+    "DiCo-S class": ("DiCo-S", "class", 256),
     "DiCo-H class": ("DiCo-H", "class", 128),
 }
 

@@ -120,7 +120,7 @@ def _norm_backward(
     if HAS_GATE:
         gates = _load_vector(gate, C, BLOCK)
     first, last = _chunk(pixels, chunk_pixels)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=2):  # few warps fit, so each loads a row ahead
         rows, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
         grad = _load(grad_out, at, mask)
         average, inverse = _load(mean, rows, rows < last)[:, None], _load(rstd, rows, rows < last)[:, None]

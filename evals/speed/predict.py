@@ -28,6 +28,7 @@ from evals.speed.machine_code import MACHINES, Launch, Machine, launches
 from evals.speed.networks import Setting, TrainingStep, network_of, trace_step
 
 UPDATE = "AdamW and the average"
+SMALL = 1e-3  # of the time of a step: operators that take less are one line of a table
 GELU = "dico_t2i::gelu_backward"
 COLUMNS = ("operator", "calls", "TFLOP", "GB", "issue, ms")
 # The operators whose kernels are compiled -> their names in gpu_code.calls. A norm with less around it is counted as
@@ -177,7 +178,10 @@ def _inside_ours(event: object) -> bool:
 
 def cells(rows: Sequence[Row], gpus: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The cells of the table: COLUMNS, predicted ms by GPU, measured ms, predicted over measured of the last GPU."""
-    for row in [*rows, total(rows)]:
+    least = SMALL * total(rows).predicted_s[gpus[-1]]
+    small = [row for row in rows if row.predicted_s[gpus[-1]] < least]
+    large = [row for row in rows if row not in small]
+    for row in [*large, total(small, f"{len(small)} other operators"), total(rows)]:
         measured = row.measured_s
         yield (
             row.operator,
@@ -191,9 +195,9 @@ def cells(rows: Sequence[Row], gpus: Sequence[str]) -> Iterator[tuple[str, ...]]
         )
 
 
-def total(rows: Sequence[Row]) -> Row:
-    """The sums of all rows."""
-    sums = Row("all")
+def total(rows: Sequence[Row], name: str = "all") -> Row:
+    """The sums of the rows."""
+    sums = Row(name)
     for row in rows:
         sums.calls += row.calls
         sums.flops += row.flops

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 from dico_t2i.models import DiCoConfig
-from evals.speed import predict
+from evals import gpu_code
+from evals.speed import aims, predict
 from evals.speed.machine_code import MACHINES
 from evals.speed.networks import Setting, trace_step
 
@@ -52,5 +53,23 @@ def test_measured_times_find_their_rows(rows):
     assert by_name["dico_t2i::norm_modulate_backward"].measured_s > 0
     assert sum(row.measured_s or 0 for row in rows) == pytest.approx(total)
     text = predict.markdown("title", rows, GPUS)
-    assert text.count("\n") == 2 + 2 + len(rows) + 1
+    large = [row for row in rows if row.predicted_s["H200"] > predict.SMALL * predict.total(rows).predicted_s["H200"]]
+    assert 5 < len(large) < len(rows)
+    assert text.count("\n") == 2 + 2 + len(large) + 2
+    assert f"| {len(rows) - len(large)} other operators |" in text
     assert "A100, ms" in text
+
+
+def test_goals_are_those_of_the_worst_shape(monkeypatch, rows):
+    kernels = ("depthwise_forward", "depthwise_slope", "depthwise_backward", "text_forward")
+    made = [
+        gpu_code.Row("", kernel, "", 128, 0, 16, {}, 100, useful, issue_s, 1.0)
+        for kernel in kernels
+        for useful, issue_s in ((70, 1.1), (60, 1.3))
+    ]
+    monkeypatch.setattr(gpu_code, "rows", lambda *_: made)
+    found = list(aims.aims(predict.Step(rows, 293e6), predict.Step(rows[1:], 351e6)))
+    assert [aim.reached for aim in found] == [False] * 3 + [True, False, True, True, True, False]
+    text = aims.markdown(found)
+    assert "| text_forward: multiply-adds, % of its loop | 60 | at least 65 | no |" in text
+    assert "| class: kept for the backward pass, MB an image | 293 | at most 293 | yes |" in text
