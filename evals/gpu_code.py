@@ -41,13 +41,15 @@ def calls(channels: int, side: int, batch: int, dtype: torch.dtype) -> dict[str,
     x, vector, weight, bias = (
         empty(*shape) for shape in ((batch, side, side, channels), (batch, channels), (channels, 1, 3, 3), (channels,))
     )
+    wide = empty(batch, side, side, 2 * channels)  # the feed-forward's hidden layer
     tokens, statistic = empty(batch, TOKENS, channels), empty(batch, side, side, dtype=torch.float32)
     modulated = (vector, vector, vector)
     return {
         "norm forward": partial(kernels.norm_forward, x, x, *modulated),
-        "norm backward": partial(kernels.norm_backward, x, statistic, statistic, vector, x, vector, x, x),
+        "norm backward": partial(kernels.norm_backward, x, statistic, statistic, vector, vector, x, vector, x, x, True),
         "factor forward": partial(kernels.scale_forward, x, vector, x),
         "factor backward": partial(kernels.scale_backward, x, vector, x),
+        "GELU backward": partial(kernels.gelu_backward, wide, wide),
         "depthwise forward": partial(kernels.depthwise_forward, x, weight, bias),
         "depthwise backward": partial(kernels.depthwise_backward, x, weight, bias, x, vector),
         "text forward": partial(kernels.text_forward, x, tokens, SIDE),
@@ -59,7 +61,7 @@ def trips(launch: Launch) -> tuple[int, ...]:
     """How often the nested loops of a launch run, from the outermost to the innermost."""
     a = launch.arguments
     match launch.name.strip("_").split("_"):
-        case ["norm" | "scale", _]:
+        case ["norm" | "scale" | "gelu", _]:
             return (-(-min(a["chunk_pixels"], a["pixels"]) // a["ROWS"]),)
         case ["depthwise", "backward"]:
             return (a["rows_each"] + 2,)

@@ -4,6 +4,8 @@
     python evals/throughput.py --preset xl-64 text-dwconv   # on a GPU
     python evals/throughput.py --all --profile              # every row of docs/performance.md for this device
     python evals/throughput.py --networks DiCo-S DiT-S/2    # networks by name, beside their published numbers
+    python evals/throughput.py --predict                    # the time of each operator on GPUs, computed; on a GPU
+                                                            # also measured
 
 The contenders of a case take turns, round by round, on the same inputs, after a warm-up; medians and ranges are shown.
 "plain" is evals/speed/plain_dico.py, in the usual style of such code. Networks by name are all trained like DiCo. MFU
@@ -211,6 +213,38 @@ def _chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]
     return chosen
 
 
+PREDICTED: dict[str, tuple[str, Condition, int]] = {
+    "DiCo-XL class": ("DiCo-XL", "class", 256),
+    "DiCo-XL text": ("DiCo-XL", "text", 256),
+    "DiCo-S class": ("DiCo-S", "class", 256),
+    "DiCo-H class": ("DiCo-H", "class", 128),
+}
+
+
+def predict_steps(
+    device: torch.device, folder: Path, console: Console, names: Sequence[str] = tuple(PREDICTED)
+) -> None:
+    """Print and write a table of each network's training step at 32x32; with a GPU, the measured times as well."""
+    from evals.speed import aims, predict  # they need Triton
+
+    text, steps, gpus = "", {}, tuple(predict.MACHINES)
+    for name in names:
+        variant, condition, batch = PREDICTED[name]
+        config = _config(variant, condition)
+        steps[name] = step = predict.predict(config, batch, 32)
+        if device.type == "cuda":
+            predict.measure_step(config, batch, 32, device, step.rows)
+            free_memory(device)
+        title = f"{name}, training step, batch {batch}, bf16"
+        console.print(predict.table(title, step.rows, gpus))
+        text += predict.markdown(title, step.rows, gpus) + "\n"
+        write_atomically(folder / "predicted.md", text.encode())
+    if {"DiCo-XL class", "DiCo-XL text"} <= steps.keys():
+        found = list(aims.aims(steps["DiCo-XL class"], steps["DiCo-XL text"]))
+        console.print(aims.table(found))
+        write_atomically(folder / "predicted.md", (text + aims.markdown(found)).encode())
+
+
 def _write(
     folder: Path,
     setting: dict[str, Any],
@@ -239,6 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="sizes by name; the others are compared with the first: DiCo-S DiT-S/2",
     )
+    which.add_argument(
+        "--predict",
+        nargs="*",
+        choices=PREDICTED,
+        metavar="NAME",
+        help=f"compute each operator's time on GPUs; no GPU is needed. Default: {', '.join(PREDICTED)}",
+    )
     parser.add_argument("--batch", type=int, help="batch size of --networks (default: 64 on a GPU, 8 on a CPU)")
     parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default: 10 on a GPU, 3 on a CPU)")
@@ -248,6 +289,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     rounds = args.rounds or (10 if cuda else 3)
+    if args.predict is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        console = Console(width=max(_TABLE_WIDTH, Console().width))
+        predict_steps(device, args.out, console, args.predict or tuple(PREDICTED))
+        return 0
     if args.networks:
         cases, published = by_name(args.networks, args.batch or (64 if cuda else 8)), published_rows(args.networks)
     else:

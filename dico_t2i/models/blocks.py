@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from dico_t2i.models.conditioning import is_token, padding_bias
 from dico_t2i.ops import (
-    channel_scale,
+    channel_gate,
     conv3x3,
     depthwise3x3_gelu_pool,
     gated_residual,
+    gelu_linear,
+    norm_linear,
     norm_modulate,
+    norm_text_dwconv,
     pixel_shuffle,
     pixel_unshuffle,
     residual_norm_modulate,
-    text_dwconv,
 )
 
 
@@ -35,8 +37,45 @@ class Conv3x3(nn.Module):
         return conv3x3(x, self.weight, self.bias, self.groups)
 
 
+class Residual(NamedTuple):
+    """A residual stream and what is to be added to it: x + gate * branch, (N, H, W, C) and (N, C); no gate means 1.
+
+    bias (C,) is that of the layer that made the branch, if its gradient is still to be computed.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+
+    def norm(self, shift: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum, and its ``norm_modulate``."""
+        if self.branch is None:
+            return self.x, norm_modulate(self.x, shift, scale)
+        return residual_norm_modulate(self.x, self.branch, self.gate, shift, scale, self.bias)
+
+    def linear(self, layer: nn.Linear, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The sum, a layer of its ``norm_modulate``, and the layer's bias as in ``linear``."""
+        if type(layer) is not nn.Linear:
+            x, normed = self.norm(shift, scale)
+            return x, layer(normed), None
+        parameters = (layer.weight, layer.bias.detach(), shift, scale)
+        return *norm_linear(self.x, *parameters, self.branch, self.gate, self.bias), layer.bias
+
+
+def linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """layer(x), and its bias. The operator that takes the result must give the bias its gradient.
+
+    That gradient is the sum of the result's gradient over pixels, so the operator that computes the one has the other
+    at no cost. A layer with an adapter keeps its bias to itself: None.
+    """
+    if type(layer) is not nn.Linear:
+        return layer(x), None
+    return F.linear(x, layer.weight, layer.bias.detach()), layer.bias
+
+
 class ConvModule(nn.Module):
-    """1x1, depthwise 3x3, GELU, compact channel attention, 1x1 (paper, section 3.2)."""
+    """1x1, depthwise 3x3, GELU, compact channel attention, 1x1 (paper, section 3.2), of a norm of the residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -45,10 +84,12 @@ class ConvModule(nn.Module):
         self.attention = nn.Linear(channels, channels)
         self.project = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, residual: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:
         assert self.depthwise.bias is not None
-        x, pooled = depthwise3x3_gelu_pool(self.expand(x), self.depthwise.weight, self.depthwise.bias)
-        return self.project(channel_scale(x, torch.sigmoid(self.attention(pooled))))
+        x, hidden, bias = residual.linear(self.expand, shift, scale)
+        hidden, pooled = depthwise3x3_gelu_pool(hidden, self.depthwise.weight, self.depthwise.bias, bias)
+        branch, bias = linear(self.project, channel_gate(hidden, self.attention(pooled)))
+        return Residual(x, branch, gate, bias)
 
 
 class FeedForward(nn.Module):
@@ -60,8 +101,13 @@ class FeedForward(nn.Module):
         self.project = nn.Linear(int(ratio * channels), channels)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.activation(self.expand(x)))
+    def forward(self, residual: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:
+        if self.activation is not F.gelu or type(self.project) is not nn.Linear:
+            x, normed = residual.norm(shift, scale)
+            return Residual(x, self.project(self.activation(self.expand(normed))), gate)
+        x, hidden, bias = residual.linear(self.expand, shift, scale)
+        branch = gelu_linear(hidden, self.project.weight, self.project.bias.detach(), bias)
+        return Residual(x, branch, gate, self.project.bias)
 
 
 class TextProjection(nn.Module):
@@ -74,7 +120,12 @@ class TextProjection(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, text_dim) -> (N, T, C)."""
-        return self.out(F.gelu(self.hidden(tokens)))
+        hidden = self.hidden(tokens)
+        return (
+            gelu_linear(hidden, self.out.weight, self.out.bias)
+            if type(self.out) is nn.Linear
+            else self.out(F.gelu(hidden))
+        )
 
 
 class TextKernel(NamedTuple):
@@ -94,9 +145,12 @@ class TextConvolution(nn.Module):
     def kernel(self, text: Tensor) -> TextKernel:
         return TextKernel(text if self.projection is None else self.projection(text))
 
-    def forward(self, x: Tensor, text: Tensor | TextKernel) -> Tensor:
+    def forward(self, residual: Residual, text: Tensor | TextKernel) -> Residual:
         context = (text if isinstance(text, TextKernel) else self.kernel(text)).value
-        return text_dwconv(x.permute(0, 3, 1, 2), context, self.size).permute(0, 2, 3, 1)
+        x, branch, gate, bias = residual
+        assert branch is not None
+        assert gate is not None
+        return Residual(*norm_text_dwconv(x, branch, gate, context, self.size, bias))
 
 
 class CrossAttention(nn.Module):
@@ -151,12 +205,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, text: Tensor | TextKernel | None = None) -> Tensor:
         """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or a TextKernel -> (N, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        branch, gate = self.conv(norm_modulate(x, shift1, scale1)), gate1
+        residual = self._mix(Residual(x), shift1, scale1, gate1)
         if self.text is not None:
-            x, normed = residual_norm_modulate(x, branch, gate)
-            branch, gate = self.text(normed, text), None
-        x, normed = residual_norm_modulate(x, branch, gate, shift2, scale2)
-        return gated_residual(x, gate2, self.ffn(normed))
+            residual = self._add_text(residual, text)
+        x, branch, gate, bias = self.ffn(residual, shift2, scale2, gate2)
+        return gated_residual(x, gate, branch, bias)
+
+    def _mix(self, residual: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:
+        if isinstance(self.conv, ConvModule):
+            return self.conv(residual, shift, scale, gate)
+        x, normed = residual.norm(shift, scale)
+        return Residual(x, self.conv(normed), gate)
+
+    def _add_text(self, residual: Residual, text: Tensor | TextKernel | None) -> Residual:
+        assert self.text is not None
+        if isinstance(self.text, TextConvolution):
+            return self.text(residual, text)
+        x, normed = residual.norm()
+        return Residual(x, self.text(normed, text))
 
 
 class Downsample(nn.Module):

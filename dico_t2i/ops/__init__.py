@@ -4,9 +4,10 @@ import torch
 
 from dico_t2i.ops.convolution import causal_conv, conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
 from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
+from dico_t2i.ops.linear import gelu_linear, norm_linear, norm_text_dwconv
 from dico_t2i.ops.linear_attention import gated_linear_attention
 from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
-from dico_t2i.ops.scale import channel_scale, gated_residual
+from dico_t2i.ops.scale import channel_gate, channel_scale, gated_residual
 from dico_t2i.ops.selective_scan import selective_scan
 from dico_t2i.ops.text_dwconv import text_dwconv
 
@@ -16,13 +17,17 @@ SCANS = (torch.ops.dico_t2i.gated_linear_attention, torch.ops.dico_t2i.selective
 __all__ = [
     "SCANS",
     "causal_conv",
+    "channel_gate",
     "channel_scale",
     "conv3x3",
     "depthwise3x3_gelu_pool",
     "depthwise_conv",
     "gated_linear_attention",
     "gated_residual",
+    "gelu_linear",
+    "norm_linear",
     "norm_modulate",
+    "norm_text_dwconv",
     "pixel_shuffle",
     "pixel_unshuffle",
     "residual_norm_modulate",

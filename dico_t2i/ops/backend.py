@@ -69,6 +69,13 @@ def find_triton() -> bool:
     return True
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """autocast's dtype if it is enabled, so that forward and backward use the same one, else that of x."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Replace None by an empty tensor, since an operator of torch.library must return tensors."""
     return tuple(torch.empty(0) if tensor is None else tensor for tensor in tensors)

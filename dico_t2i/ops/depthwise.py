@@ -9,11 +9,14 @@ from torch.utils.flop_counter import register_flop_formula
 from dico_t2i.ops.backend import backend
 
 
-def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def depthwise3x3_gelu_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """GELU (exact) of a depthwise 3x3 convolution with zero padding, and its mean over pixels.
 
     x (N, H, W, C), weight (C, 1, 3, 3), bias (C,) -> (N, H, W, C) and (N, C), in x's dtype. Backward keeps
-    only x and computes the convolution again. Raises ValueError when the shapes do not fit.
+    only x and computes the convolution again. x_bias (C,) is the bias that x already contains: its gradient comes from
+    here. Raises ValueError when the shapes do not fit.
     """
     C = x.shape[-1]
     if x.ndim != 4 or weight.shape != (C, 1, 3, 3) or bias.shape != (C,):
@@ -21,40 +24,46 @@ def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
             "depthwise3x3_gelu_pool: x (N, H, W, C), weight (C, 1, 3, 3) and bias (C,) expected,"
             f" got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    return torch.ops.dico_t2i.depthwise(x, weight, bias)
+    return torch.ops.dico_t2i.depthwise(x, weight, bias, x_bias)
 
 
 @torch.library.custom_op("dico_t2i::depthwise", mutates_args=())
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x_bias is used by the gradients alone."""
     return backend(x).depthwise_forward(x.contiguous(), weight, bias)
 
 
 @torch.library.custom_op("dico_t2i::depthwise_backward", mutates_args=())
 def _depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_bias = backend(x).depthwise_backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, and the sum of that of x over pixels (C,) in float32 or more."""
+    grad_x, grad_weight, grad_bias, total = backend(x).depthwise_backward(
         x.contiguous(), weight, bias, grad.contiguous(), grad_mean
     )
-    return grad_x, grad_weight.contiguous(), grad_bias
+    return grad_x, grad_weight.contiguous(), grad_bias, total
 
 
 @_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[3])
 
 
 @_depthwise_backward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, ...]:
+    total = bias.new_empty(bias.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), total
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, x_bias = inputs
+    ctx.x_bias = None if x_bias is None else x_bias.dtype
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.dico_t2i.depthwise_backward(*ctx.saved_tensors, grad, grad_mean)
+def _differentiate(ctx: Any, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, total = torch.ops.dico_t2i.depthwise_backward(*ctx.saved_tensors, grad, grad_mean)
+    return *grads, None if ctx.x_bias is None else total.to(ctx.x_bias)
 
 
 _depthwise.register_autograd(_differentiate, setup_context=_keep)

@@ -14,6 +14,7 @@ from dico_t2i.ops.plain import NORM_EPS
 
 CHUNK = 32  # pixels that one program of the norms and factors walks over
 WARP_TILE = 512  # numbers that a warp of theirs holds of a tensor
+GELU_CHUNK, GELU_CHANNELS = 64, 256  # pixels and channels of a program of GELU's backward
 CONV_TILE, CONV_PIXELS, CONV_GRADIENT_PIXELS = 128, 4, 2  # numbers of a warp; pixels that a thread holds of a row
 CONV_ROWS = 8  # the fewest that a program walks down
 TEXT_TILE, TEXT_PIXELS = 64, 8
@@ -101,23 +102,38 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    residual, mean, rstd, scale, branch, gate, grad_residual, grad_out, grad_x, grad_branch, sums, pixels, chunk_pixels,
-    HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MODULATE: tl.constexpr,
+    source, mean, rstd, shift, scale, branch, gate, grad_residual, grad_out, grad_x, grad_branch, out, sums,
+    pixels, chunk_pixels,
+    HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MODULATE: tl.constexpr, AGAIN: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums (3, N, chunks, C), float32: the gradients of gate, shift and scale."""
+    """sums (4, N, chunks, C), float32: the gradient of gate, the sum of that of x, the gradients of shift and scale.
+
+    source: x with a gate, otherwise the residual. out: with AGAIN, the output of ``_norm_forward``.
+    """
     zero = tl.zeros((ROWS, BLOCK), tl.float32)
-    gate_sum, shift_sum, scale_sum = zero, zero, zero
+    gate_sum, grad_sum, shift_sum, scale_sum = zero, zero, zero, zero
     if MODULATE:
         factor = 1.0 + _load_vector(scale, C, BLOCK)
+        if AGAIN:
+            offset = _load_vector(shift, C, BLOCK)
     if HAS_GATE:
         gates = _load_vector(gate, C, BLOCK)
     first, last = _chunk(pixels, chunk_pixels)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=2):  # few warps fit, so each loads a row ahead
         rows, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
         grad = _load(grad_out, at, mask)
         average, inverse = _load(mean, rows, rows < last)[:, None], _load(rstd, rows, rows < last)[:, None]
-        normed = (_load(residual, at, mask) - average) * inverse  # where it is masked, the gradient is 0
+        value = _load(source, at, mask)
+        if HAS_GATE:
+            added = _load(branch, at, mask)
+            value = (value + added * gates).to(source.dtype.element_ty).to(tl.float32)
+        normed = (value - average) * inverse  # where it is masked, the gradient is 0
+        if AGAIN:
+            value = normed
+            if MODULATE:
+                value = normed * factor + offset
+            tl.store(out + at, value.to(out.dtype.element_ty), mask)
         if MODULATE:
             shift_sum += grad
             scale_sum += grad * normed
@@ -128,14 +144,16 @@ def _norm_backward(
             value += _load(grad_residual, at, mask)
         tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask)
         if HAS_GATE:
-            gate_sum += value * _load(branch, at, mask)
+            grad_sum += value
+            gate_sum += value * added
             tl.store(grad_branch + at, (value * gates).to(grad_branch.dtype.element_ty), mask)
     plane = tl.num_programs(1) * tl.num_programs(0) * C
     if HAS_GATE:
         _store_sums(sums, gate_sum, C, BLOCK)
+        _store_sums(sums + plane, grad_sum, C, BLOCK)
     if MODULATE:
-        _store_sums(sums + plane, shift_sum, C, BLOCK)
-        _store_sums(sums + 2 * plane, scale_sum, C, BLOCK)
+        _store_sums(sums + 2 * plane, shift_sum, C, BLOCK)
+        _store_sums(sums + 3 * plane, scale_sum, C, BLOCK)
 
 
 # ---- a factor for each sample and channel ----
@@ -160,16 +178,63 @@ def _scale_forward(
 def _scale_backward(
     x, scale, grad, grad_x, sums, pixels, chunk_pixels, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """sums (N, chunks, C), float32: the gradient of scale."""
+    """sums (2, N, chunks, C), float32: the gradient of scale, and the sum of ``grad``."""
     factor = _load_vector(scale, C, BLOCK)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
+    plain = total
     first, last = _chunk(pixels, chunk_pixels)
     for start in range(first, last, ROWS):
         _, at, mask = _row_tile(start, last, C, ROWS, BLOCK)
         value = _load(grad, at, mask)
         total += value * _load(x, at, mask)
+        plain += value
         tl.store(grad_x + at, (value * factor).to(grad_x.dtype.element_ty), mask)
     _store_sums(sums, total, C, BLOCK)
+    _store_sums(sums + tl.num_programs(1) * tl.num_programs(0) * C, plain, C, BLOCK)
+
+
+# ---- GELU ----
+
+
+@triton.jit
+def _tail(t):
+    """What the normal distribution has above t >= 0.
+
+    Its base-2 logarithm is a polynomial, fitted on 0 to 6.5 for the least error of the result, and of t times it: 7e-7.
+    Where t is larger, the result falls on to 0.
+    """
+    power = tl.fma(t, -5.028728628531098e-4, 7.300691679120064e-3)
+    power = tl.fma(t, tl.fma(t, power, -5.2388086915016174e-2), -0.45936816930770874)
+    return tl.exp2(tl.fma(t, tl.fma(t, power, -1.1510701179504395), -1.0))
+
+
+@triton.jit
+def _slope(x, size, tail):
+    """The derivative of GELU at x, of this size and tail."""
+    density = tl.exp2(tl.fma(-0.7213475204444817 * size, size, -1.3257480647361595))
+    slope = tl.fma(-size, density, tail)  # at -size; at size it is 1 minus that
+    return tl.where(x > 0, 1.0 - slope, slope)
+
+
+@triton.jit
+def _gelu_backward(x, grad, grad_x, out, sums, pixels, chunk_pixels, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums (chunks, C), float32: the sum of grad_x over the pixels of each program, of BLOCK channels."""
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    first = tl.program_id(0) * chunk_pixels
+    last = tl.minimum(first + chunk_pixels, pixels)
+    for start in range(first, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < last)[:, None] & (channels < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + channels[None, :]
+        value = _load(x, at, mask)
+        size = tl.abs(value)
+        tail = _tail(size)
+        tl.store(out + at, (tl.maximum(value, 0.0) - size * tail).to(out.dtype.element_ty), mask)
+        gradient = _load(grad, at, mask) * _slope(value, size, tail)
+        total += gradient
+        tl.store(grad_x + at, gradient.to(grad_x.dtype.element_ty), mask)
+    tl.store(sums + tl.program_id(0) * C + channels, tl.sum(total, 0), channels < C)
 
 
 # ---- what all convolutions share: a walk down the rows of a strip of columns ----
@@ -237,18 +302,6 @@ def _spread(window, source, taps, fresh, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _tail(t):
-    """What the normal distribution has above t >= 0.
-
-    Its base-2 logarithm is a polynomial, fitted on 0 to 6.5 for the least error of the result, and of t times it: 7e-7.
-    Where t is larger, the result falls on to 0.
-    """
-    power = tl.fma(t, -5.028728628531098e-4, 7.300691679120064e-3)
-    power = tl.fma(t, tl.fma(t, power, -5.2388086915016174e-2), -0.45936816930770874)
-    return tl.exp2(tl.fma(t, tl.fma(t, power, -1.1510701179504395), -1.0))
-
-
-@triton.jit
 def _part(H, rows_each):
     """Sample, and first and last row, of a program whose axis 2 counts parts of samples."""
     parts = tl.cdiv(H, rows_each)
@@ -297,10 +350,10 @@ def _depthwise_forward(
 
 @triton.jit
 def _depthwise_slope(
-    x, weight, bias, grad, grad_mean, before, H, W, rows_each,
+    x, weight, bias, grad, grad_mean, before, sums, H, W, rows_each,
     C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``before``, the gradient of GELU's input."""
+    """Compute ``before``, the gradient of GELU's input. sums (N * parts * strips, C), float32: its sum over pixels."""
     sample, begin, end = _part(H, rows_each)
     columns, channels = _strip(PIXELS, LANES, CHANNELS)
     start = sample * H * W * C
@@ -308,6 +361,7 @@ def _depthwise_slope(
     taps = _load_taps(weight, wide, C, False)
     fresh = _load(bias, wide, wide < C)
     pooled = _load(grad_mean + sample * C, wide, wide < C) / (H * W)
+    total = tl.zeros((LANES, CHANNELS), tl.float32)
     window = _rows_before(x + start, begin, columns, channels, taps, fresh, H, W, C, PIXELS)
     for row in range(begin, end):
         given = _load_row(grad + start, row, columns, channels, H, W, C, PIXELS)
@@ -316,47 +370,51 @@ def _depthwise_slope(
         values = ()
         for p in tl.static_range(PIXELS):
             size = tl.abs(rows[p])
-            density = tl.exp2(tl.fma(-0.7213475204444817 * size, size, -1.3257480647361595))
-            slope = tl.fma(-size, density, _tail(size))  # of GELU at -size; at size it is 1 minus that
-            slope = tl.where(rows[p] > 0, 1.0 - slope, slope)
-            values = values + ((given[p] + pooled) * slope,)
+            values = values + ((given[p] + pooled) * _slope(rows[p], size, _tail(size)),)
+            total = tl.fma(values[p], (columns + p < W).to(tl.float32), total)
         _store_row(before + start, values, row, columns, channels, H, W, C, PIXELS)
         window = rows[PIXELS:]
+    at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * C + channels
+    tl.store(sums + at, tl.sum(total, 0)[None, :], channels < C)
 
 
 @triton.jit
 def _depthwise_backward(
     x, weight, before, grad_x, sums, H, W, rows_each,
-    C: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, EVEN: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients use one load of ``before``. sums (N * parts * strips, 10, C), float32: nine taps and the bias."""
+    """Both gradients use one load of ``before``.
+
+    sums (N * parts * strips, 10, C), float32: those of the nine taps, and the sum of grad_x over pixels. EVEN: the
+    strips end where the image does.
+    """
     sample, begin, end = _part(H, rows_each)
     columns, channels = _strip(PIXELS, LANES, CHANNELS)
     start = sample * H * W * C
     wide = tl.broadcast_to(channels, (LANES, CHANNELS))
     taps = _load_taps(weight, wide, C, True)
     zero = tl.zeros((LANES, CHANNELS), tl.float32)
-    totals, bias_total = (zero,) * 9, zero
+    totals, passed = (zero,) * 9, zero
     window = (zero,) * (2 * PIXELS)
     inputs = (zero,) * (2 * PIXELS)  # of x, the row above that of ``before`` and the same; 0 where they are not ours
     for row in range(begin - 1, end + 1):
         source = _load_row(before + start, row, columns - 1, channels, H, W, C, PIXELS + 2)
         inputs = inputs + _load_row(x + start, row + 1, columns, channels, end, W, C, PIXELS)
-        ours = ((row >= begin) & (row < end)).to(tl.float32)
         for p in tl.static_range(PIXELS):
             more = ()
             for tap in tl.static_range(9):
                 more = more + (tl.fma(source[p + 2 - tap % 3], inputs[tap // 3 * PIXELS + p], totals[tap]),)
             totals = more
-            bias_total = tl.fma(source[p + 1], ours, bias_total)
         rows = _spread(window, source, taps, zero, PIXELS)
         if row > begin:
+            for p in tl.static_range(PIXELS):
+                passed += rows[p] if EVEN else tl.where(columns + p < W, rows[p], 0.0)
             _store_row(grad_x + start, rows, row - 1, columns, channels, H, W, C, PIXELS)
         window, inputs = rows[PIXELS:], inputs[PIXELS:]
     at = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 10 * C + channels
     for tap in tl.static_range(9):
         tl.store(sums + at + tap * C, tl.sum(totals[tap], 0)[None, :], channels < C)
-    tl.store(sums + at + 9 * C, tl.sum(bias_total, 0)[None, :], channels < C)
+    tl.store(sums + at + 9 * C, tl.sum(passed, 0)[None, :], channels < C)
 
 
 # ---- the text convolution ----
@@ -509,25 +567,30 @@ def norm_forward(
 
 
 def norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    shift: Tensor | None,
     scale: Tensor | None,
     branch: Tensor | None,
     gate: Tensor | None,
     grad_residual: Tensor | None,
     grad_out: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    N, H, W, C = residual.shape
+    again: bool,
+) -> tuple[Tensor | None, ...]:
+    N, H, W, C = source.shape
     chunks = triton.cdiv(H * W, CHUNK)
-    grad_x, grad_branch = torch.empty_like(residual), None if gate is None else torch.empty_like(residual)
-    sums = torch.empty(3, N, chunks, C, dtype=torch.float32, device=residual.device)
+    grad_x, grad_branch = torch.empty_like(source), None if gate is None else torch.empty_like(source)
+    out = torch.empty_like(source) if again else None
+    sums = torch.empty(4, N, chunks, C, dtype=torch.float32, device=source.device)
     _norm_backward[chunks, N](
-        residual, mean, rstd, _vector(scale), branch, _vector(gate), grad_residual, grad_out, grad_x, grad_branch, sums,
-        H * W, CHUNK,
-        HAS_GATE=gate is not None, HAS_RESIDUAL=grad_residual is not None, MODULATE=scale is not None, **_rows(C),
+        source, mean, rstd, *map(_vector, (shift, scale)), branch, _vector(gate), grad_residual, grad_out,
+        grad_x, grad_branch, out, sums, H * W, CHUNK,
+        HAS_GATE=gate is not None, HAS_RESIDUAL=grad_residual is not None, MODULATE=scale is not None, AGAIN=again,
+        **_rows(C),
     )  # fmt: skip
-    return grad_x, grad_branch, _as(gate, sums[0]), _as(scale, sums[1]), _as(scale, sums[2])
+    likes = (gate, None if gate is None else sums, scale, scale)
+    return grad_x, grad_branch, *(_as(like, part) for like, part in zip(likes, sums, strict=True)), out
 
 
 def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
@@ -538,12 +601,24 @@ def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
     return out
 
 
-def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, H, W, C = x.shape
     chunks = triton.cdiv(H * W, CHUNK)
-    grad_x, sums = torch.empty_like(x), torch.empty(N, chunks, C, dtype=torch.float32, device=x.device)
+    grad_x, sums = torch.empty_like(x), torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
     _scale_backward[chunks, N](x, _vector(scale), grad, grad_x, sums, H * W, CHUNK, **_rows(C))
-    return grad_x, sums.sum(1).to(scale.dtype)
+    return grad_x, sums[0].sum(1).to(scale.dtype), sums[1].sum(1)
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    C = x.shape[-1]
+    pixels = x.numel() // C
+    grad_x, out, chunks = torch.empty_like(x), torch.empty_like(x), triton.cdiv(pixels, GELU_CHUNK)
+    sums = torch.empty(chunks, C, dtype=torch.float32, device=x.device)
+    _gelu_backward[chunks, triton.cdiv(C, GELU_CHANNELS)](
+        x, grad, grad_x, out, sums, pixels, GELU_CHUNK, C,
+        ROWS=WARP_TILE // GELU_CHANNELS, BLOCK=GELU_CHANNELS, num_warps=1, **FUSED,
+    )  # fmt: skip
+    return grad_x, sums.sum(0), out
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -556,16 +631,18 @@ def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, 
 
 def depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, H, W, C = x.shape
     taps, before, grad_x = _taps_first(weight), torch.empty_like(x), torch.empty_like(x)
     grid, rows_each, tile = _depthwise_strips(x, CONV_PIXELS)
-    _depthwise_slope[grid](x, taps, bias, grad, grad_mean.contiguous(), before, H, W, rows_each, **tile)
+    bias_sums = torch.empty(grid[2] * grid[0], C, dtype=torch.float32, device=x.device)
+    _depthwise_slope[grid](x, taps, bias, grad, grad_mean.contiguous(), before, bias_sums, H, W, rows_each, **tile)
     grid, rows_each, tile = _depthwise_strips(x, CONV_GRADIENT_PIXELS)
     sums = torch.empty(grid[2] * grid[0], 10, C, dtype=torch.float32, device=x.device)
-    _depthwise_backward[grid](x, taps, before, grad_x, sums, H, W, rows_each, **tile)
-    total = sums.sum(0)
-    return grad_x, total[:9].T.reshape(weight.shape).to(weight.dtype), total[9].to(bias.dtype)
+    even = W % (tile["PIXELS"] * tile["LANES"]) == 0
+    _depthwise_backward[grid](x, taps, before, grad_x, sums, H, W, rows_each, EVEN=even, **tile)
+    grad_weight = sums[:, :9].sum(0).T.reshape(weight.shape).to(weight.dtype)
+    return grad_x, grad_weight, bias_sums.sum(0).to(bias.dtype), sums[:, 9].sum(0)
 
 
 def _taps_first(weight: Tensor) -> Tensor:

@@ -138,23 +138,25 @@ def norm_forward(
 
 
 def norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    shift: Tensor | None,
     scale: Tensor | None,
     branch: Tensor | None,
     gate: Tensor | None,
     grad_residual: Tensor | None,
     grad_out: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    N, H, W, C = residual.shape
-    grad_x, grad_branch = torch.empty(residual.shape), _new(gate, N, H, W, C)
-    grad_gate, grad_shift, grad_scale = _new(gate, N, C), _new(scale, N, C), _new(scale, N, C)
-    inputs = map(_float, (residual, mean, rstd, scale, branch, gate, grad_residual, grad_out))
-    outputs = (grad_x, grad_branch, grad_gate, grad_shift, grad_scale)
-    call("norm_backward", *inputs, *outputs, N, H * W, C)
-    likes = (residual, branch, gate, scale, scale)
-    return tuple(map(_as, likes, outputs))  # type: ignore[return-value]
+    again: bool,
+) -> tuple[Tensor | None, ...]:
+    N, H, W, C = source.shape
+    grad_x, grad_branch = torch.empty(source.shape), _new(gate, N, H, W, C)
+    sums = [_new(wanted, N, C) for wanted in (gate, gate, scale, scale)]
+    out = _new(again, *source.shape)
+    inputs = map(_float, (source, mean, rstd, shift, scale, branch, gate, grad_residual, grad_out))
+    call("norm_backward", *inputs, grad_x, grad_branch, *sums, out, N, H * W, C)
+    likes = (source, branch, gate, sums[1], scale, scale, source)
+    return tuple(map(_as, likes, (grad_x, grad_branch, *sums, out)))
 
 
 def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
@@ -164,11 +166,18 @@ def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
     return out.to(x.dtype)
 
 
-def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, H, W, C = x.shape
-    grad_x, grad_scale = torch.empty(x.shape), torch.empty(N, C)
-    call("scale_backward", *map(_float, (x, scale, grad)), grad_x, grad_scale, N, H * W, C)
-    return grad_x.to(x.dtype), grad_scale.to(scale.dtype)
+    grad_x, grad_scale, grad_sum = torch.empty(x.shape), torch.empty(N, C), torch.empty(N, C)
+    call("scale_backward", *map(_float, (x, scale, grad)), grad_x, grad_scale, grad_sum, N, H * W, C)
+    return grad_x.to(x.dtype), grad_scale.to(scale.dtype), grad_sum
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    C = x.shape[-1]
+    grad_x, grad_sum, out = torch.empty(x.shape), torch.empty(C), torch.empty(x.shape)
+    call("gelu_backward", *map(_float, (x, grad)), grad_x, grad_sum, out, x.numel() // C, C)
+    return grad_x.to(x.dtype), grad_sum, out.to(x.dtype)
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,12 +189,12 @@ def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, 
 
 def depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, H, W, C = x.shape
-    grad_x, sums = torch.empty(x.shape), torch.empty(N, 10, C)
+    grad_x, sums = torch.empty(x.shape), torch.empty(N, 11, C)
     call("depthwise_backward", *map(_float, (x, weight, bias, grad, grad_mean)), grad_x, sums, N, H, W, C)
-    grad_weight, grad_bias = sums[:, :9].sum(0).T.reshape(weight.shape), sums[:, 9].sum(0)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    taps, grad_bias, passed = (part.sum(0) for part in (sums[:, :9], sums[:, 9], sums[:, 10]))
+    return grad_x.to(x.dtype), taps.T.reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype), passed
 
 
 def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:

@@ -38,6 +38,17 @@ inlined float gelu_slope(float x) {
 
 /* ---- LayerNorm over channels, with residual and gate before it, and scale and shift after it ---- */
 
+/* A pixel minus its mean, times its inverse deviation, and with a and b times 1 + a, plus b. */
+inlined void modulated(float *y, const float *x, float mean, float rstd, const float *a, const float *b, size C) {
+    if (a) {
+#pragma omp simd
+        for (size c = 0; c < C; c++) y[c] = (x[c] - mean) * rstd * (1.0f + a[c]) + b[c];
+    } else {
+#pragma omp simd
+        for (size c = 0; c < C; c++) y[c] = (x[c] - mean) * rstd;
+    }
+}
+
 /* residual = x + gate * branch; out = LayerNorm(residual) * (1 + scale) + shift. */
 int norm_forward(const float *x, const float *branch, const float *gate, const float *shift, const float *scale,
                  float *residual, float *out, float *mean, float *rstd, size N, size pixels, size C, float eps,
@@ -67,14 +78,7 @@ int norm_forward(const float *x, const float *branch, const float *gate, const f
         for (size c = 0; c < C; c++) squares += (row[c] - m) * (row[c] - m);
         const float s = 1.0f / sqrtf(squares / C + eps);
         mean[p] = m, rstd[p] = s;
-        if (scale) {
-            const float *a = scale + n * C, *b = shift + n * C;
-#pragma omp simd
-            for (size c = 0; c < C; c++) y[c] = (row[c] - m) * s * (1.0f + a[c]) + b[c];
-        } else {
-#pragma omp simd
-            for (size c = 0; c < C; c++) y[c] = (row[c] - m) * s;
-        }
+        modulated(y, row, m, s, scale ? scale + n * C : NULL, shift ? shift + n * C : NULL, C);
     }
     return 0;
 }
@@ -91,14 +95,17 @@ static void add_chunks(const float *sums, float *out, size N, size chunks, size 
         }
 }
 
-/* Gradients of norm_forward. grad_residual, the gradient of its first output, may be NULL; so may branch, gate and scale
-   together with their gradients. Without a gate the gradient of the branch is grad_x. */
-int norm_backward(const float *residual, const float *mean, const float *rstd, const float *scale, const float *branch,
-                  const float *gate, const float *grad_residual, const float *grad_out, float *grad_x,
-                  float *grad_branch, float *grad_gate, float *grad_shift, float *grad_scale, size N, size pixels,
-                  size C, size threads) {
+/* Gradients of norm_forward. source is x with a gate, and else the residual. grad_residual, the gradient of the first
+   output, may be NULL; so may branch, gate and scale together with their gradients. Without a gate the gradient of the
+   branch is grad_x. grad_sum (N, C) is the sum of grad_x over pixels, which is there with a gate. out is what
+   norm_forward made, or NULL. */
+int norm_backward(const float *source, const float *mean, const float *rstd, const float *shift, const float *scale,
+                  const float *branch, const float *gate, const float *grad_residual, const float *grad_out,
+                  float *grad_x, float *grad_branch, float *grad_gate, float *grad_sum, float *grad_shift,
+                  float *grad_scale, float *out, size N, size pixels, size C, size threads) {
     const size chunks = (pixels + CHUNK - 1) / CHUNK, count = N * chunks * C;
-    float *gate_sums = gate ? take(count, 4) : NULL, *shift_sums = scale ? take(2 * count, 4) : NULL;
+    float *gate_sums = gate ? take(2 * count, 4) : NULL, *shift_sums = scale ? take(2 * count, 4) : NULL;
+    float *grad_sums = gate_sums ? gate_sums + count : NULL;
     float *scale_sums = scale && shift_sums ? shift_sums + count : NULL;
     const int failed = (gate && !gate_sums) || (scale && !shift_sums);
     if (!failed) {
@@ -106,13 +113,19 @@ int norm_backward(const float *residual, const float *mean, const float *rstd, c
         for (size task = 0; task < N * chunks; task++) {
             const size n = task / chunks, first = task % chunks * CHUNK, last = smaller(first + CHUNK, pixels);
             const float *a = scale ? scale + n * C : NULL;
-            float *gs = gate ? gate_sums + task * C : NULL;
+            float *gs = gate ? gate_sums + task * C : NULL, *xs = gate ? grad_sums + task * C : NULL;
             float *hs = scale ? shift_sums + task * C : NULL, *ss = scale ? scale_sums + task * C : NULL;
-            if (gs) memset(gs, 0, C * 4);
+            if (gs) memset(gs, 0, C * 4), memset(xs, 0, C * 4);
             if (hs) memset(hs, 0, C * 4), memset(ss, 0, C * 4);
             for (size p = n * pixels + first; p < n * pixels + last; p++) {
-                const float *r = residual + p * C, *go = grad_out + p * C, m = mean[p], s = rstd[p];
-                float *gx = grad_x + p * C, sum = 0, dot = 0;
+                const float *r = source + p * C, *go = grad_out + p * C, m = mean[p], s = rstd[p];
+                float *gx = grad_x + p * C, *gb = gate ? grad_branch + p * C : NULL, sum = 0, dot = 0;
+                if (gate) {
+                    const float *b = branch + p * C, *g = gate + n * C;
+#pragma omp simd
+                    for (size c = 0; c < C; c++) gb[c] = r[c] + g[c] * b[c];
+                    r = gb; /* the residual, until the gradient of the branch takes its place */
+                }
                 if (a) {
 #pragma omp simd reduction(+ : sum, dot)
                     for (size c = 0; c < C; c++) {
@@ -143,18 +156,22 @@ int norm_backward(const float *residual, const float *mean, const float *rstd, c
 #pragma omp simd
                     for (size c = 0; c < C; c++) gx[c] += gr[c];
                 }
+                if (out) modulated(out + p * C, r, m, s, a, shift ? shift + n * C : NULL, C);
                 if (gate) {
                     const float *b = branch + p * C, *g = gate + n * C;
-                    float *gb = grad_branch + p * C;
 #pragma omp simd
                     for (size c = 0; c < C; c++) {
                         gb[c] = gx[c] * g[c];
                         gs[c] += gx[c] * b[c];
+                        xs[c] += gx[c];
                     }
                 }
             }
         }
-        if (gate) add_chunks(gate_sums, grad_gate, N, chunks, C, threads);
+        if (gate) {
+            add_chunks(gate_sums, grad_gate, N, chunks, C, threads);
+            add_chunks(grad_sums, grad_sum, N, chunks, C, threads);
+        }
         if (scale) {
             add_chunks(shift_sums, grad_shift, N, chunks, C, threads);
             add_chunks(scale_sums, grad_scale, N, chunks, C, threads);
@@ -185,17 +202,18 @@ int scale_forward(const float *x, const float *scale, const float *base, float *
     return 0;
 }
 
-int scale_backward(const float *x, const float *scale, const float *grad, float *grad_x, float *grad_scale, size N,
-                   size pixels, size C, size threads) {
-    const size chunks = (pixels + CHUNK - 1) / CHUNK;
-    float *sums = take(N * chunks * C, 4);
+/* grad_sum (N, C) is the sum of grad over pixels. */
+int scale_backward(const float *x, const float *scale, const float *grad, float *grad_x, float *grad_scale,
+                   float *grad_sum, size N, size pixels, size C, size threads) {
+    const size chunks = (pixels + CHUNK - 1) / CHUNK, count = N * chunks * C;
+    float *sums = take(2 * count, 4);
     if (!sums) return 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size task = 0; task < N * chunks; task++) {
         const size n = task / chunks, first = task % chunks * CHUNK, last = smaller(first + CHUNK, pixels);
         const float *s = scale + n * C;
-        float *total = sums + task * C;
-        memset(total, 0, C * 4);
+        float *total = sums + task * C, *plain = sums + count + task * C;
+        memset(total, 0, C * 4), memset(plain, 0, C * 4);
         for (size p = n * pixels + first; p < n * pixels + last; p++) {
             const float *row = x + p * C, *g = grad + p * C;
             float *gx = grad_x + p * C;
@@ -203,10 +221,42 @@ int scale_backward(const float *x, const float *scale, const float *grad, float 
             for (size c = 0; c < C; c++) {
                 gx[c] = g[c] * s[c];
                 total[c] += g[c] * row[c];
+                plain[c] += g[c];
             }
         }
     }
     add_chunks(sums, grad_scale, N, chunks, C, threads);
+    add_chunks(sums + count, grad_sum, N, chunks, C, threads);
+    free(sums);
+    return 0;
+}
+
+/* ---- GELU ---- */
+
+/* The gradient of GELU's input x, its sum over pixels (C), and GELU of x again. */
+int gelu_backward(const float *x, const float *grad, float *grad_x, float *grad_sum, float *out, size pixels, size C,
+                  size threads) {
+    const size chunks = (pixels + CHUNK - 1) / CHUNK;
+    float *sums = take(chunks * C, 4);
+    if (!sums) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size task = 0; task < chunks; task++) {
+        float *total = sums + task * C;
+        memset(total, 0, C * 4);
+        for (size p = task * CHUNK; p < smaller((task + 1) * CHUNK, pixels); p++) {
+            const float *row = x + p * C, *g = grad + p * C;
+            float *gx = grad_x + p * C, *y = out + p * C;
+#pragma omp simd
+            for (size c = 0; c < C; c++) {
+                float cdf, density;
+                normal(row[c], &cdf, &density);
+                y[c] = row[c] * cdf;
+                gx[c] = g[c] * (cdf + row[c] * density);
+                total[c] += gx[c];
+            }
+        }
+    }
+    add_chunks(sums, grad_sum, 1, chunks, C, threads);
     free(sums);
     return 0;
 }
@@ -277,16 +327,20 @@ inlined void correlate_taps(vec *out, const vec *tile, const vec *grad, size i, 
     for (int j = 0; j < K; j++) out[j] = sum[j];
 }
 
-/* Store the convolution of a tile into channels [c, c + lanes) of out (H, W, C). */
-inlined void correlate_all(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes,
-                           const int K) {
+/* Store the convolution of a tile into channels [c, c + lanes) of out (H, W, C); the sum of what was stored. */
+inlined vec correlate_all(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes,
+                          const int K) {
     const size stride = tile_stride(W, K / 2);
-    vec sums[PIXELS];
+    vec sums[PIXELS], total = {0};
     for (size y = 0; y < H; y++)
         for (size w = 0; w < W; w += PIXELS) {
             correlate(sums, tile, taps, y, w, H, stride, K);
-            for (size p = 0; p < smaller(PIXELS, W - w); p++) store(out + (y * W + w + p) * C, sums + p, lanes);
+            for (size p = 0; p < smaller(PIXELS, W - w); p++) {
+                store(out + (y * W + w + p) * C, sums + p, lanes);
+                total += sums[p];
+            }
         }
+    return total;
 }
 
 /* Make K a compile-time constant, so that the compiler keeps the sums in registers. */
@@ -418,8 +472,8 @@ int depthwise_forward(const float *x, const float *weight, const float *bias, fl
     return failed;
 }
 
-/* Gradients of depthwise_forward; the input of GELU is computed again. sums (N, 10, C) holds the gradients of the nine
-   taps and of the bias for each sample. */
+/* Gradients of depthwise_forward; the input of GELU is computed again. sums (N, 11, C) holds the gradients of the nine
+   taps and of the bias for each sample, and the sum of grad_x over pixels. */
 int depthwise_backward(const float *x, const float *weight, const float *bias, const float *grad,
                        const float *grad_mean, float *grad_x, float *sums, size N, size H, size W, size C,
                        size threads) {
@@ -454,10 +508,11 @@ int depthwise_backward(const float *x, const float *weight, const float *bias, c
                         total += g[p];
                     }
                 }
-            correlate_all(grad_x + sample + c, slopes, flipped, H, W, C, lanes, 3);
+            const vec passed = correlate_all(grad_x + sample + c, slopes, flipped, H, W, C, lanes, 3);
             for (size i = 0; i < 3; i++) correlate_taps(taps + 3 * i, tile, slopes, i, H, W, stride, 3);
-            for (size k = 0; k < 9; k++) store(sums + (n * 10 + k) * C + c, taps + k, lanes);
-            store(sums + (n * 10 + 9) * C + c, &total, lanes);
+            for (size k = 0; k < 9; k++) store(sums + (n * 11 + k) * C + c, taps + k, lanes);
+            store(sums + (n * 11 + 9) * C + c, &total, lanes);
+            store(sums + (n * 11 + 10) * C + c, &passed, lanes);
         }
         free(tile);
     }

@@ -32,17 +32,25 @@ def norm_forward(
 
 
 def norm_backward(
-    residual: Tensor,
+    source: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    shift: Tensor | None,
     scale: Tensor | None,
     branch: Tensor | None,
     gate: Tensor | None,
     grad_residual: Tensor | None,
     grad_out: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    again: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, branch and gate, the sum of that of x over pixels, gradients of shift and scale, and the output.
+
+    source: x with a gate, so that the residual is made again and need not be kept; otherwise the residual. The sum,
+    (N, C) in float32 or more, is there with a gate, the output of ``norm_forward`` with ``again``.
+    """
+    residual = source if gate is None or branch is None else scale_forward(branch, gate, source)
     source, grad, mean, rstd = _wide(residual), _wide(grad_out), mean[..., None], rstd[..., None]
-    grad_branch = grad_gate = grad_shift = grad_scale = None
+    grad_branch = grad_gate = grad_sum = grad_shift = grad_scale = None
     if scale is not None:
         grad_shift = grad.sum((1, 2)).to(scale.dtype)
         grad_scale = (grad * ((source - mean) * rstd)).sum((1, 2)).to(scale.dtype)
@@ -53,8 +61,9 @@ def norm_backward(
         grad_x = grad_x + grad_residual
     grad_x = grad_x.to(residual.dtype)
     if gate is not None and branch is not None:
-        grad_branch, grad_gate = scale_backward(branch, gate, grad_x)
-    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale
+        grad_branch, grad_gate, grad_sum = scale_backward(branch, gate, grad_x)
+    out = norm_forward(residual, None, None, shift, scale)[1] if again else None
+    return grad_x, grad_branch, grad_gate, grad_sum, grad_shift, grad_scale, out
 
 
 def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
@@ -62,8 +71,16 @@ def scale_forward(x: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
     return x * scaled if base is None else torch.addcmul(base, x, scaled)
 
 
-def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return grad * _each(scale).to(grad.dtype), (_wide(grad) * x).sum((1, 2)).to(scale.dtype)
+def scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and scale, and the sum of ``grad`` over pixels (N, C) in float32 or more."""
+    wide = _wide(grad)
+    return grad * _each(scale).to(grad.dtype), (wide * x).sum((1, 2)).to(scale.dtype), wide.sum((1, 2))
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of GELU's input x, its sum over pixels (C,) in float32 or more, and GELU of x."""
+    grad_x = aten.gelu_backward(grad, x)
+    return grad_x, _wide(grad_x).flatten(0, -2).sum(0), torch.nn.functional.gelu(x)
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +90,8 @@ def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, 
 
 def depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, and the sum of that of x over pixels (C,) in float32 or more."""
     _, H, W, C = x.shape
     slope = aten.gelu_backward(grad + (grad_mean / (H * W))[:, None, None], _depthwise(x, weight, bias))
     planes, source = slope.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
@@ -81,7 +99,8 @@ def depthwise_backward(
         grads = aten.convolution_backward(
             planes, source, weight.to(x.dtype), [C], [1, 1], [1, 1], [1, 1], False, [0, 0], C, [True, True, True]
         )
-    return grads[0].permute(0, 2, 3, 1).contiguous(), grads[1].to(weight.dtype), grads[2].to(bias.dtype)
+    grad_x = grads[0].permute(0, 2, 3, 1).contiguous()
+    return grad_x, grads[1].to(weight.dtype), grads[2].to(bias.dtype), _wide(grad_x).sum((0, 1, 2))
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

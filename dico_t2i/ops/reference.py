@@ -55,6 +55,36 @@ def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale[:, None, None]
 
 
+def channel_gate(x: Tensor, logits: Tensor) -> Tensor:
+    """x (N, H, W, C), logits (N, C) -> (N, H, W, C)."""
+    return channel_scale(x, 1 / (1 + torch.exp(-logits)))
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x and branch (N, H, W, C), weight (D, C), bias (D,), all others (N, C) -> (N, H, W, C) and (N, H, W, D)."""
+    residual = x if branch is None else residual_norm_modulate(x, branch, gate)[0]
+    return residual, norm_modulate(residual, shift, scale) @ weight.T + bias
+
+
+def norm_text_dwconv(x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+    """x and branch (N, H, W, C), gate (N, C), context (N, T, C) -> two (N, H, W, C)."""
+    residual, normed = residual_norm_modulate(x, branch, gate)
+    return residual, text_dwconv(normed.permute(0, 3, 1, 2), context, kernel).permute(0, 2, 3, 1)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (N, H, W, C), weight (D, C), bias (D,) -> (N, H, W, D)."""
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2))) @ weight.T + bias
+
+
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x and branch (N, H, W, C), gate (N, C) -> (N, H, W, C)."""
     return x + gate[:, None, None] * branch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dico_t2i.ops.backend import backend, present
+from dico_t2i.ops.backend import backend, present, working_dtype
 
 
 def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
@@ -26,17 +26,10 @@ def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
             f"text_dwconv: x (N, C, H, W) and context (N, 1 to {kernel**2} tokens, C) expected,"
             f" got {tuple(x.shape)} and {tuple(context.shape)}"
         )
-    dtype = _working_dtype(x)
+    dtype = working_dtype(x)
     out = torch.ops.dico_t2i.text_dwconv(x.to(dtype).permute(0, 2, 3, 1), context.to(dtype), kernel)
     out = out.permute(0, 3, 1, 2)
     return out.contiguous() if x.is_contiguous() else out
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    """autocast's dtype if it is enabled, so that forward and backward use the same one, else that of x."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 @torch.library.custom_op("dico_t2i::text_dwconv", mutates_args=())
@@ -46,10 +39,11 @@ def _text(x: Tensor, context: Tensor, kernel: int) -> Tensor:
 
 @torch.library.custom_op("dico_t2i::text_dwconv_backward", mutates_args=())
 def _text_backward(
-    x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool
+    x: Tensor | None, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool
 ) -> tuple[Tensor, Tensor]:
-    inputs = (tensor.contiguous() for tensor in (x, context, grad))
-    return present(*backend(x).text_backward(*inputs, kernel, (wants_x, wants_context)))  # type: ignore[return-value]
+    """x may be None if only its gradient is wanted."""
+    inputs = (tensor.contiguous() for tensor in (grad if x is None else x, context, grad))
+    return present(*backend(grad).text_backward(*inputs, kernel, (wants_x, wants_context)))  # type: ignore[return-value]
 
 
 @_text.register_fake
@@ -58,8 +52,10 @@ def _(x: Tensor, context: Tensor, kernel: int) -> Tensor:
 
 
 @_text_backward.register_fake
-def _(x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool) -> tuple[Tensor, ...]:
-    wants = ((wants_x, x), (wants_context, context))
+def _(
+    x: Tensor | None, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool
+) -> tuple[Tensor, ...]:
+    wants = ((wants_x, grad), (wants_context, context))
     return present(*(like.new_empty(like.shape) if wanted else None for wanted, like in wants))
 
 
@@ -86,4 +82,4 @@ def _flops(x_shape: tuple[int, ...], context_shape: Any, kernel: int, *, out_sha
 def _backward_flops(
     x_shape: Any, context_shape: Any, grad_shape: Any, kernel: int, wants_x: bool, wants_context: bool, **_: Any
 ) -> int:
-    return (wants_x + wants_context) * _flops(x_shape, context_shape, kernel)
+    return (wants_x + wants_context) * _flops(grad_shape, context_shape, kernel)

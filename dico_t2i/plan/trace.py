@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -18,9 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from dico_t2i.ops import linear
+
 aten = torch.ops.aten
 
 _ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+
+
+class Call(NamedTuple):
+    """An operation: the name of its operator, such as aten::mm, and the shapes of its tensors."""
+
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,13 @@ class Pass:
     products: floating-point operations of matrix products and dense convolutions. others: those of depthwise
     convolutions. traffic: bytes read and written. live: bytes of all tensors that exist while the operation runs,
     without parameters and completed gradients. gradients: the number of elements of the parameter gradients completed
-    so far. forward: how many of the operations belong to the forward pass.
+    so far. forward: how many of the operations belong to the forward pass. calls: what each operation was called with.
+    kept: of the bytes that the forward pass keeps for the backward pass, those made by each operator.
     """
 
     forward: int
+    calls: tuple[Call, ...]
+    kept: Mapping[str, int]
     products: np.ndarray
     others: np.ndarray
     traffic: np.ndarray
@@ -58,11 +71,11 @@ def trace_training(network: nn.Module, loss_of: Callable[[], Tensor], *, autocas
     hooks = [p.register_post_accumulate_grad_hook(recorder.take_gradient) for p in parameters if p.requires_grad]
     with _as_on_cuda(autocast), recorder:
         loss = loss_of()
-        forward = len(recorder.rows)
+        forward, kept = len(recorder.rows), recorder.kept()
         loss.backward()
     for hook in hooks:
         hook.remove()
-    return Pass(forward, *np.array(recorder.rows, dtype=np.float64).T)
+    return Pass(forward, tuple(recorder.calls), kept, *np.array(recorder.rows, dtype=np.float64).T)
 
 
 class _Seen(NamedTuple):
@@ -71,6 +84,7 @@ class _Seen(NamedTuple):
     outputs creates new outputs; it is None for views and in-place operations.
     """
 
+    call: Call
     products: float
     others: float
     traffic: float
@@ -83,9 +97,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         self.rows: list[tuple[float, float, float, float, float]] = []
+        self.calls: list[Call] = []
         self.live = 0
         self.gradients = 0
         self._held = {id(p.untyped_storage()): weakref.ref(p.untyped_storage()) for p in parameters}
+        self._made: dict[int, tuple[str, int]] = {}  # operator and bytes of the storages that are not parameters
         self._seen: dict[Any, _Seen] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,25 +115,33 @@ class _Recorder(TorchDispatchMode):
         if seen is None:
             seen = self._seen[key] = _look_at(func, args, kwargs, out)
         for tensor in _tensors(out):
-            self._hold(tensor.untyped_storage())
+            self._hold(tensor.untyped_storage(), seen.call.operator)
+        self.calls.append(seen.call)
         self.rows.append((seen.products, seen.others, seen.traffic, self.live, self.gradients))
         return out
+
+    def kept(self) -> Counter[str]:
+        """Bytes that exist now, by the operator that made them."""
+        total: Counter[str] = Counter()
+        for operator, size in self._made.values():
+            total[operator] += size
+        return total
 
     def take_gradient(self, parameter: Tensor) -> None:
         """Count a completed gradient and free it."""
         self.gradients += parameter.numel()
         parameter.grad = None
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _hold(self, storage: torch.UntypedStorage, operator: str) -> None:
         key, size = id(storage), storage.nbytes()
         if key in self._held:
             return
 
         def release(_: Any) -> None:
-            del self._held[key]
+            del self._held[key], self._made[key]
             self.live -= size
 
-        self._held[key] = weakref.ref(storage, release)
+        self._held[key], self._made[key] = weakref.ref(storage, release), (operator, size)
         self.live += size
 
 
@@ -132,6 +156,7 @@ def _as_on_cuda(autocast: bool) -> Iterator[None]:
         rules |= {(F, name): _cast(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
         rules |= {(F, "scaled_dot_product_attention"): _cast(_fused_attention, torch.bfloat16)}
         rules |= {(torch, "cat"): _cast(torch.cat, None)}
+        rules |= {(linear, "working_dtype"): lambda x: torch.bfloat16}
     usual = {place: getattr(*place) for place in rules}
     try:
         for place, function in rules.items():
@@ -164,7 +189,8 @@ def _look_at(func: Any, args: Any, kwargs: Any, out: Any) -> _Seen:
     traffic = sum(map(_extent, inputs + outputs))
     if (inputs and not new and not func._schema.is_mutable) or func._overloadpacket in _ALLOCATIONS:
         traffic = 0  # a view, or only an allocation
-    return _Seen(*_work(func, args, kwargs, out), traffic, _maker(out) if new and outputs else None)
+    call = Call(func._schema.name, tuple(tuple(t.shape) for t in inputs))
+    return _Seen(call, *_work(func, args, kwargs, out), traffic, _maker(out) if new and outputs else None)
 
 
 def _maker(out: Any) -> Callable[[], Any]:

@@ -251,6 +251,13 @@ def _counted(kind: str, setting: Setting, work: Literal["step", "pass"], release
     return pass_cost(traced, backward=True, more_traffic=optimizer_traffic(parameters, 1))
 
 
+def trace_step(kind: str, setting: Setting) -> tuple[Pass, int]:
+    """The traced forward and backward pass of a training step in bf16, and the number of parameters."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in network_of(kind, setting).parameters())
+    return _trace(kind, setting, torch.bfloat16, lower=False), parameters
+
+
 def _trace(kind: str, setting: Setting, dtype: torch.dtype, lower: bool) -> Pass:
     with torch.device("meta"):
         network = network_of(kind, setting).to("meta", dtype).train()

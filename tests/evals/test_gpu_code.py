@@ -8,7 +8,7 @@ from evals.gpu_code import COLUMNS, calls, rows
 from evals.speed.machine_code import MACHINES, Code, Instruction, Loop
 from evals.speed.measure import SHAPES
 
-ELEMENTWISE = ("norm", "scale", "depthwise")
+ELEMENTWISE = ("norm", "scale", "gelu", "depthwise")
 TIGHTEST = 1.2  # issue over bytes
 
 
@@ -23,14 +23,14 @@ def cases(long):
 def test_kernels_are_limited_by_memory_and_text_by_its_multiply_adds(long):
     for shapes, dtype, gpu in cases(long):
         found = list(rows([""], shapes, 256, dtype, MACHINES[gpu]))
-        assert len(found) == len(shapes) * (4 + 3 + 2 + 1)
+        assert len(found) == len(shapes) * (5 + 3 + 2 + 1)
         for row in found:
             assert row.stack == 0, row
             assert row.warps >= 8, row
             assert len(list(row.cells())) == len(COLUMNS)
             if row.kernel.startswith(ELEMENTWISE):
                 assert row.ratio <= TIGHTEST, row
-            if row.kernel.startswith(("norm", "scale")):
+            if row.kernel.startswith(("norm", "scale", "gelu")):
                 assert 16 in row.loads, row
             if row.kernel.startswith("depthwise"):
                 assert min(row.loads) > 2, row

@@ -73,12 +73,14 @@ def errors(module: ModuleType, shape, dtype: torch.dtype, tokens=(77,)) -> dict[
         parts = (y if branch else None, gate if gated else None)
         modulation = (shift, scale) if modulated else (None, None)
         residual, _, mean, rstd = run("norm_forward", x, *parts, *modulation)
-        residual = x if residual is None else residual
+        source = x if residual is None or gated else residual
         kept = (y, gate) if gated else (None, None)
-        run("norm_backward", residual, mean, rstd, modulation[1], *kept, y if branch else None, g)
+        again = gated or not branch
+        run("norm_backward", source, mean, rstd, *modulation, *kept, y if branch else None, g, again)
     run("scale_forward", x, gate, None)
     run("scale_forward", x, gate, y)
     run("scale_backward", x, gate, g)
+    run("gelu_backward", x, g)
     weight, bias = torch.randn(C, 1, 3, 3, generator=generator), torch.randn(C, generator=generator)
     run("depthwise_forward", x, weight, bias)
     run("depthwise_backward", x, weight, bias, g, gate)

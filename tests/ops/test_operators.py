@@ -22,9 +22,13 @@ needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compi
 
 
 def made(kind, shape=(2, 5, 6, 7), dtype=torch.float64):
-    """Leaves for an operator: maps "x", "y" to (N, H, W, C), "v" to (N, C), "w" and "b" to a convolution's."""
+    """Leaves for an operator.
+
+    Maps "x" to (N, H, W, C), "v" to (N, C), "w" and "b" to a convolution's, "m" and "d" to a linear layer's, "t" to
+    tokens (N, 5, C).
+    """
     N, _, _, C = shape
-    sizes = {"x": shape, "y": shape, "v": (N, C), "w": (C, 1, 3, 3), "b": (C,)}
+    sizes = {"x": shape, "y": shape, "v": (N, C), "w": (C, 1, 3, 3), "b": (C,), "m": (4, C), "d": (4,), "t": (N, 5, C)}
     generator = torch.Generator().manual_seed(len(kind))
     return [torch.randn(sizes[k], generator=generator, dtype=dtype).requires_grad_() for k in kind]
 
@@ -39,14 +43,23 @@ CASES = [
     ("gated_residual", "xvy"),
     ("depthwise3x3_gelu_pool", "xwb"),
 ]
+WHOLE = [
+    ("channel_gate", "xv"),
+    ("norm_linear", "xmd"),
+    ("norm_linear", "xmdvv"),
+    ("norm_linear", "xmdvvy"),
+    ("norm_linear", "xmdvvyv"),
+    ("gelu_linear", "xmd"),
+    ("norm_text_dwconv", "xyvt"),
+]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), CASES + WHOLE)
 def test_values_and_gradients_are_the_references(name, kind):
     inputs = made(kind)
     both = []
     for module in (ops, reference):
-        out = getattr(module, name)(*inputs)
+        out = getattr(module, name)(*inputs, *([3] if "t" in kind else []))
         out = (out,) if isinstance(out, torch.Tensor) else out
         weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=o.dtype) for o in out]
         loss = sum((o * w).sum() for o, w in zip(out, weights, strict=True))
@@ -55,16 +68,43 @@ def test_values_and_gradients_are_the_references(name, kind):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+LATE = {
+    "residual_norm_modulate": lambda x, y, b, v: ops.residual_norm_modulate(x, y, v, v, v, b)[1],
+    "norm_linear": lambda x, y, b, v: ops.norm_linear(x, torch.eye(7).to(v), v[0], v, v, y, v, b)[1],
+    "norm_text_dwconv": lambda x, y, b, v: ops.norm_text_dwconv(x, y, v, v[:, None], 3, b)[1],
+    "gated_residual": lambda x, y, b, v: ops.gated_residual(x, v, y, b),
+    "depthwise3x3_gelu_pool": lambda x, y, b, v: ops.depthwise3x3_gelu_pool(y, torch.ones(7, 1, 3, 3).to(v), v[0], b)[
+        0
+    ],
+    "gelu_linear": lambda x, y, b, v: ops.gelu_linear(y, torch.eye(7).to(v), v[0], b),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_bias_of_the_input_gets_its_gradient(name):
+    """With and without the operator's help."""
+    x, y, v, b = made("xyvb")
+    by_operator = LATE[name](x, y + b.detach(), b, v).sin().sum()
+    by_torch = LATE[name](x, y + b, None, v).sin().sum()
+    assert torch.equal(by_operator, by_torch)
+    for a, b in zip(
+        *(torch.autograd.grad(loss, (x, y, v, b), allow_unused=True) for loss in (by_operator, by_torch)), strict=True
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_torch_can_trace_them(name, kind):
     """Shapes, strides and gradients as declared: what torch.compile and the meta device rely on."""
     inputs = made(kind, dtype=torch.float32)
     operator, arguments = {
         "norm_modulate": (torch.ops.dico_t2i.norm_modulate, (*inputs, None, None)[:3]),
-        "residual_norm_modulate": (torch.ops.dico_t2i.residual_norm_modulate, (*inputs, None, None, None)[:5]),
-        "channel_scale": (torch.ops.dico_t2i.scale, (*inputs, None)[:3]),
-        "gated_residual": (torch.ops.dico_t2i.scale, (inputs[-1], *inputs[1:-1], inputs[0])),
-        "depthwise3x3_gelu_pool": (torch.ops.dico_t2i.depthwise, tuple(inputs)),
+        "residual_norm_modulate": (torch.ops.dico_t2i.residual_norm_modulate, (*inputs, None, None, None, None)[:6]),
+        "channel_scale": (torch.ops.dico_t2i.scale, (*inputs, None, None)[:4]),
+        "gated_residual": (torch.ops.dico_t2i.scale, (inputs[-1], *inputs[1:-1], inputs[0], None)),
+        "depthwise3x3_gelu_pool": (torch.ops.dico_t2i.depthwise, (*inputs, None)),
     }[name]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operator, arguments, test_utils=tests)
@@ -110,7 +150,8 @@ def test_results_do_not_depend_on_threads():
             _, _, mean, rstd = native.norm_forward(x, None, None, vector, vector)
             results.append(
                 (
-                    *native.norm_backward(x, mean, rstd, vector, grad, vector, None, grad),
+                    *native.norm_backward(x, mean, rstd, vector, vector, grad, vector, None, grad, True),
+                    *native.gelu_backward(x, grad),
                     *native.depthwise_backward(x, weight, bias, grad, vector),
                     *native.scale_backward(x, vector, grad),
                     *native.text_backward(x, context, grad, 9, (True, True)),
@@ -193,8 +234,11 @@ def test_a_block_compiles_as_one_graph_and_can_be_recomputed():
 
 
 def test_a_block_keeps_what_it_must():
-    """The text branch has no gate: it need not be kept. The FFN is twice as wide."""
-    names = ["x", "norm", "expanded", "gelu", "scaled", "branch", "residual", "norm", "residual", "norm", "ffn"]
+    """The text branch has no gate: it need not be kept. The FFN's hidden layer is twice as wide.
+
+    Norms, the outputs of GELU, and sums with a gate are computed again.
+    """
+    names = ["x", "expanded", "scaled", "branch", "residual", "ffn", "hidden", "hidden"]
     block, inputs = block_and_inputs()
     kept = {}
 
@@ -207,7 +251,7 @@ def test_a_block_keeps_what_it_must():
     assert out.requires_grad  # what was kept is there until here
     pixels = 2 * 8 * 8
     channels = sum(t.shape[-1] for t in kept.values() if t.numel() == pixels * t.shape[-1])
-    assert channels == 12 * (len(names) + 2 * 2)
+    assert channels == 12 * len(names)
 
 
 @pytest.mark.parametrize(

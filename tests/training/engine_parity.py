@@ -1,12 +1,14 @@
 """Run under torchrun: the engine at each ZeRO stage against plain optimizers on the whole batch.
 
-A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT, where WHAT is muon, or adapter for training one alone.
+A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT. WHAT is muon; or adapter for training one alone; or divided for a
+network for text at ZeRO-3 whose parameters are all divided, as large ones are (by default all of these are kept whole).
 """
 
 import copy
 import json
 import math
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,13 +19,17 @@ from dico_t2i.training.engine import Engine
 from dico_t2i.training.ranks.distributed import join_world, leave_world
 
 MODEL = DiCoConfig(hidden_size=8, depths=(1, 1, 1, 1, 1), mlp_ratio=2.0, num_classes=10)
+TEXT = DiCoConfig(
+    **MODEL.model_dump(include={"hidden_size", "depths", "mlp_ratio"}),
+    **{"condition": "text", "text_dim": 16, "pooled_text": False, "checkpoint_stages": ("encoder1", "decoder1")},
+)
 OPTIMIZER = OptimizerConfig(lr=1e-3, ema=(0.9,), clip=0.5, weight_decay=0.1)
 BATCH, MICRO, STEPS = 8, 2, 4
 
 
 def model(what):
     torch.manual_seed(0)
-    network = DiCo(MODEL)
+    network = DiCo(TEXT if what == "divided" else MODEL)
     if what == "adapter":
         add_adapter(network, AdapterConfig(rank=3, alpha=6))
     with torch.no_grad():
@@ -32,12 +38,13 @@ def model(what):
     return network
 
 
-def batch(step):
+def batch(step, what):
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(BATCH, 4, 8, 8, generator=generator)
     if step == 2:
         x[5] = math.nan  # a step to be skipped
-    return x, torch.randint(0, 1000, (BATCH,), generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
+    t, y = (torch.randint(0, high, (BATCH,), generator=generator) for high in (1000, 10))
+    return x, t, torch.randn(BATCH, 77, 16, generator=generator) if what == "divided" else y
 
 
 def loss_of(network, x, t, y):
@@ -60,7 +67,7 @@ def reference(what):
     ema = copy.deepcopy(network)
     for step in range(STEPS):
         network.zero_grad()
-        loss_of(network, *batch(step)).backward()
+        loss_of(network, *batch(step, what)).backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
         if norm.isfinite():
             for optimizer in optimizers:
@@ -80,11 +87,14 @@ def engine_result(stage, precision, what, world):
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
-    engine = Engine(network, train, optimizer, (MICRO, accumulation), world, ClusterConfig())
+    keeps = {"stage3_param_persistence_threshold": 0} if what == "divided" else {}
+    usual = Engine._zero
+    with mock.patch.object(Engine, "_zero", lambda *arguments: usual(*arguments) | keeps):
+        engine = Engine(network, train, optimizer, (MICRO, accumulation), world, ClusterConfig())
     engine.materialize(0)
     skipped = []
     for step in range(STEPS):
-        x, t, y = batch(step)
+        x, t, y = batch(step, what)
         for part in range(accumulation):
             rows = slice(*(MICRO * (world.rank * accumulation + part + i) for i in (0, 1)))
             engine.backward(loss_of(engine.model, x[rows], t[rows], y[rows]))

@@ -30,6 +30,14 @@ def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
         assert result["owned"] == PARAMETERS, result
 
 
+def test_weights_that_are_divided_are_there_where_other_modules_use_them():
+    """Operators of a block take the weights of layers inside it, without calling these."""
+    (result,) = parity(2, "3:fp32:divided")
+    assert result["weight"] < 2e-5, result
+    assert result["skipped"] == [False, False, True, False], result
+    assert result["owned"] == result["trained"], result
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_muon_is_torchs_own_although_its_matrices_are_divided(ranks):
     """The steps are 1e-3; orthogonalizing in bf16 turns the rounding of gradients into differences of this size."""

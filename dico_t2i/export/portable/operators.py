@@ -4,6 +4,8 @@ Inputs are made contiguous, as in ``dico_t2i.ops``, because torch chooses its co
 of results, by memory layout.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dico_t2i.ops.plain import depthwise_forward, norm_forward, scale_forward, text_forward
@@ -14,12 +16,46 @@ def norm_modulate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None =
 
 
 def residual_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     return norm_forward(x.contiguous(), branch.to(x.dtype).contiguous(), gate, shift, scale)[:2]
 
 
-def depthwise3x3_gelu_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    if branch is None:
+        return x, F.linear(norm_modulate(x, shift, scale), weight, bias)
+    residual, normed = residual_norm_modulate(x, branch, gate, shift, scale)
+    return residual, F.linear(normed, weight, bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    return F.linear(F.gelu(x), weight, bias)
+
+
+def norm_text_dwconv(
+    x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, kernel: int, branch_bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    residual, normed = residual_norm_modulate(x, branch, gate)
+    return residual, text_forward(normed, context.to(x.dtype).contiguous(), kernel)
+
+
+def depthwise3x3_gelu_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return depthwise_forward(x.contiguous(), weight, bias)
 
 
@@ -27,7 +63,11 @@ def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
     return scale_forward(x.contiguous(), scale, None)
 
 
-def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def channel_gate(x: Tensor, logits: Tensor) -> Tensor:
+    return channel_scale(x, torch.sigmoid(logits))
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, branch_bias: Tensor | None = None) -> Tensor:
     return scale_forward(branch.to(x.dtype).contiguous(), gate, x.contiguous())
 
 
