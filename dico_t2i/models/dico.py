@@ -1,6 +1,6 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from typing import cast
@@ -26,11 +26,19 @@ from dico_t2i.models.conditioning import TextInput, TimestepEmbedding
 from dico_t2i.models.isotropic import PatchHead, PatchStem, Step, in_a_row
 from dico_t2i.models.mixers import ACTIVATIONS, ablated_mixer
 from dico_t2i.models.network import Network
+from dico_t2i.models.slots import RoutedModulation, TextSlots
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
-# The text kernels of each stage: one for each block, or a single one that all its blocks share.
+# The text kernels of each stage: one for each block, or a single one that all its blocks share. Stages that are given
+# slots have none; the slots and their summary are there instead.
 TextKernels = dict[str, tuple[TextKernel, ...]]
+SLOTS = "slots"
+
+# What the blocks of each stage receive of the text: an input that all share, or kernels as above.
+Texts = Mapping[str, Sequence[Tensor | TextKernel]]
+
+UNROUTED = "middle"  # The stage that text_fusion: joint leaves to the depthwise convolution.
 
 # The adaLN inputs, after SiLU, for each width: (N, width).
 Conditions = dict[int, Tensor]
@@ -63,11 +71,15 @@ class DiCo(Network):
         self.condition_embeddings = nn.ModuleList(_condition_embedding(config, width) for width in levels)
         self.stages = nn.ModuleDict(
             {
-                stage: _stage(config, self.widths[stage], depth)
+                stage: _stage(config, stage, self.widths[stage], depth)
                 for stage, depth in zip(STAGES, config.depths, strict=True)
             }
         )
         self.text_input = _text_input(config)
+        self.text_slots = _text_slots(config)
+        self.summary_embeddings = nn.ModuleList(
+            nn.Linear(config.slot_width, width) for width in levels if self.text_slots is not None
+        )
         shared_text = config.condition == "text" and config.text_projection == "stage"
         self.stage_text = nn.ModuleDict(
             {s: TextProjection(config.text_width, self.widths[s]) for s in STAGES} if shared_text else {}
@@ -87,7 +99,7 @@ class DiCo(Network):
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "log_temperature")) or _starts_at_zero(name):
                 nn.init.zeros_(parameter)
-            elif name.startswith(("time_embeddings", "condition_embeddings")):
+            elif name.startswith(self._small_embeddings()):
                 nn.init.normal_(parameter, std=0.02)
             elif name == "stem.weight":
                 nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # bounds of a (D, 9C) matrix
@@ -95,70 +107,95 @@ class DiCo(Network):
                 nn.init.xavier_uniform_(parameter)
         if self.text_input is not None and self.text_input.pooling is not None:
             self.text_input.pooling.reset_position()
+        if self.text_slots is not None:
+            self.text_slots.reset_query()
+
+    def _small_embeddings(self) -> tuple[str, ...]:
+        """The modules that start from a normal distribution with a standard deviation of 0.02."""
+        condition = ("condition_embeddings",)
+        return ("time_embeddings", *condition) if self.config.time_init == "small" else condition
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
-        """The kernels of every block, which depend only on the tokens."""
+        """The kernels of every block, and the slots: what depends only on the tokens."""
         super().text_kernels(tokens)
+        tokens = self._tokens(tokens)
         kernels: TextKernels = {}
-        tokens = cast(Tensor, self._text(tokens))
-        for stage in STAGES:
-            text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
+        for stage in STAGES if self.text_slots is None else (UNROUTED,):
+            text = self.stage_text[stage](tokens) if self.stage_text else tokens
             branches = [cast(Block, block).text for block in self._blocks(stage)]
             kernels[stage] = tuple(
                 cast(TextConvolution, b).kernel(text) for b in branches[: 1 if self.stage_text else None]
             )
+        if self.text_slots is not None:
+            kernels[SLOTS] = tuple(map(TextKernel, self.text_slots.gather(tokens)))
         return kernels
 
     def residual_blocks(self) -> Iterator[nn.Module]:
         return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
-        c = self._conditions(t, cond, pooled)
-        text = self._text(cond)
+        text, summary = self._text(cond, t)
+        c = self._conditions(t, cond, pooled, summary)
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
         x = (self._u_shape if self.config.layout == "u" else self._isotropic)(x, c, text)
         return self.head(x, c[self.widths["decoder1"]]).permute(0, 3, 1, 2)
 
-    def _u_shape(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+    def _u_shape(self, x: Tensor, c: Conditions, text: Texts | None) -> Tensor:
         skip1 = self._run("encoder1", x, c, text)
         skip2 = self._run("encoder2", self.down1(skip1), c, text)
         x = self._run("middle", self.down2(skip2), c, text)
         x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c, text)
         return self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c, text)
 
-    def _isotropic(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+    def _isotropic(self, x: Tensor, c: Conditions, text: Texts | None) -> Tensor:
         return in_a_row(x, [step for stage in STAGES for step in self._steps(stage, c, text)], self.merges)
 
-    def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
-        """The part of the condition that the stages receive: text, or None with class labels."""
-        if self.config.condition == "class":
-            return None
-        return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
+    def _tokens(self, tokens: Tensor) -> Tensor:
+        return tokens if self.text_input is None else self.text_input(tokens)
 
-    def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> Conditions:
+    def _text(self, cond: Tensor | TextKernels, t: Tensor) -> tuple[Texts | None, Tensor | None]:
+        """What the blocks of each stage receive of the text, or None with class labels, and the text's summary."""
+        if self.config.condition == "class":
+            return None, None
+        if isinstance(cond, dict):
+            texts: Texts = cond
+        else:
+            tokens = self._tokens(cond)
+            texts = {s: (self.stage_text[s](tokens) if self.stage_text else tokens,) for s in STAGES}
+        if self.text_slots is None:
+            return texts, None
+        if isinstance(cond, dict):
+            slots, summary = (kernel.value for kernel in cond[SLOTS])
+        else:
+            slots, summary = self.text_slots.gather(tokens)
+        told = (self.text_slots(slots, summary, t),)
+        return {stage: texts[stage] if stage == UNROUTED else told for stage in STAGES}, summary
+
+    def _conditions(
+        self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None, summary: Tensor | None
+    ) -> Conditions:
         """The adaLN inputs, after SiLU, for each width."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
             raise ValueError("this model also needs the pooled text (pooled_text): pass pooled=(N, pooled_dim)")
         conditions = {}
-        for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
+        for level, (time, embedding) in enumerate(zip(self.time_embeddings, self.condition_embeddings, strict=True)):
             embedded = time(t)
             if not isinstance(embedding, nn.Identity):
                 embedded = embedded + embedding(source)
+            if summary is not None:
+                embedded = embedded + self.summary_embeddings[level](summary)
             conditions[embedded.shape[1]] = F.silu(embedded)
         return conditions
 
-    def _run(self, stage: str, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+    def _run(self, stage: str, x: Tensor, c: Conditions, text: Texts | None) -> Tensor:
         for step in self._steps(stage, c, text):
             x = step(x)
         return x
 
-    def _steps(self, stage: str, c: Conditions, text: Tensor | TextKernels | None) -> Iterator[Step]:
+    def _steps(self, stage: str, c: Conditions, text: Texts | None) -> Iterator[Step]:
         """The blocks of a stage, each bound to all its inputs except x."""
-        if isinstance(text, dict):
-            texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
-        else:
-            texts = (self.stage_text[stage](text) if stage in self.stage_text else text,)
+        texts: Sequence[Tensor | TextKernel | None] = (None,) if text is None else text[stage]
         recompute = self.training and stage in self.config.checkpoint_stages
         for block, each in zip(self._blocks(stage), cycle(texts), strict=False):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -176,12 +213,12 @@ def _condition_embedding(config: DiCoConfig, width: int) -> nn.Module:
     return nn.Identity()
 
 
-def _stage(config: DiCoConfig, width: int, depth: int) -> nn.ModuleList:
+def _stage(config: DiCoConfig, stage: str, width: int, depth: int) -> nn.ModuleList:
     return nn.ModuleList(
         Block(
             width,
             config.mlp_ratio,
-            _text_branch(config, width),
+            _text_branch(config, stage, width),
             ablated_mixer(config, width, number),
             ACTIVATIONS[config.activation],
         )
@@ -193,13 +230,21 @@ def _apply(block: Callable[..., Tensor], condition: Tensor, text: Tensor | TextK
     return block(x, condition, text)
 
 
-def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
+def _text_branch(config: DiCoConfig, stage: str, width: int) -> nn.Module | None:
     if config.condition == "class":
         return None
+    if config.text_fusion == "joint" and stage != UNROUTED:
+        return RoutedModulation(config.slot_width, config.text_slots, width)
     if config.text_fusion == "cross_attention":
         return CrossAttention(config.text_width, width, config.text_mask)
     projection = TextProjection(config.text_width, width) if config.text_projection == "block" else None
     return TextConvolution(projection, config.text_kernel)
+
+
+def _text_slots(config: DiCoConfig) -> TextSlots | None:
+    if config.condition == "class" or config.text_fusion != "joint":
+        return None
+    return TextSlots(config.text_width, config.text_slots, config.slot_width, config.text_mask)
 
 
 def _text_input(config: DiCoConfig) -> TextInput | None:
