@@ -72,8 +72,8 @@ class RoutedModulation(nn.Module):
         """x (N, H, W, C), slots (N, slots, width) -> (N, H, W, C)."""
         said = self.out(slots)
         weights = self.route(x).softmax(-1).to(said.dtype).flatten(1, 2)
-        scale, shift = ((weights @ part).view(x.shape) for part in said.chunk(2, dim=-1))
-        return x * scale + shift
+        scale, shift = (weights @ said).unflatten(1, x.shape[1:3]).chunk(2, dim=-1)
+        return torch.addcmul(shift, x, scale)
 
 
 def normalized(x: Tensor) -> Tensor:
