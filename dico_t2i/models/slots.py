@@ -72,7 +72,8 @@ class RoutedModulation(nn.Module):
         """x (N, H, W, C), slots (N, slots, width) -> (N, H, W, C)."""
         said = self.out(slots)
         weights = self.route(x).softmax(-1).to(said.dtype).flatten(1, 2)
-        scale, shift = (weights @ said).unflatten(1, x.shape[1:3]).chunk(2, dim=-1)
+        # Two products, since only the scales are kept for the gradient.
+        scale, shift = ((weights @ part).view(x.shape) for part in said.chunk(2, dim=-1))
         return torch.addcmul(shift, x, scale)
 
 
