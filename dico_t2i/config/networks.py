@@ -130,13 +130,14 @@ class DiCoConfig(NetworkConfig):
     # The number of blocks of each stage: encoder1, encoder2, middle, decoder2, decoder1.
     depths: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
     mlp_ratio: PositiveFloat  # The hidden width of the feed-forward, as a multiple of the block's channels.
-    # How text enters a block: dwc is a depthwise convolution whose kernels are made from the tokens; joint has it in
-    # the middle stage, and in the others scales and shifts each pixel by the slots of text that it chooses.
-    text_fusion: Literal["dwc", "cross_attention", "joint"] = "dwc"
-    text_slots: Positive = 16  # For joint: the number of slots into which learned queries gather the tokens.
-    text_slot_width: Positive | None = None  # For joint: the width of a slot; with none it is that of the tokens.
+    # How text enters a block: dwc is a depthwise convolution whose kernels are made from the tokens.
+    text_fusion: Literal["dwc", "cross_attention"] = "dwc"
     # For dwc: where the MLP that makes the kernels is, in each block or once for each stage.
     text_projection: Literal["block", "stage"] = "block"
+    # The number of learned queries that gather the words of a text; a summary of what they gather is added to the
+    # timestep embedding. 0 is for no summary.
+    text_summary: NonNegative = 0
+    text_summary_width: Positive | None = None  # The width of the summary; with none it is that of the tokens.
     # Tokens and width of each of several encoders, such as [[77, 768], [256, 1024]]; a linear layer for each encoder
     # brings its tokens to one common width.
     text_inputs: tuple[tuple[Positive, Positive], ...] = ()
@@ -169,18 +170,20 @@ class DiCoConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _text(self) -> DiCoConfig:
-        side, pooled, kernels = self.text_kernel, self.text_pooling != "none", self.text_fusion != "cross_attention"
-        if self.condition == "text" and kernels and not pooled and self.text_tokens > side**2:
+        side, pooled, dwc = self.text_kernel, self.text_pooling != "none", self.text_fusion == "dwc"
+        if self.condition == "text" and dwc and not pooled and self.text_tokens > side**2:
             raise ValueError(
                 f"text_tokens: {self.text_tokens} tokens do not fit a {side}x{side} kernel; at most {side**2} with"
-                f" text_fusion: {self.text_fusion}, or any number with text_pooling: attention"
+                " text_fusion: dwc, or any number with text_pooling: attention"
             )
-        if not kernels:
+        if not dwc:
             self._refuse_keys_of_dwc()
-        if self.text_mask and self.text_fusion == "dwc" and not pooled and not self.text_inputs:
+        if self.text_mask and dwc and not pooled and not self.text_inputs and not self.text_summary:
             raise ValueError(
                 "text_mask: it has no effect on kernels that are made directly from the tokens; leave it out"
             )
+        if self.text_summary_width and not self.text_summary:
+            raise ValueError("text_summary_width: it is for a summary; give text_summary, or leave it out")
         if self.text_inputs_width and not self.text_inputs:
             raise ValueError("text_inputs_width: it is for several encoders; give text_inputs, or leave it out")
         sums = {"text_tokens": sum(count for count, _ in self.text_inputs)}
@@ -199,16 +202,6 @@ class DiCoConfig(NetworkConfig):
                 )
 
     @model_validator(mode="after")
-    def _joint(self) -> DiCoConfig:
-        own = {"text_slots", "text_slot_width"}
-        changed = [key for key in sorted(own) if getattr(self, key) != type(self).model_fields[key].default]
-        if changed and self.text_fusion != "joint":
-            raise ValueError(f"{changed[0]}: it is for text_fusion: joint; leave it out")
-        if self.text_fusion == "joint" and self.text_projection != "block":
-            raise ValueError("text_projection: stage is for text_fusion: dwc; leave it out with joint")
-        return self
-
-    @model_validator(mode="after")
     def _switches_of_the_conv_module(self) -> DiCoConfig:
         lost = sorted({"channel_attention", "depthwise_kernel"} & ablated(self).keys())
         if self.mixer != "conv" and lost:
@@ -221,9 +214,9 @@ class DiCoConfig(NetworkConfig):
         return self.text_inputs_width or self.text_dim
 
     @property
-    def slot_width(self) -> int:
-        """Return the width of the text slots."""
-        return self.text_slot_width or self.text_width
+    def summary_width(self) -> int:
+        """Return the width of the text's summary."""
+        return self.text_summary_width or self.text_width
 
     @property
     def latent_divisor(self) -> int:

@@ -1,6 +1,6 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from typing import cast
@@ -22,23 +22,16 @@ from dico_t2i.models.blocks import (
     TextProjection,
     Upsample,
 )
-from dico_t2i.models.conditioning import TextInput, TimestepEmbedding
+from dico_t2i.models.conditioning import TextInput, TextSummary, TimestepEmbedding
 from dico_t2i.models.isotropic import PatchHead, PatchStem, Step, in_a_row
 from dico_t2i.models.mixers import ACTIVATIONS, ablated_mixer
 from dico_t2i.models.network import Network
-from dico_t2i.models.slots import RoutedModulation, TextSlots
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
-# The text kernels of each stage: one for each block, or a single one that all its blocks share. Stages that are given
-# slots have none; the slots and their summary are there instead.
+# The text kernels of each stage: one for each block, or a single one that all its blocks share; and the text's summary.
 TextKernels = dict[str, tuple[TextKernel, ...]]
-SLOTS = "slots"
-
-# What the blocks of each stage receive of the text: an input that all share, or kernels as above.
-Texts = Mapping[str, Sequence[Tensor | TextKernel]]
-
-UNROUTED = "middle"  # The stage that text_fusion: joint leaves to the depthwise convolution.
+SUMMARY = "summary"
 
 # The adaLN inputs, after SiLU, for each width: (N, width).
 Conditions = dict[int, Tensor]
@@ -71,14 +64,14 @@ class DiCo(Network):
         self.condition_embeddings = nn.ModuleList(_condition_embedding(config, width) for width in levels)
         self.stages = nn.ModuleDict(
             {
-                stage: _stage(config, stage, self.widths[stage], depth)
+                stage: _stage(config, self.widths[stage], depth)
                 for stage, depth in zip(STAGES, config.depths, strict=True)
             }
         )
         self.text_input = _text_input(config)
-        self.text_slots = _text_slots(config)
+        self.text_summary = _text_summary(config)
         self.summary_embeddings = nn.ModuleList(
-            nn.Linear(config.slot_width, width) for width in levels if self.text_slots is not None
+            nn.Linear(config.summary_width, width) for width in levels if self.text_summary is not None
         )
         shared_text = config.condition == "text" and config.text_projection == "stage"
         self.stage_text = nn.ModuleDict(
@@ -96,10 +89,13 @@ class DiCo(Network):
 
     def reset_parameters(self) -> None:
         """Initialise the weights as the release does (paper, appendix): mostly Xavier, with exceptions by name."""
+        small: tuple[str, ...] = ("condition_embeddings",)
+        if self.config.time_init == "small":
+            small += ("time_embeddings",)
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "log_temperature")) or _starts_at_zero(name):
                 nn.init.zeros_(parameter)
-            elif name.startswith(self._small_embeddings()):
+            elif name.startswith(small):
                 nn.init.normal_(parameter, std=0.02)
             elif name == "stem.weight":
                 nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # bounds of a (D, 9C) matrix
@@ -107,69 +103,54 @@ class DiCo(Network):
                 nn.init.xavier_uniform_(parameter)
         if self.text_input is not None and self.text_input.pooling is not None:
             self.text_input.pooling.reset_position()
-        if self.text_slots is not None:
-            self.text_slots.reset_query()
-
-    def _small_embeddings(self) -> tuple[str, ...]:
-        """The modules that start from a normal distribution with a standard deviation of 0.02."""
-        condition = ("condition_embeddings",)
-        return ("time_embeddings", *condition) if self.config.time_init == "small" else condition
+        if self.text_summary is not None:
+            self.text_summary.reset_query()
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
-        """The kernels of every block, and the slots: what depends only on the tokens."""
+        """The kernels of every block, which depend only on the tokens."""
         super().text_kernels(tokens)
-        tokens = self._tokens(tokens)
-        kernels: TextKernels = {}
-        for stage in STAGES if self.text_slots is None else (UNROUTED,):
-            text = self.stage_text[stage](tokens) if self.stage_text else tokens
+        tokens = cast(Tensor, self._text(tokens))
+        summary = self._summary(tokens)
+        kernels: TextKernels = {} if summary is None else {SUMMARY: (TextKernel(summary),)}
+        for stage in STAGES:
+            text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
             branches = [cast(Block, block).text for block in self._blocks(stage)]
             kernels[stage] = tuple(
                 cast(TextConvolution, b).kernel(text) for b in branches[: 1 if self.stage_text else None]
             )
-        if self.text_slots is not None:
-            kernels[SLOTS] = tuple(map(TextKernel, self.text_slots.gather(tokens)))
         return kernels
 
     def residual_blocks(self) -> Iterator[nn.Module]:
         return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
-        text, summary = self._text(cond, t)
-        c = self._conditions(t, cond, pooled, summary)
+        text = self._text(cond)
+        c = self._conditions(t, cond, pooled, self._summary(text))
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
         x = (self._u_shape if self.config.layout == "u" else self._isotropic)(x, c, text)
         return self.head(x, c[self.widths["decoder1"]]).permute(0, 3, 1, 2)
 
-    def _u_shape(self, x: Tensor, c: Conditions, text: Texts | None) -> Tensor:
+    def _u_shape(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
         skip1 = self._run("encoder1", x, c, text)
         skip2 = self._run("encoder2", self.down1(skip1), c, text)
         x = self._run("middle", self.down2(skip2), c, text)
         x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c, text)
         return self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c, text)
 
-    def _isotropic(self, x: Tensor, c: Conditions, text: Texts | None) -> Tensor:
+    def _isotropic(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
         return in_a_row(x, [step for stage in STAGES for step in self._steps(stage, c, text)], self.merges)
 
-    def _tokens(self, tokens: Tensor) -> Tensor:
-        return tokens if self.text_input is None else self.text_input(tokens)
-
-    def _text(self, cond: Tensor | TextKernels, t: Tensor) -> tuple[Texts | None, Tensor | None]:
-        """What the blocks of each stage receive of the text, or None with class labels, and the text's summary."""
+    def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
+        """The part of the condition that the stages receive: text, or None with class labels."""
         if self.config.condition == "class":
-            return None, None
-        if isinstance(cond, dict):
-            texts: Texts = cond
-        else:
-            tokens = self._tokens(cond)
-            texts = {s: (self.stage_text[s](tokens) if self.stage_text else tokens,) for s in STAGES}
-        if self.text_slots is None:
-            return texts, None
-        if isinstance(cond, dict):
-            slots, summary = (kernel.value for kernel in cond[SLOTS])
-        else:
-            slots, summary = self.text_slots.gather(tokens)
-        told = (self.text_slots(slots, summary, t),)
-        return {stage: texts[stage] if stage == UNROUTED else told for stage in STAGES}, summary
+            return None
+        return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
+
+    def _summary(self, text: Tensor | TextKernels | None) -> Tensor | None:
+        """The summary (N, width) of what ``_text`` returned, or None if the network makes none."""
+        if self.text_summary is None:
+            return None
+        return text[SUMMARY][0].value if isinstance(text, dict) else self.text_summary(text)
 
     def _conditions(
         self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None, summary: Tensor | None
@@ -188,14 +169,17 @@ class DiCo(Network):
             conditions[embedded.shape[1]] = F.silu(embedded)
         return conditions
 
-    def _run(self, stage: str, x: Tensor, c: Conditions, text: Texts | None) -> Tensor:
+    def _run(self, stage: str, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
         for step in self._steps(stage, c, text):
             x = step(x)
         return x
 
-    def _steps(self, stage: str, c: Conditions, text: Texts | None) -> Iterator[Step]:
+    def _steps(self, stage: str, c: Conditions, text: Tensor | TextKernels | None) -> Iterator[Step]:
         """The blocks of a stage, each bound to all its inputs except x."""
-        texts: Sequence[Tensor | TextKernel | None] = (None,) if text is None else text[stage]
+        if isinstance(text, dict):
+            texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
+        else:
+            texts = (self.stage_text[stage](text) if stage in self.stage_text else text,)
         recompute = self.training and stage in self.config.checkpoint_stages
         for block, each in zip(self._blocks(stage), cycle(texts), strict=False):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -213,12 +197,12 @@ def _condition_embedding(config: DiCoConfig, width: int) -> nn.Module:
     return nn.Identity()
 
 
-def _stage(config: DiCoConfig, stage: str, width: int, depth: int) -> nn.ModuleList:
+def _stage(config: DiCoConfig, width: int, depth: int) -> nn.ModuleList:
     return nn.ModuleList(
         Block(
             width,
             config.mlp_ratio,
-            _text_branch(config, stage, width),
+            _text_branch(config, width),
             ablated_mixer(config, width, number),
             ACTIVATIONS[config.activation],
         )
@@ -230,21 +214,13 @@ def _apply(block: Callable[..., Tensor], condition: Tensor, text: Tensor | TextK
     return block(x, condition, text)
 
 
-def _text_branch(config: DiCoConfig, stage: str, width: int) -> nn.Module | None:
+def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
     if config.condition == "class":
         return None
-    if config.text_fusion == "joint" and stage != UNROUTED:
-        return RoutedModulation(config.slot_width, config.text_slots, width)
     if config.text_fusion == "cross_attention":
         return CrossAttention(config.text_width, width, config.text_mask)
     projection = TextProjection(config.text_width, width) if config.text_projection == "block" else None
     return TextConvolution(projection, config.text_kernel)
-
-
-def _text_slots(config: DiCoConfig) -> TextSlots | None:
-    if config.condition == "class" or config.text_fusion != "joint":
-        return None
-    return TextSlots(config.text_width, config.text_slots, config.slot_width, config.text_mask)
 
 
 def _text_input(config: DiCoConfig) -> TextInput | None:
@@ -254,6 +230,12 @@ def _text_input(config: DiCoConfig) -> TextInput | None:
         return None
     sizes = config.text_inputs or ((config.text_tokens, config.text_dim),)
     return TextInput(sizes, config.text_width if config.text_inputs else None, taps, config.text_mask)
+
+
+def _text_summary(config: DiCoConfig) -> TextSummary | None:
+    if config.condition == "class" or not config.text_summary:
+        return None
+    return TextSummary(config.text_width, config.text_summary, config.summary_width, config.text_mask)
 
 
 def _starts_at_zero(name: str) -> bool:
