@@ -134,6 +134,10 @@ class DiCoConfig(NetworkConfig):
     text_fusion: Literal["dwc", "cross_attention"] = "dwc"
     # For dwc: where the MLP that makes the kernels is, in each block or once for each stage.
     text_projection: Literal["block", "stage"] = "block"
+    # The number of learned queries that gather the words of a text; a summary of what they gather is added to the
+    # timestep embedding. 0 is for no summary.
+    text_summary: NonNegative = 0
+    text_summary_width: Positive | None = None  # The width of the summary; with none it is that of the tokens.
     # Tokens and width of each of several encoders, such as [[77, 768], [256, 1024]]; a linear layer for each encoder
     # brings its tokens to one common width.
     text_inputs: tuple[tuple[Positive, Positive], ...] = ()
@@ -152,6 +156,9 @@ class DiCoConfig(NetworkConfig):
     channel_attention: Literal["compact", "se", "self", "none"] = "compact"
     depthwise_kernel: Literal[3, 5, 7] = 3  # Height and width of the depthwise convolution in the ConvModule.
     activation: Literal["gelu", "relu"] = "gelu"  # The activation in the ConvModule and in the feed-forward.
+    # How the embedding of the timestep starts: small is the release's normal distribution of 0.02; xavier is several
+    # times as large, and short runs learn faster with it.
+    time_init: Literal["small", "xavier"] = "small"
     # The stages that recompute their activations in the backward pass to save memory.
     checkpoint_stages: tuple[Stage, ...] = ()
 
@@ -171,10 +178,12 @@ class DiCoConfig(NetworkConfig):
             )
         if not dwc:
             self._refuse_keys_of_dwc()
-        if self.text_mask and dwc and not pooled and not self.text_inputs:
+        if self.text_mask and dwc and not pooled and not self.text_inputs and not self.text_summary:
             raise ValueError(
                 "text_mask: it has no effect on kernels that are made directly from the tokens; leave it out"
             )
+        if self.text_summary_width and not self.text_summary:
+            raise ValueError("text_summary_width: it is for a summary; give text_summary, or leave it out")
         if self.text_inputs_width and not self.text_inputs:
             raise ValueError("text_inputs_width: it is for several encoders; give text_inputs, or leave it out")
         sums = {"text_tokens": sum(count for count, _ in self.text_inputs)}
@@ -203,6 +212,11 @@ class DiCoConfig(NetworkConfig):
     def text_width(self) -> int:
         """Return the width of the tokens that the blocks receive."""
         return self.text_inputs_width or self.text_dim
+
+    @property
+    def summary_width(self) -> int:
+        """Return the width of the text's summary."""
+        return self.text_summary_width or self.text_width
 
     @property
     def latent_divisor(self) -> int:

@@ -25,7 +25,10 @@ from dico_t2i.files import write_atomically
 PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the rank and alpha
 ORIGIN = "dico"  # where this package writes the run and the step
-TARGETS = ("stages.*.conv.*", "stages.*.ffn.*", "stages.*.text.*", "text_input.*", "stage_text.*", "condition_*")
+TARGETS = (
+    *("stages.*.conv.*", "stages.*.ffn.*", "stages.*.text.*"),
+    *("text_input.*", "stage_text.*", "text_summary.*", "summary_*", "condition_*"),
+)
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SINUSOID_DIM = 256
+HEAD_WIDTH = 16  # in the attention of a text's summary
+QUERY_STD = 2.0  # of its logits at first, with tokens of unit variance: every head begins with a few kinds of words
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -109,3 +111,36 @@ class TextPooling(nn.Module):
         if self.masked:
             logits = logits + padding_bias(tokens)[:, None]
         return torch.softmax(logits, dim=-1).to(tokens.dtype) @ tokens
+
+
+class TextSummary(nn.Module):
+    """Summarizes a text of any length in one vector: learned queries with several heads gather its words.
+
+    What is gathered, and the summary itself, are normalized, so that the text counts from the first step on, whatever
+    the scale of the tokens. masked: tokens of zeros are padding and are left out.
+    """
+
+    def __init__(self, text_dim: int, queries: int, width: int, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+        self.head_width = math.gcd(width, HEAD_WIDTH)
+        self.query = nn.Parameter(torch.empty(queries, width))
+        self.key_value = nn.Linear(text_dim, 2 * width)
+        self.mix = nn.Linear(queries * width, width)
+
+    def reset_query(self) -> None:
+        nn.init.normal_(self.query, std=QUERY_STD)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, text_dim) -> (N, width): norm(SiLU(mix(norm of what each query gathers)))."""
+        N, T, _ = tokens.shape
+        key, value = self.key_value(tokens).reshape(N, T, 2, -1, self.head_width).permute(2, 0, 3, 1, 4)
+        query = self.query.to(key.dtype).unflatten(1, (-1, self.head_width)).transpose(0, 1).expand(N, -1, -1, -1)
+        mask = padding_bias(tokens)[:, None, None].to(key.dtype) if self.masked else None
+        gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        return _normalized(F.silu(self.mix(_normalized(gathered).flatten(1))))
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """The last dimension with mean 0 and variance 1."""
+    return F.layer_norm(x, x.shape[-1:])

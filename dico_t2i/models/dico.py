@@ -22,15 +22,16 @@ from dico_t2i.models.blocks import (
     TextProjection,
     Upsample,
 )
-from dico_t2i.models.conditioning import TextInput, TimestepEmbedding
+from dico_t2i.models.conditioning import TextInput, TextSummary, TimestepEmbedding
 from dico_t2i.models.isotropic import PatchHead, PatchStem, Step, in_a_row
 from dico_t2i.models.mixers import ACTIVATIONS, ablated_mixer
 from dico_t2i.models.network import Network
 
 STAGES = ("encoder1", "encoder2", "middle", "decoder2", "decoder1")
 
-# The text kernels of each stage: one for each block, or a single one that all its blocks share.
+# The text kernels of each stage: one for each block, or a single one that all its blocks share; and the text's summary.
 TextKernels = dict[str, tuple[TextKernel, ...]]
+SUMMARY = "summary"
 
 # The adaLN inputs, after SiLU, for each width: (N, width).
 Conditions = dict[int, Tensor]
@@ -68,6 +69,10 @@ class DiCo(Network):
             }
         )
         self.text_input = _text_input(config)
+        self.text_summary = _text_summary(config)
+        self.summary_embeddings = nn.ModuleList(
+            nn.Linear(config.summary_width, width) for width in levels if self.text_summary is not None
+        )
         shared_text = config.condition == "text" and config.text_projection == "stage"
         self.stage_text = nn.ModuleDict(
             {s: TextProjection(config.text_width, self.widths[s]) for s in STAGES} if shared_text else {}
@@ -84,10 +89,13 @@ class DiCo(Network):
 
     def reset_parameters(self) -> None:
         """Initialise the weights as the release does (paper, appendix): mostly Xavier, with exceptions by name."""
+        small: tuple[str, ...] = ("condition_embeddings",)
+        if self.config.time_init == "small":
+            small += ("time_embeddings",)
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "log_temperature")) or _starts_at_zero(name):
                 nn.init.zeros_(parameter)
-            elif name.startswith(("time_embeddings", "condition_embeddings")):
+            elif name.startswith(small):
                 nn.init.normal_(parameter, std=0.02)
             elif name == "stem.weight":
                 nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # bounds of a (D, 9C) matrix
@@ -95,12 +103,15 @@ class DiCo(Network):
                 nn.init.xavier_uniform_(parameter)
         if self.text_input is not None and self.text_input.pooling is not None:
             self.text_input.pooling.reset_position()
+        if self.text_summary is not None:
+            self.text_summary.reset_query()
 
     def text_kernels(self, tokens: Tensor) -> TextKernels:
         """The kernels of every block, which depend only on the tokens."""
         super().text_kernels(tokens)
-        kernels: TextKernels = {}
         tokens = cast(Tensor, self._text(tokens))
+        summary = self._summary(tokens)
+        kernels: TextKernels = {} if summary is None else {SUMMARY: (TextKernel(summary),)}
         for stage in STAGES:
             text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
             branches = [cast(Block, block).text for block in self._blocks(stage)]
@@ -113,8 +124,8 @@ class DiCo(Network):
         return (block for stage in STAGES for block in self._blocks(stage))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None = None) -> Tensor:
-        c = self._conditions(t, cond, pooled)
         text = self._text(cond)
+        c = self._conditions(t, cond, pooled, self._summary(text))
         x = self.stem(x.to(self.stem.weight.dtype).permute(0, 2, 3, 1))
         x = (self._u_shape if self.config.layout == "u" else self._isotropic)(x, c, text)
         return self.head(x, c[self.widths["decoder1"]]).permute(0, 3, 1, 2)
@@ -135,16 +146,26 @@ class DiCo(Network):
             return None
         return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
 
-    def _conditions(self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None) -> Conditions:
+    def _summary(self, text: Tensor | TextKernels | None) -> Tensor | None:
+        """The summary (N, width) of what ``_text`` returned, or None if the network makes none."""
+        if self.text_summary is None:
+            return None
+        return text[SUMMARY][0].value if isinstance(text, dict) else self.text_summary(text)
+
+    def _conditions(
+        self, t: Tensor, cond: Tensor | TextKernels, pooled: Tensor | None, summary: Tensor | None
+    ) -> Conditions:
         """The adaLN inputs, after SiLU, for each width."""
         source = cond if self.config.condition == "class" else pooled
         if self.config.pooled_text and pooled is None:
             raise ValueError("this model also needs the pooled text (pooled_text): pass pooled=(N, pooled_dim)")
         conditions = {}
-        for time, embedding in zip(self.time_embeddings, self.condition_embeddings, strict=True):
+        for level, (time, embedding) in enumerate(zip(self.time_embeddings, self.condition_embeddings, strict=True)):
             embedded = time(t)
             if not isinstance(embedding, nn.Identity):
                 embedded = embedded + embedding(source)
+            if summary is not None:
+                embedded = embedded + self.summary_embeddings[level](summary)
             conditions[embedded.shape[1]] = F.silu(embedded)
         return conditions
 
@@ -209,6 +230,12 @@ def _text_input(config: DiCoConfig) -> TextInput | None:
         return None
     sizes = config.text_inputs or ((config.text_tokens, config.text_dim),)
     return TextInput(sizes, config.text_width if config.text_inputs else None, taps, config.text_mask)
+
+
+def _text_summary(config: DiCoConfig) -> TextSummary | None:
+    if config.condition == "class" or not config.text_summary:
+        return None
+    return TextSummary(config.text_width, config.text_summary, config.summary_width, config.text_mask)
 
 
 def _starts_at_zero(name: str) -> bool:
