@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dico_t2i.memory import lock
 FILE = "index.arrays"
 MIN_SHARDS = 1000  # with fewer shards, index.json alone is read as quickly
 
+_NO_SUM = "--------"  # as long as a CRC-32 in hexadecimal; takes its place while it is computed
 _TYPES = {"U8": np.uint8, "I64": np.int64}
 
 
@@ -52,8 +54,9 @@ def save_table(table: Table, root: Path, content: bytes) -> None:
     arrays = {"names": names.view(np.uint8).reshape(len(names), -1), "samples": table.samples, "bytes": table.bytes}
     if table.bucket_counts is not None:
         arrays["bucket_counts"] = table.bucket_counts
-    about = {"index": _digest(content), "kind": str(table.kind), "meta": json.dumps(table.meta)}
-    write_atomically(root / FILE, save(arrays, metadata=about))
+    about = {"index": _digest(content), "kind": str(table.kind), "meta": json.dumps(table.meta), "crc32": _NO_SUM}
+    file = save(arrays, metadata=about)
+    write_atomically(root / FILE, file.replace(_NO_SUM.encode(), f"{zlib.crc32(file):08x}".encode(), 1))
 
 
 def load_table(root: Path, content: bytes) -> Table | None:
@@ -84,12 +87,15 @@ def _digest(content: bytes) -> str:
 
 
 def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a safetensors file, which cannot be changed, and its metadata. Raises OSError, ValueError, ..."""
+    """The arrays of the file, which cannot be changed, and its metadata. Raises OSError, ValueError, KeyError, ..."""
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     about = header.pop("__metadata__")
+    before = content[:start].replace(about["crc32"].encode(), _NO_SUM.encode(), 1)
+    if int(about["crc32"], 16) != zlib.crc32(memoryview(content)[start:], zlib.crc32(before)):
+        raise ValueError(f"{path}: damaged")
     # Pages that are not locked may have to be read again, which ends the process if the file system fails then, or if
     # the file was replaced on another machine.
     shared = lock(np.frombuffer(content, np.uint8))
