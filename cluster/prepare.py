@@ -3,6 +3,8 @@
     python cluster/prepare.py --tasks 16 --name latents -- data_prep/latents.py --data data/coco256 \\
         --out data/coco256_latents --autoencoder stabilityai/sd-vae-ft-ema
 
+    python cluster/prepare.py --tasks 64 --name index -- -m dico_t2i.data data/laion
+
 This works for every script that accepts --part K/N, writes shards atomically and makes only missing ones. After
 failures, launch it again to make the rest. --after JOB starts it after a job; training can wait for it in the same way.
 """
@@ -27,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parallel", type=positive, help="the most jobs at a time")
     parser.add_argument("--after", metavar="JOB", help="start after this job has ended successfully")
     parser.add_argument("--logs", type=Path, default=Path("runs/prepare"), help="for logs (default: runs/prepare)")
-    parser.add_argument("script", nargs="+", help="after --: the script and its arguments")
+    parser.add_argument("script", nargs="+", help="after --: the script, or -m MODULE, and its arguments")
     add_cluster_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.tasks < 1:
         raise ValueError(f"--tasks {arguments.tasks}: must be at least 1")
-    if not Path(arguments.script[0]).is_file():
+    if arguments.script[0] != "-m" and not Path(arguments.script[0]).is_file():
         raise ValueError(f"{arguments.script[0]}: no such script")
     cluster = chosen_cluster(arguments)
     made = jobs.executor(

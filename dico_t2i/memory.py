@@ -1,6 +1,8 @@
-"""Sets how the process allocates memory."""
+"""Sets how the process allocates and keeps memory."""
 
 import ctypes
+
+import numpy as np
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _INT_MAX = 2**31 - 1
@@ -16,3 +18,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
         mallopt(_M_MMAP_MAX, 0)
+
+
+def lock(array: np.ndarray) -> bool:
+    """Keep the pages of an array in memory, where processes that map the same file share them.
+
+    Returns False if the system refuses, as it does beyond the limit of ``ulimit -l``.
+    """
+    mlock = getattr(ctypes.CDLL(None), "mlock", None)
+    return mlock is not None and mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)) == 0

@@ -23,6 +23,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 _FEW_BLOCKS = 1 << 13  # up to this number, numpy's calls cost less than torch's
+_CHUNK = 1 << 13  # blocks of words that are computed together for permutations, so that they stay in a core's cache
 
 Integers = TypeVar("Integers", np.ndarray, Tensor)
 
@@ -57,7 +58,7 @@ def words(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
 
 
 def _philox(seed: int, purpose: str, block: Integers, index: Integers) -> tuple[Integers, ...]:
-    """The four words, each int64 (N, B), of each block (1, B) and index (N, 1)."""
+    """The four words, int64, of each block and index, whose shapes are broadcast."""
     zero = 0 * (block + index)
     c0, c1, c2, c3 = (
         zero + block,
@@ -101,6 +102,16 @@ def integers(seed: int, purpose: str, index: Tensor, high: int | Tensor) -> Tens
 
 def permutation(seed: int, purpose: str, index: int, size: int) -> np.ndarray:
     """A permutation of range(size), int64: the sorting order of ``size`` random 62-bit keys (ties by position)."""
-    both = words(seed, purpose, torch.tensor([index]), 2 * size)[0].reshape(size, 2)
-    keys = (both[:, 0] << 30) | (both[:, 1] >> 2)
-    return np.argsort(keys.numpy(), kind="stable")
+    return permutations(seed, purpose, np.array([index]), size)[0]
+
+
+def permutations(seed: int, purpose: str, indices: np.ndarray, size: int) -> np.ndarray:
+    """The ``permutation`` of each index: int64 (n,) -> (n, size). It needs less time than n calls."""
+    blocks = -(-size // 2)  # a block of four words makes two keys
+    keys = np.empty((len(indices) * blocks, 2), dtype=np.int64)
+    for start in range(0, len(keys), _CHUNK):
+        row, block = np.divmod(np.arange(start, min(start + _CHUNK, len(keys))), blocks)
+        first, second, third, fourth = _philox(seed, purpose, block, indices[row])
+        keys[start : start + _CHUNK, 0] = (first << 30) | (second >> 2)
+        keys[start : start + _CHUNK, 1] = (third << 30) | (fourth >> 2)
+    return np.argsort(keys.reshape(len(indices), 2 * blocks)[:, :size], axis=-1, kind="stable")

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dico_t2i.data.decode import IMAGE_EXTENSIONS, read_header
 from dico_t2i.data.errors import DataError, SampleError
-from dico_t2i.data.index import DatasetIndex, load_index, show_progress, write_index
-from dico_t2i.data.shard import index_path
+from dico_t2i.data.index import DatasetIndex, in_threads, load_index, write_index
+from dico_t2i.data.shard import MOMENTS, ShardIndex, ShardSummary, index_path
 from dico_t2i.data.sources import MULTIPLE
 
 MAX_RATIO = 2.0
@@ -56,10 +56,15 @@ def assign_buckets(root: str | Path, shapes: Sequence[Shape]) -> DatasetIndex:
     index = load_index(root)
     if index.kind != "images":
         raise DataError(f"{root}: holds {index.kind}, whose shapes are fixed; assign buckets to images before encoding")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        work = pool.map(lambda shard: _assign(index, shard, shapes), range(len(index.names)))
-        show_progress(work, len(index.names), "assigning buckets")
+    in_threads(partial(_assign, shapes=shapes), [index.path(n) for n in range(len(index.names))], "assigning buckets")
     return write_index(root, index.kind, {**index.meta, "buckets": [list(shape) for shape in shapes]})
+
+
+def assign_missing(tars: Sequence[Path], shapes: Sequence[Shape]) -> None:
+    """Assign buckets to the images of these shards, except for those whose buckets already have these shapes."""
+    known = in_threads(lambda tar: ShardSummary.load(index_path(tar)), tars, "reading the shards' indexes")
+    left = [tar for tar, summary in zip(tars, known, strict=True) if summary.shapes != tuple(shapes)]
+    in_threads(partial(_assign, shapes=shapes), left, "assigning buckets")
 
 
 def describe_buckets(index: DatasetIndex) -> str:
@@ -69,11 +74,13 @@ def describe_buckets(index: DatasetIndex) -> str:
     return "\n".join(f"  {h} x {w}: {count}" for (h, w), count in zip(index.buckets, counts, strict=True))
 
 
-def _assign(index: DatasetIndex, shard: int, shapes: Sequence[Shape]) -> None:
-    table, square = index.shard(shard), nearest_bucket(1, 1, shapes)
+def _assign(tar: Path, shapes: Sequence[Shape]) -> None:
+    table, square = ShardIndex.load(index_path(tar)), nearest_bucket(1, 1, shapes)
+    if MOMENTS in table.extensions:
+        raise DataError(f"{tar}: holds latents, whose shapes are fixed; assign buckets to images before encoding")
     columns = [table.extensions.index(name) for name in IMAGE_EXTENSIONS if name in table.extensions]
     buckets = np.full(len(table), square, np.int16)
-    with index.open(shard) as file:
+    with tar.open("rb", buffering=0) as file:
         for row in range(len(table)):
             column = next((c for c in columns if table.offsets[row, c] >= 0), None)
             if column is None:
@@ -81,7 +88,7 @@ def _assign(index: DatasetIndex, shard: int, shapes: Sequence[Shape]) -> None:
             size = _image_size(file.fileno(), int(table.offsets[row, column]), int(table.sizes[row, column]))
             if size is not None:
                 buckets[row] = nearest_bucket(*size, shapes)
-    replace(table, bucket=buckets).save(index_path(index.path(shard)))
+    replace(table, bucket=buckets, shapes=tuple(shapes)).save(index_path(tar))
 
 
 def _image_size(descriptor: int, offset: int, length: int) -> Shape | None:

@@ -21,6 +21,8 @@ from dico_t2i.data.index import DatasetIndex, read_index
 from dico_t2i.data.quarantine import FILE as QUARANTINE
 from dico_t2i.data.remote import download, patiently, read
 from dico_t2i.data.shard import ShardIndex, index_path
+from dico_t2i.data.table import FILE as ARRAYS
+from dico_t2i.data.table import save_table
 from dico_t2i.files import temporary, write_atomically
 
 GIGABYTE = 10**9
@@ -106,6 +108,8 @@ def cached_index(url: str, cache: CacheConfig, retries: int = 0, retry_wait_s: f
     listed = _read(f"{url}/{QUARANTINE}", retries, retry_wait_s)
     write_atomically(folder / QUARANTINE, listed or b"")
     index, limit = read_index(folder), int(cache.max_gb * GIGABYTE)
+    if not (folder / ARRAYS).exists():
+        save_table(index.table, folder, content)
     if index.bytes.max() > limit:
         raise DataError(
             f"data.cache.max_gb: {cache.max_gb} is less than the largest shard of {url}, {int(index.bytes.max())} bytes"

@@ -10,25 +10,44 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from logging import getLogger
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO, TypeVar, get_args
 
 import numpy as np
 
 from dico_t2i.data.errors import DataError, ShardError
+from dico_t2i.data.names import Names
 from dico_t2i.data.quarantine import Quarantine, quarantined_samples, read_quarantine
-from dico_t2i.data.shard import MOMENTS, VERSION, Kind, ShardIndex, index_path, index_shard, rebuild_remedy
+from dico_t2i.data.shard import (
+    MOMENTS,
+    VERSION,
+    Kind,
+    Shapes,
+    ShardIndex,
+    ShardSummary,
+    index_path,
+    index_shard,
+    rebuild_remedy,
+)
+from dico_t2i.data.table import Table, load_table, save_table
 from dico_t2i.data.tar import PACKED
 from dico_t2i.files import write_atomically
 
 _log = getLogger(__name__)
 
 _TELL_S = 30.0  # between two lines about progress in a log
+_STATS = 1000  # sizes of tars that a thread asks for in one go
+
+Part = tuple[int, int]  # k, n: every n-th shard, starting at shard k
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class DatasetIndex:
 
     root: Path
     kind: Kind
-    names: tuple[str, ...]
+    names: Names
     samples: np.ndarray  # int64 (shards,)
     bytes: np.ndarray  # int64 (shards,)
     meta: dict[str, Any]
@@ -56,7 +75,12 @@ class DatasetIndex:
     @property
     def quarantined(self) -> int:
         """The number of samples in quarantine."""
-        return quarantined_samples(self.quarantine, self.samples.tolist())
+        return quarantined_samples(self.quarantine, self.samples)
+
+    @property
+    def table(self) -> Table:
+        """The content of ``index.json``."""
+        return Table(self.kind, self.names, self.samples, self.bytes, self.meta, self.bucket_counts)
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
@@ -80,10 +104,12 @@ class DatasetIndex:
         return self.path(shard).open("rb", buffering=0)
 
 
-def load_index(root: str | Path) -> DatasetIndex:
+def load_index(root: str | Path, *, check: bool = True) -> DatasetIndex:
     """The index of a data set's folder, which is built first if there is none.
 
-    Raises DataError if the folder is missing or holds no samples, and ShardError if shards are missing or have changed.
+    check: whether the sizes of all shards are compared with the index, which takes a while on a network file system:
+    one of the processes that start together should do it. Raises DataError if the folder is missing or holds no
+    samples, and ShardError if shards are missing or have changed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -91,7 +117,8 @@ def load_index(root: str | Path) -> DatasetIndex:
     if not (root / "index.json").exists():
         return write_index(root)
     index = read_index(root)
-    _check_sizes(index)
+    if check:
+        _check_sizes(index)
     return index
 
 
@@ -101,58 +128,123 @@ def write_index(
     meta: Mapping[str, Any] | None = None,
     *,
     rebuild: bool = False,
+    check: bool = True,
 ) -> DatasetIndex:
     """Index every shard of a folder and write ``index.json``.
 
-    Shards whose own index has the tar's size are not read again, unless ``rebuild`` is set. Without ``kind``, the kind
-    is derived from the members' names. A damaged shard is indexed as far as it can be read, with a warning, and its
-    entry in ``index.json`` lists the damage. Raises DataError if there are no samples.
+    Shards whose own index has the tar's size are not read again, unless ``rebuild`` is set. check: whether these
+    indexes are read completely, or only their headers. Without ``kind``, the kind is derived from the members' names. A
+    damaged shard is indexed as far as it can be read, with a warning, and its entry in ``index.json`` lists the damage.
+    Raises DataError if there are no samples.
     """
     root = Path(root)
+    tars = _tars(root)
+    return _write(root, tars, index_shards(tars, rebuild=rebuild, check=check), kind, meta)
+
+
+def index_shards(tars: Sequence[Path], *, rebuild: bool = False, check: bool = True) -> list[ShardSummary]:
+    """Write the own index of each shard that lacks one of its size; rebuild, check: as in ``write_index``.
+
+    Returns the counts of each shard.
+    """
+    known: list[ShardSummary | None] = [None] * len(tars)
+    if not rebuild:
+        known = in_threads(partial(_fitting, check=check), tars, "reading the shards' indexes")
+    made = iter(in_threads(_indexed, [t for t, fits in zip(tars, known, strict=True) if not fits], "indexing shards"))
+    return [fits or next(made) for fits in known]
+
+
+def part_of(root: Path, part: Part) -> list[Path]:
+    """The shards of a part of the work on a folder."""
+    return _tars(root)[part[0] :: part[1]]
+
+
+def join_parts(root: Path, shapes: Shapes = ()) -> DatasetIndex | None:
+    """Write ``index.json`` if each shard of the folder has its own index; None if some are left for other parts.
+
+    Only the headers of these indexes are read. shapes: if given, the buckets that all samples must have been assigned
+    to. The kind and the metadata of an existing ``index.json`` are kept.
+    """
+    tars, there = _tars(root), {entry.name for entry in os.scandir(root)}
+    if not all(index_path(tar).name in there for tar in tars):
+        return None
+    summaries = []
+    for summary in in_threads(_fitting, tars, "reading the shards' indexes"):
+        if summary is None or (shapes and summary.shapes != shapes):
+            return None
+        summaries.append(summary)
+    kind, meta = _known(root)
+    buckets = {"buckets": [list(shape) for shape in shapes]} if shapes else {}
+    return _write(root, tars, summaries, kind, {**meta, **buckets})
+
+
+def _tars(root: Path) -> list[Path]:
     tars = sorted(root.glob("*.tar"))
     if not tars:
         packed = sorted(path.name for path in root.glob("*.t*") if path.name.endswith(PACKED))
         cause = f"; {len(packed)} are compressed, such as {packed[0]}: unpack them" if packed else ""
         raise DataError(f"{root}: no shards (*.tar) in this folder{cause}")
-    stale = [tar for tar in tars if rebuild or not _is_indexed(tar)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        show_progress(pool.map(_index_and_save, stale), len(stale), "indexing shards")
+    return tars
+
+
+def _write(
+    root: Path,
+    tars: Sequence[Path],
+    summaries: Sequence[ShardSummary],
+    kind: Kind | None,
+    meta: Mapping[str, Any] | None,
+) -> DatasetIndex:
+    """Write ``index.json`` for these shards."""
     buckets = len((meta or {}).get("buckets", ()))
-    entries: list[dict[str, Any]] = []
-    found: set[str] = set()
-    for tar in tars:
-        shard = ShardIndex.load(index_path(tar))
-        entries.append(_entry(tar, shard, buckets))
-        found.update(shard.extensions)
+    entries = [_entry(tar, summary, buckets) for tar, summary in zip(tars, summaries, strict=True)]
+    found = set(chain.from_iterable(summary.extensions for summary in summaries))
     if not any(entry["samples"] for entry in entries):
         causes = [*entries[0].get("damage", ()), *_left_out(index_shard(tars[0]))]
         raise DataError(f"{root}: no samples in its {len(tars)} shards; {'; '.join(causes) or 'the tars are empty'}")
     if kind is None:
         kind = "latents" if MOMENTS in found else "images"
     content = {"version": VERSION, "kind": kind, "shards": entries, "meta": dict(meta or {})}
-    write_atomically(root / "index.json", (json.dumps(content, indent=1) + "\n").encode())
+    written = (json.dumps(content, indent=1) + "\n").encode()
+    write_atomically(root / "index.json", written)
+    save_table(_parsed(written), root, written)
     return read_index(root)
 
 
 def rebuild_index(root: str | Path) -> DatasetIndex:
     """Index every shard again, and keep the kind and the metadata of ``index.json``."""
-    root = Path(root)
-    kind, meta = None, None
-    if (root / "index.json").exists():
-        with suppress(DataError):
-            known = read_index(root)
-            kind, meta = known.kind, known.meta
+    kind, meta = _known(Path(root))
     return write_index(root, kind, meta, rebuild=True)
 
 
-def _is_indexed(tar: Path) -> bool:
+def _known(root: Path) -> tuple[Kind | None, dict[str, Any]]:
+    """The kind and the metadata of ``index.json``; None and nothing without a usable one."""
+    if (root / "index.json").exists():
+        with suppress(DataError):
+            known = read_index(root)
+            return known.kind, known.meta
+    return None, {}
+
+
+def _fitting(tar: Path, check: bool = False) -> ShardSummary | None:
+    """The counts of a shard if its own index can be read and has the tar's size; else None."""
+    path = index_path(tar)
     try:
-        return ShardIndex.load(index_path(tar)).tar_bytes == tar.stat().st_size
+        summary = ShardIndex.load(path).summary if check else ShardSummary.load(path)
     except ShardError:
-        return False
+        return None
+    return summary if summary.tar_bytes == tar.stat().st_size else None
 
 
-def _index_and_save(tar: Path) -> None:
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
+    """The results of ``work`` on all items, in threads, with progress."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results: list[Result] = []
+        show_progress((results.append(result) for result in pool.map(work, items)), len(items), what)
+    return results
+
+
+def _indexed(tar: Path) -> ShardSummary:
+    """The counts of a shard after its index was written."""
     shard = index_shard(tar)
     for place in shard.damage:
         _log.warning("%s: damaged at %s; %d samples can be read", tar, place, len(shard))
@@ -161,8 +253,9 @@ def _index_and_save(tar: Path) -> None:
     with suppress(ShardError):
         known = ShardIndex.load(index_path(tar))
         if np.array_equal(known.key_bytes, shard.key_bytes) and np.array_equal(known.key_bounds, shard.key_bounds):
-            shard = replace(shard, bucket=known.bucket)
+            shard = replace(shard, bucket=known.bucket, shapes=known.shapes)
     shard.save(index_path(tar))
+    return shard.summary
 
 
 def _left_out(shard: ShardIndex) -> list[str]:
@@ -173,8 +266,8 @@ def _left_out(shard: ShardIndex) -> list[str]:
     return [f"{len(found)} members left out: {reason}, such as {found[0]!r}" for reason, found in names.items()]
 
 
-def _entry(tar: Path, shard: ShardIndex, buckets: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": tar.name, "samples": len(shard), "bytes": shard.tar_bytes}
+def _entry(tar: Path, shard: ShardSummary, buckets: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": tar.name, "samples": shard.samples, "bytes": shard.tar_bytes}
     if buckets and shard.bucket is not None:
         if shard.bucket.min(initial=0) < 0 or shard.bucket.max(initial=0) >= buckets:
             raise ShardError(f"{index_path(tar)}: has buckets beyond the {buckets} of the data set; assign them again")
@@ -183,28 +276,34 @@ def _entry(tar: Path, shard: ShardIndex, buckets: int) -> dict[str, Any]:
 
 
 def read_index(root: Path) -> DatasetIndex:
-    """Read ``index.json`` of a folder, without looking at the shards. Raises DataError."""
+    """Read the index of a folder, without looking at the shards. Raises DataError."""
     path = root / "index.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, kind, shards = content["version"], content["kind"], content["shards"]
-        names = tuple(str(shard["name"]) for shard in shards)
-        samples = np.array([int(shard["samples"]) for shard in shards], dtype=np.int64)
-        sizes = np.array([int(shard["bytes"]) for shard in shards], dtype=np.int64)
-        meta = dict(content["meta"])
-        counts = _bucket_counts(shards, meta)
+        content = path.read_bytes()
+        table = load_table(root, content) or _parsed(content)
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not a readable index of a data set ({error!r}); {rebuild_remedy(root)}") from None
-    if version != VERSION or kind not in get_args(Kind):
-        raise DataError(f"{path}: version {version!r}, kind {kind!r} is unknown; {rebuild_remedy(root)}")
-    problem = _problem(names, samples, sizes, counts)
+    if table.kind not in get_args(Kind):
+        raise DataError(f"{path}: kind {table.kind!r} is unknown; {rebuild_remedy(root)}")
+    problem = _problem(table)
     if problem:
         raise DataError(f"{path}: {problem}; {rebuild_remedy(root)}")
     try:
-        quarantine = read_quarantine(root, names)
+        quarantine = read_quarantine(root, table.names)
     except ValueError as error:
         raise DataError(str(error)) from None
-    return DatasetIndex(root, kind, names, samples, sizes, meta, counts, quarantine)
+    return DatasetIndex(root, quarantine=quarantine, **vars(table))
+
+
+def _parsed(content: bytes) -> Table:
+    """The content of an ``index.json``. Raises ValueError, KeyError or other errors if it is none."""
+    found = json.loads(content)
+    if (version := found["version"]) != VERSION:
+        raise ValueError(f"version {version!r} is unknown")
+    shards, meta = found["shards"], dict(found["meta"])
+    samples, sizes = (np.array([int(shard[name]) for shard in shards], np.int64) for name in ("samples", "bytes"))
+    names = Names.of(str(shard["name"]) for shard in shards)
+    return Table(found["kind"], names, samples, sizes, meta, _bucket_counts(shards, meta))
 
 
 def _bucket_counts(shards: list[dict[str, Any]], meta: dict[str, Any]) -> np.ndarray | None:
@@ -215,13 +314,11 @@ def _bucket_counts(shards: list[dict[str, Any]], meta: dict[str, Any]) -> np.nda
     return np.array([shard["buckets"] for shard in shards], dtype=np.int64).reshape(len(shards), len(shapes))
 
 
-def _problem(names: tuple[str, ...], samples: np.ndarray, sizes: np.ndarray, counts: np.ndarray | None) -> str | None:
+def _problem(table: Table) -> str | None:
     """The first impossible content of an index; None if there is none."""
-    outside = next((name for name in names if Path(name).name != name), None)
-    if outside is not None:
-        return f"the shard name {outside!r} is not a plain file name"
-    if len(set(names)) != len(names):
-        return "a shard name is listed twice"
+    samples, sizes, counts = table.samples, table.bytes, table.bucket_counts
+    if problem := table.names.problem():
+        return problem
     if min(samples.min(initial=0), sizes.min(initial=0)) < 0 or (samples > sizes).any():
         return "impossible numbers of samples or bytes"
     if counts is not None and not (counts.min(initial=0) >= 0 and np.array_equal(counts.sum(1), samples)):
@@ -230,15 +327,26 @@ def _problem(names: tuple[str, ...], samples: np.ndarray, sizes: np.ndarray, cou
 
 
 def _check_sizes(index: DatasetIndex) -> None:
-    found = {entry.name: entry.stat().st_size for entry in os.scandir(index.root) if entry.name.endswith(".tar")}
-    wrong = [
-        f"{name} ({found.get(name, 'missing')}, indexed {size} bytes)"
-        for name, size in zip(index.names, index.bytes.tolist(), strict=True)
-        if found.get(name) != size
-    ]
+    """Raise ShardError if a shard is missing or does not have the size that is in the index."""
+    found = np.concatenate(in_threads(partial(_sizes, index), range(0, len(index.names), _STATS), "checking sizes"))
+    wrong = np.flatnonzero(found != index.bytes).tolist()
     if wrong:
-        some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise ShardError(f"{index.root}: shards differ from their index: {some}; {rebuild_remedy(index.root)}")
+        told = {shard: "missing" if found[shard] < 0 else found[shard] for shard in wrong[:3]}
+        some = ", ".join(f"{index.names[n]} ({size}, indexed {index.bytes[n]} bytes)" for n, size in told.items())
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ShardError(f"{index.root}: shards differ from their index: {some}{more}; {rebuild_remedy(index.root)}")
+
+
+def _sizes(index: DatasetIndex, start: int) -> np.ndarray:
+    """The sizes of ``_STATS`` tars in bytes; -1 for those that are missing."""
+    return np.array([_size(f"{index.root}/{name}") for name in index.names[start : start + _STATS]])
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 (in a third of the time)
+    except FileNotFoundError:
+        return -1
 
 
 def show_progress(work: Iterable[None], total: int, what: str) -> None:

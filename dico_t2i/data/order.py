@@ -12,10 +12,10 @@ for several data sets. Their position is one integer, too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from math import ceil, gcd, lcm
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ NEIGHBOURS = 8  # first replacements, from the same stream; further ones come fr
 MIXTURE_BLOCK = 256  # the least number of entries over which the weights of a mixture are exact
 MAX_MIXTURE_BLOCK = 1 << 16
 MIXED_BUCKET_BLOCK = 1 << 12  # entries over which the shares of several data sets in one bucket are rounded
+
+_TOGETHER = 64  # permutations that are computed together; with more, only their memory would grow
 
 Value = TypeVar("Value")
 Place = tuple[int, int]  # a shard, and the index of a member in it; with buckets, among the bucket's members in it
@@ -61,6 +63,29 @@ class SampleOrder(Protocol):
         """The number of samples of each data set before a global batch; None if there is only one data set."""
 
 
+class _Recent(Generic[Value]):
+    """A function from numbers to values that remembers the ``keep`` values used last, and makes missing ones in groups.
+
+    make: returns the values of the numbers, int64 (n,).
+    """
+
+    def __init__(self, make: Callable[[np.ndarray], Iterable[Value]], keep: int) -> None:
+        self._make, self._keep = make, keep
+        self._known: OrderedDict[int, Value] = OrderedDict()
+
+    def __call__(self, *numbers: int) -> dict[int, Value]:
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._known]
+        for start in range(0, len(missing), _TOGETHER):
+            group = missing[start : start + _TOGETHER]
+            self._known.update(zip(group, self._make(np.array(group)), strict=True))
+        for number in numbers:
+            self._known.move_to_end(number)
+        found = {number: self._known[number] for number in numbers}
+        while len(self._known) > self._keep:
+            self._known.popitem(last=False)
+        return found
+
+
 class Order:
     """The order of the samples of shards with ``shard_sizes`` samples each, for all epochs.
 
@@ -87,8 +112,8 @@ class Order:
         self.seed, self.streams, self.shuffle_block, self.name = seed, streams, shuffle_block, name
         self._sizes = sizes
         self._run = samples // streams
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._epochs = _Recent(self._make_epochs, keep=2)
+        self._shuffles = _Recent(self._make_shuffles, keep=2 * streams)
 
     @property
     def epoch_length(self) -> int:
@@ -100,16 +125,15 @@ class Order:
         epoch, within = np.divmod(positions, self.epoch_length)
         entry, stream = np.divmod(within, self.streams)
         block, offset = np.divmod(entry, self.shuffle_block)
-        blocks = -(-self._run // self.shuffle_block)
-        names = ((epoch * self.streams + stream) * blocks + block).tolist()
+        names = ((epoch * self.streams + stream) * self._blocks + block).tolist()
+        shuffles = self._shuffles(*names)
         # A micro-batch has few entries in each block, so that single lookups cost less than sorting.
-        entries = [self._block(name, name % blocks)[at] for name, at in zip(names, offset.tolist(), strict=True)]
+        entries = [shuffles[name][at] for name, at in zip(names, offset.tolist(), strict=True)]
         shuffled = np.array(entries, dtype=np.int64)
         sample = stream * self._run + block * self.shuffle_block + shuffled
         shard, member = np.empty_like(sample), np.empty_like(sample)
-        for e in np.unique(epoch).tolist():
+        for e, (permuted, starts) in self._epochs(*np.unique(epoch).tolist()).items():
             rows = epoch == e
-            permuted, starts = self._epoch(e)
             place = np.searchsorted(starts, sample[rows], side="right") - 1
             shard[rows], member[rows] = permuted[place], sample[rows] - starts[place]
         return shard, member
@@ -139,20 +163,26 @@ class Order:
     def counts(self, position: int) -> np.ndarray | None:
         return None
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's permutation of the shards, and the start of each in the sequence of samples."""
-        if epoch not in self._epochs:
-            permuted = randomness.permutation(self.seed, "shards" + self.name, epoch, len(self._sizes))
-            ends = np.cumsum(self._sizes[permuted])
-            self._epochs[epoch] = permuted, ends - self._sizes[permuted]
-        return _recent(self._epochs, epoch, keep=2)
+    def _make_epochs(self, epochs: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Each epoch's permutation of the shards, and the start of each shard in the sequence of samples."""
+        for permuted in randomness.permutations(self.seed, "shards" + self.name, epochs, len(self._sizes)):
+            sizes = self._sizes[permuted]
+            yield permuted, np.cumsum(sizes) - sizes
 
-    def _block(self, name: int, block: int) -> np.ndarray:
-        """The shuffle of one block of one stream in one epoch; ``name`` is a number that is unique to these three."""
-        if name not in self._blocks:
-            size = min(self.shuffle_block, self._run - block * self.shuffle_block)
-            self._blocks[name] = randomness.permutation(self.seed, "samples" + self.name, name, size).astype(np.int32)
-        return _recent(self._blocks, name, keep=2 * self.streams)
+    @property
+    def _blocks(self) -> int:
+        """The blocks of each stream in an epoch, of which the last may have fewer entries."""
+        return -(-self._run // self.shuffle_block)
+
+    def _make_shuffles(self, names: np.ndarray) -> Iterable[np.ndarray]:
+        """The shuffle of each block; a name is a number that is unique to a block, its stream and its epoch."""
+        sizes = np.minimum(self.shuffle_block, self._run - names % self._blocks * self.shuffle_block)
+        made: dict[int, np.ndarray] = {}
+        for size in np.unique(sizes).tolist():
+            group = names[sizes == size]
+            shuffles = randomness.permutations(self.seed, "samples" + self.name, group, size).astype(np.int32)
+            made.update(zip(group.tolist(), shuffles, strict=True))
+        return [made[name] for name in names.tolist()]
 
 
 class Source(NamedTuple):
@@ -205,7 +235,7 @@ class BucketOrder:
         self.dropped = max(0, int(totals.sum()) - self.epoch_length)
         used = np.isin(np.arange(len(totals)), list(self.steps))
         self.unused = int(totals[~used].sum())  # in buckets that are too small for a batch
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._epochs = _Recent(self._make_epochs, keep=2)
 
     def _mix(self, counts: np.ndarray, shuffle_block: int, sources: Sequence[Source]) -> None:
         """Mix the data sets in each bucket, in the proportion of their weights and of their shares of the bucket."""
@@ -273,7 +303,7 @@ class BucketOrder:
         if not self._sources:
             return None
         epoch, within = divmod(position // self.global_batch, sum(self.steps.values()))
-        before = self._sequence(epoch)[0][:within]
+        before = self._epochs(epoch)[epoch][0][:within]
         total = np.zeros(self._source_count, dtype=np.int64)
         for bucket, numbers in self._sources.items():
             turn = int(np.count_nonzero(before == bucket))
@@ -285,17 +315,15 @@ class BucketOrder:
     def _batch(self, step: int) -> tuple[int, int]:
         """The bucket of a step, and the step's first position in the order of the bucket."""
         epoch, within = divmod(step, sum(self.steps.values()))
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._sequence(epoch)
-        buckets, turns = _recent(self._epochs, epoch, keep=2)
+        buckets, turns = self._epochs(epoch)[epoch]
         bucket = int(buckets[within])
         return bucket, epoch * self._lengths[bucket] + int(turns[within]) * self.global_batch
 
-    def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_epochs(self, epochs: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """The bucket of each step of an epoch, and the number of earlier steps of that bucket."""
-        buckets = np.repeat(list(self.steps), list(self.steps.values()))
-        buckets = buckets[randomness.permutation(self.seed, "buckets", epoch, len(buckets))]
-        return buckets, _turns(buckets)
+        sequence = np.repeat(np.array(list(self.steps), np.int16), list(self.steps.values()))
+        for permuted in randomness.permutations(self.seed, "buckets", epochs, len(sequence)):
+            yield sequence[permuted], _turns(sequence[permuted])
 
 
 class MixtureOrder:
@@ -313,7 +341,7 @@ class MixtureOrder:
         self._orders, self._starts = tuple(orders), tuple(starts)
         self.per_block = _proportion(weights)  # entries of each source
         self.block = int(self.per_block.sum())
-        self._patterns: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._patterns = _Recent(self._make_patterns, keep=2 * self.streams)
 
     @property
     def epoch_length(self) -> int:
@@ -344,8 +372,8 @@ class MixtureOrder:
         """The number of samples of each source before ``position``, a multiple of the streams: int64 (sources,)."""
         blocks, rest = divmod(position // self.streams, self.block)
         counts = blocks * self.streams * self.per_block
-        for stream in range(self.streams if rest else 0):
-            pattern, _ = self._pattern(blocks * self.streams + stream)
+        names = range(blocks * self.streams, (blocks + 1) * self.streams) if rest else ()
+        for pattern, _ in self._patterns(*names).values():
             counts = counts + np.bincount(pattern[:rest], minlength=len(counts))
         return counts
 
@@ -355,19 +383,16 @@ class MixtureOrder:
         block, offset = np.divmod(entry, self.block)
         source, turn = np.empty_like(offset), np.empty_like(offset)
         name = block * self.streams + stream
-        for n in np.unique(name).tolist():
+        for n, (pattern, turns) in self._patterns(*np.unique(name).tolist()).items():
             rows = name == n
-            pattern, turns = self._pattern(n)
             source[rows], turn[rows] = pattern[offset[rows]], turns[offset[rows]]
         return source, (block * self.per_block[source] + turn) * self.streams + stream
 
-    def _pattern(self, name: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each entry of one block of one stream, and the number of its earlier entries in the block."""
-        if name not in self._patterns:
-            sources = np.repeat(np.arange(len(self.per_block)), self.per_block)
-            sources = sources[randomness.permutation(self.seed, "sources" + self.name, name, self.block)]
-            self._patterns[name] = sources, _turns(sources)
-        return _recent(self._patterns, name, keep=2 * self.streams)
+    def _make_patterns(self, names: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """The source of each entry of a block of a stream, and the number of its earlier entries in the block."""
+        sources = np.repeat(np.arange(len(self.per_block), dtype=np.int16), self.per_block)
+        for permuted in randomness.permutations(self.seed, "sources" + self.name, names, self.block):
+            yield sources[permuted], _turns(sources[permuted])
 
 
 def rank_positions(step: int, global_batch: int, streams: int, rank: int, world: int) -> np.ndarray:
@@ -385,14 +410,6 @@ def rank_positions(step: int, global_batch: int, streams: int, rank: int, world:
     owned = streams // world
     rows = np.arange(global_batch // streams, dtype=np.int64) * streams + step * global_batch
     return (rows[:, None] + np.arange(rank * owned, (rank + 1) * owned)).ravel()
-
-
-def _recent(cache: OrderedDict[int, Value], key: int, keep: int) -> Value:
-    """The value of ``key``, which becomes the most recent of the ``keep`` values that stay in the cache."""
-    cache.move_to_end(key)
-    while len(cache) > keep:
-        cache.popitem(last=False)
-    return cache[key]
 
 
 def _proportion(weights: Sequence[float]) -> np.ndarray:
@@ -449,8 +466,8 @@ def _whole_parts(shares: Sequence[Fraction]) -> list[int]:
 
 
 def _turns(values: np.ndarray) -> np.ndarray:
-    """For each value, the number of equal values before it."""
-    turns = np.empty_like(values)
+    """For each value, the number of equal values before it: int32."""
+    turns = np.empty(len(values), np.int32)
     for value in np.unique(values):
         rows = values == value
         turns[rows] = np.arange(np.count_nonzero(rows))

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dico_t2i.text_lines import read_lines
 
 FILE = "quarantine.jsonl"
@@ -24,12 +26,10 @@ def read_quarantine(folder: Path, names: Sequence[str]) -> Quarantine:
         lines = read_lines(path)
     except FileNotFoundError:
         return {}
-    numbers = {name: number for number, name in enumerate(names)}
+    entries = [_entry(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    numbers = {name: number for number, name in enumerate(names)} if entries else {}
     found: dict[int, set[str] | None] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        shard, key = _entry(line, f"{path}: line {number}")
+    for shard, key in entries:
         if shard not in numbers:
             continue
         if key is None:
@@ -39,9 +39,9 @@ def read_quarantine(folder: Path, names: Sequence[str]) -> Quarantine:
     return {shard: None if keys is None else frozenset(keys) for shard, keys in found.items()}
 
 
-def quarantined_samples(quarantine: Quarantine, samples: Sequence[int]) -> int:
+def quarantined_samples(quarantine: Quarantine, samples: np.ndarray) -> int:
     """The number of samples in quarantine; ``samples`` are the numbers of samples of all shards."""
-    return sum(samples[shard] if keys is None else len(keys) for shard, keys in quarantine.items())
+    return sum(int(samples[shard]) if keys is None else len(keys) for shard, keys in quarantine.items())
 
 
 def _entry(line: str, where: str) -> tuple[str, str | None]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ from dico_t2i.files import write_atomically
 
 Kind = Literal["images", "latents"]
 
+
+Shapes = tuple[tuple[int, int], ...]  # height and width in pixels of each bucket
 
 _Place = tuple[int, int, int]  # offset, size, crc32
 _Sample = tuple[str, dict[str, _Place]]  # key, and places by extension
@@ -40,6 +43,26 @@ MOMENTS = "moments.npy"
 VERSION = 1  # of indexes
 
 
+class ShardSummary(NamedTuple):
+    """The counts of a shard. bucket: int16 (samples,), or None; all others are those of ``ShardIndex``."""
+
+    samples: int
+    extensions: tuple[str, ...]
+    tar_bytes: int
+    damage: tuple[str, ...]
+    bucket: np.ndarray | None
+    shapes: Shapes
+
+    @staticmethod
+    def load(path: Path) -> ShardSummary:
+        """Read the header of a shard's index, and the buckets. Raises ShardError."""
+        with _reading(path) as file:
+            about = _About.read(file.metadata())
+            samples, _ = file.get_slice("offsets").get_shape()
+            bucket = file.get_tensor("bucket") if "bucket" in file.keys() else None  # noqa: SIM118
+            return ShardSummary(samples, about.extensions, about.tar_bytes, about.damage, bucket, about.shapes)
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """The members of one shard of n samples.
@@ -47,8 +70,9 @@ class ShardIndex:
     extensions: E names such as ``jpg`` or ``moments.npy``. offsets, sizes, crc32: int64 (n, E), the first two in bytes;
     -1 if a sample lacks that extension. key_bytes: uint8, all keys concatenated. key_bounds: int64 (n + 1,), the bounds
     of the keys. tar_bytes: the size of the tar. damage: one line for each place of the tar that cannot be read. bucket:
-    int16 (n,), the index of each sample's shape in the data set's ``buckets``, if they were assigned. left_out: the
-    reason and name of each member that does not belong to a sample; known after indexing, but not saved.
+    int16 (n,), the index of each sample's shape in the data set's ``buckets``, if they were assigned. shapes: the
+    height and width of these buckets, if ``assign_buckets`` chose among them. left_out: the reason and name of each
+    member that does not belong to a sample; known after indexing, but not saved.
     """
 
     extensions: tuple[str, ...]
@@ -60,6 +84,7 @@ class ShardIndex:
     tar_bytes: int
     damage: tuple[str, ...] = ()
     bucket: np.ndarray | None = None
+    shapes: Shapes = ()
     left_out: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
@@ -79,30 +104,23 @@ class ShardIndex:
             "extensions": json.dumps(self.extensions),
             "tar_bytes": str(self.tar_bytes),
             "damage": json.dumps(self.damage),
+            **({"shapes": json.dumps(self.shapes)} if self.shapes else {}),
         }
         write_atomically(path, save(arrays, metadata=meta))
 
     @staticmethod
     def load(path: Path) -> ShardIndex:
         """Read what ``save`` wrote. Raises ShardError if it is missing, damaged or of a newer version."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                meta = file.metadata() or {}
-                names = [*_ARRAYS, "bucket"] if "bucket" in file.keys() else _ARRAYS  # noqa: SIM118
-                arrays = {name: file.get_tensor(name) for name in names}
-            index = ShardIndex(
-                **arrays,
-                extensions=tuple(map(str, json.loads(meta["extensions"]))),
-                tar_bytes=int(meta["tar_bytes"]),
-                damage=tuple(json.loads(meta["damage"])),
-            )
-            version = int(meta["version"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-            raise ShardError(f"{path}: not a readable shard index ({error}); {rebuild_remedy(path.parent)}") from None
-        if version != VERSION:
-            raise ShardError(f"{path}: index version {version}, expected {VERSION}; {rebuild_remedy(path.parent)}")
+        with _reading(path) as file:
+            names = [*_ARRAYS, "bucket"] if "bucket" in file.keys() else _ARRAYS  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in names}
+            index = ShardIndex(**arrays, **_About.read(file.metadata())._asdict())
         index._check(path)
         return index
+
+    @property
+    def summary(self) -> ShardSummary:
+        return ShardSummary(len(self), self.extensions, self.tar_bytes, self.damage, self.bucket, self.shapes)
 
     def _check(self, path: Path) -> None:
         table = (self.offsets, self.sizes, self.crc32)
@@ -120,6 +138,39 @@ class ShardIndex:
         keys = bounds[0] == 0 and bounds[-1] == len(self.key_bytes) and bool(np.all(bounds[1:] >= bounds[:-1]))
         buckets = self.bucket is None or (self.bucket.shape == (len(self),) and self.bucket.dtype == np.int16)
         return inside and keys and buckets
+
+
+class _About(NamedTuple):
+    """The metadata of a shard's index."""
+
+    extensions: tuple[str, ...]
+    tar_bytes: int
+    damage: tuple[str, ...]
+    shapes: Shapes
+
+    @staticmethod
+    def read(found: dict[str, str] | None) -> _About:
+        """Raises KeyError, ValueError or TypeError."""
+        meta = found or {}
+        if (version := int(meta["version"])) != VERSION:
+            raise ValueError(f"index version {version}, expected {VERSION}")
+        shapes = json.loads(meta.get("shapes", "[]"))
+        return _About(
+            tuple(map(str, json.loads(meta["extensions"]))),
+            int(meta["tar_bytes"]),
+            tuple(json.loads(meta["damage"])),
+            tuple((int(height), int(width)) for height, width in shapes),
+        )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a shard's index. Raises ShardError if that fails, or if reading from it does."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ShardError(f"{path}: not a readable shard index ({error}); {rebuild_remedy(path.parent)}") from None
 
 
 _ARRAYS = ("offsets", "sizes", "crc32", "key_bytes", "key_bounds")

@@ -13,6 +13,7 @@ from dico_t2i.config import DataConfig
 from dico_t2i.data.cache import cached_index
 from dico_t2i.data.errors import DataError
 from dico_t2i.data.index import DatasetIndex, load_index
+from dico_t2i.data.names import Names
 from dico_t2i.data.order import BucketOrder, MixtureOrder, Order, SampleOrder, Source
 from dico_t2i.data.shard import ShardIndex
 
@@ -58,12 +59,13 @@ class MixedIndex(DatasetIndex):
         raise IndexError(shard)
 
 
-def load_data(data: DataConfig) -> DatasetIndex:
+def load_data(data: DataConfig, *, check: bool = True) -> DatasetIndex:
     """The index of a config's data; a local folder without an index gets one first.
 
-    Raises DataError if data cannot be used or mixed.
+    check: whether the sizes of the shards in local folders are compared with the index. Raises DataError if data cannot
+    be used or mixed.
     """
-    indexes = [_load(path, data) for path in data.paths]
+    indexes = [_load(path, data, check) for path in data.paths]
     if not data.mixture:
         return indexes[0]
     sources = tuple((source.name, index) for source, index in zip(data.mixture, indexes, strict=True))
@@ -72,7 +74,7 @@ def load_data(data: DataConfig) -> DatasetIndex:
     return MixedIndex(
         root=indexes[0].root,
         kind=indexes[0].kind,
-        names=tuple(f"{name}/{shard}" for name, index in sources for shard in index.names),
+        names=Names.joined((f"{name}/", index.names) for name, index in sources),
         samples=np.concatenate([index.samples for index in indexes]),
         bytes=np.concatenate([index.bytes for index in indexes]),
         meta=indexes[0].meta,
@@ -104,10 +106,10 @@ def make_order(data: DataConfig, index: DatasetIndex, seed: int, global_batch: i
     return MixtureOrder(seed, orders, index.starts, [source.weight for source in data.mixture])
 
 
-def _load(path: str, data: DataConfig) -> DatasetIndex:
+def _load(path: str, data: DataConfig, check: bool) -> DatasetIndex:
     local = path.removeprefix("file://")
     if data.cache is None:
-        return load_index(local)
+        return load_index(local, check=check)
     if "://" not in local and not (Path(local) / "index.json").exists():
         load_index(local)  # builds the index beside the shards
     return cached_index(path, data.cache, data.retries, data.retry_wait_s)

@@ -63,7 +63,8 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0, begin: str |
     configs = config.stage_configs
     for own in configs:
         own.batching(world.size)
-    indexes = main_first(lambda: [load_data(own.data) for own in configs], world)  # builds an index if there is none
+    # Builds an index if there is none. One rank compares all sizes: thousands of ranks would stop the file system.
+    indexes = main_first(lambda: [load_data(own.data, check=world.is_main) for own in configs], world)
     for own, index in zip(configs, indexes, strict=True):
         check_data(own, index)
     run = RunFolder(runs, config.name)

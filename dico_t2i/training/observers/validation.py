@@ -35,7 +35,7 @@ class Validation:
         self.micro_batch, self.inputs = micro_batch, inputs
         held_out = {"path": self.settings.path, "mixture": (), "flip": False, "workers": 0}
         self.data, batch = config.data.model_copy(update=held_out), config.train.global_batch
-        self.index = load_data(self.data)
+        self.index = load_data(self.data, check=world.is_main)
         check_data(config.model_copy(update={"data": self.data, "alignment": None}), self.index)
         self.order = make_order(self.data, self.index, config.seed, batch)
         self.batches = -(-self.settings.samples // batch)
