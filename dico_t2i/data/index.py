@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -238,9 +238,7 @@ def _fitting(tar: Path, check: bool = False) -> ShardSummary | None:
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
     """The results of ``work`` on all items, in threads, with progress."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results: list[Result] = []
-        show_progress((results.append(result) for result in pool.map(work, items)), len(items), what)
-    return results
+        return list(progress(pool.map(work, items), len(items), what))
 
 
 def _indexed(tar: Path) -> ShardSummary:
@@ -349,13 +347,15 @@ def _size(path: str) -> int:
         return -1
 
 
-def show_progress(work: Iterable[None], total: int, what: str) -> None:
-    """Wait for all of ``work``, with a progress bar if there is more than one item, or a line now and then in a log."""
+def progress(work: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Yield from ``work``, with a progress bar if there is more than one item, or a line now and then in a log."""
     from rich.console import Console
     from rich.progress import track
 
     console, started, told = Console(), time.monotonic(), time.monotonic()
-    for done, _ in enumerate(track(work, what, total=total, console=console, transient=True, disable=total < 2), 1):
+    tracked = track(work, what, total=total, console=console, transient=True, disable=total < 2)
+    for done, item in enumerate(tracked, 1):
+        yield item
         now = time.monotonic()
         if not console.is_terminal and now - told >= _TELL_S and done < total:
             told, left = now, (now - started) / done * (total - done)

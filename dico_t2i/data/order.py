@@ -74,15 +74,16 @@ class _Recent(Generic[Value]):
         self._known: OrderedDict[int, Value] = OrderedDict()
 
     def __call__(self, *numbers: int) -> dict[int, Value]:
-        missing = [number for number in dict.fromkeys(numbers) if number not in self._known]
+        wanted, known = dict.fromkeys(numbers), self._known
+        missing = [number for number in wanted if number not in known]
         for start in range(0, len(missing), _TOGETHER):
             group = missing[start : start + _TOGETHER]
-            self._known.update(zip(group, self._make(np.array(group)), strict=True))
-        for number in numbers:
-            self._known.move_to_end(number)
-        found = {number: self._known[number] for number in numbers}
-        while len(self._known) > self._keep:
-            self._known.popitem(last=False)
+            known.update(zip(group, self._make(np.array(group)), strict=True))
+        for number in wanted:
+            known.move_to_end(number)
+        found = {number: known[number] for number in wanted}
+        while len(known) > self._keep:
+            known.popitem(last=False)
         return found
 
 
