@@ -27,6 +27,7 @@ from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
 from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError
+from dico_t2i.runs.decisions import save_is_due
 from dico_t2i.runs.folder import STAGE, RunFolder
 from dico_t2i.runs.lineage import ancestor, with_stage
 from dico_t2i.runs.weights import default_weights
@@ -371,8 +372,8 @@ class Trainer:
     def _agree(self) -> list[bool]:
         """Whether any rank has to stop, has too many bad samples, has to save, or has ended a save; collective."""
         every = self.config.checkpoint.every
-        minutes = (time.monotonic() - self.saver.saved_at) / 60
-        save = self._due(every) if every.minutes is None else minutes >= every.minutes
+        every_s, every_steps = (60 * every.minutes, None) if every.minutes else (None, self._steps(every))
+        save = save_is_due(every_s, every_steps, self.step, time.monotonic() - self.saver.saved_at)
         save = save or self.step == self.stage.decay_from  # from where the run can be prolonged
         save = save and not self.guard.skipped_in_row  # else a rollback could return to damaged weights
         spoilt = self.meter.bad_samples > self.config.data.max_bad_samples

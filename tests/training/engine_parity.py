@@ -74,8 +74,9 @@ def reference(what):
 
 def engine_result(stage, precision, what, world):
     accumulation = BATCH // MICRO // world.size
+    group = {"zero_group": 2} if what == "grouped" else {}
     train = TrainConfig(
-        duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage
+        duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage, **group
     )
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
