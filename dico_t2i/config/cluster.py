@@ -33,8 +33,8 @@ class ReliabilityConfig(Section):
     # The mean time between two losses of one node, in hours. SLURM then requeues the job. On a published cluster of
     # 2,048 nodes with 8 H100 each, 419 unexpected stops in 54 days are one in 6,300 hours of a node.
     node_mtbf_hours: PositiveFloat = 6300.0
-    # The mean time between two crashes of one rank on a node that stays whole, in hours; with none there are no crashes.
-    # The job's supervisor decides what follows.
+    # The mean time between two crashes of one rank on a node that stays whole, in hours; with none there are none. The
+    # job's supervisor decides what follows.
     rank_mtbf_hours: PositiveFloat | None = None
     # The part of the losses and crashes that the other ranks notice only after train.hang_timeout_s.
     hang_share: Probability = 0.0
@@ -46,7 +46,8 @@ class ReliabilityConfig(Section):
     repair_hours: NonNegativeFloat = 24.0  # How long a lost node is away.
     # The mean time between two preemptions of the job, in hours; with none it is never preempted.
     preemption_hours: PositiveFloat | None = None
-    # The seconds between the signal of a preemption and its end. Ranks that need longer to save lose their newest steps.
+    # The seconds between the signal of a preemption and its end. Ranks that need longer to save lose the steps since
+    # their last checkpoint.
     preemption_grace_s: NonNegativeFloat = 30.0
     queue_minutes: NonNegativeFloat = 10.0  # The mean wait in the queue before each start, exponentially distributed.
     requeue_s: NonNegativeFloat = 120.0  # The seconds for which SLURM holds a job back that is requeued.
@@ -54,12 +55,13 @@ class ReliabilityConfig(Section):
     # A file with a number on each line, which is how many times the usual duration a step of one rank took. Each step
     # waits for its slowest rank. With none all ranks are equally fast.
     slow_steps: Text | None = None
-    start_s: NonNegativeFloat = 60.0  # The seconds from the start of a job to the end of its first step, without loading.
+    start_s: NonNegativeFloat = 60.0  # The seconds from the start of a job to its first step, without loading.
     # The seconds of verifying and loading a checkpoint; with none they follow from its size and hardware.disk_gb_s.
     load_s: NonNegativeFloat | None = None
-    # The seconds of a save until the checkpoint is complete; with none they follow from its size and hardware.disk_gb_s.
+    # The seconds from the beginning of a save until the checkpoint is complete; with none they follow from its size and
+    # hardware.disk_gb_s.
     save_s: NonNegativeFloat | None = None
-    # The seconds for which a save pauses training; with none they are those of a copy to host memory at 10 GB/s for each
+    # The seconds for which a save pauses training; with none they are those of a copy to host memory at 3 GB/s for each
     # device, or save_s if checkpoints are not written in the background.
     pause_s: NonNegativeFloat | None = None
     step_s: PositiveFloat | None = None  # The seconds of a step; with none they are those of the plan, a lower bound.

@@ -95,9 +95,9 @@ class TrainConfig(Section):
     # The ZeRO stage of DeepSpeed: 1 divides the optimizer state among the ranks, 2 also the gradients, 3 also the
     # weights.
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
-    # At ZeRO stage 3, the number of neighbouring ranks, such as those of a node, that keep a further copy of the weights
-    # divided among themselves (DeepSpeed's hpZ): then only the first gather of a step goes beyond them; with none there
-    # is no such copy.
+    # At ZeRO stage 3, the number of neighbouring ranks, such as those of a node, that keep another copy of the weights
+    # and divide it among themselves (DeepSpeed's hpZ). Then only the first gather of each step goes beyond them. With
+    # none there is no such copy.
     zero_group: Positive | None = None
     compile: Literal["off", "blocks"] = "off"  # blocks compiles each kind of block once with torch.compile.
     # Seconds without progress of a rank after which the job ends and names that rank.

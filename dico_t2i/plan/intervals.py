@@ -26,7 +26,7 @@ def expected_goodput(work: float, save: float, mtbf: float, start: float, wait: 
     """The share of time that is spent on training steps that are kept, in a long run.
 
     work: training between two saves. start: from the beginning of a job to its first step, in which it may fail. wait:
-    from a failure to the next beginning. With E the mean time until a stretch of work + save is complete, and F the same
+    from a failure to the next beginning. E is the mean time until a stretch of work + save is complete, and F the same
     from the beginning of a job: E = (1 - q) (M + wait + F) and F = (exp(start / M) - 1) (M + wait) + E, where M is
     ``mtbf`` and q = exp(-(work + save) / M). Without ``wait`` the solution is Daly's equation for the total time.
     """

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from dico_t2i.config import Config, ReliabilityConfig
@@ -48,29 +48,41 @@ def job_of(config: Config, plans: Sequence[Plan], measured: Path | None = None) 
 
 
 def measured_times(run: Path) -> dict[str, float]:
-    """The times in a run's metrics.jsonl, as medians: keys of ``ReliabilityConfig``.
+    """The mean times in a run's metrics.jsonl: keys of ``ReliabilityConfig``.
 
     The start is that of the resumed starts, if there are any, and then includes loading. Raises ValueError if the run
     has not reported enough.
     """
     lines = list(json_lines(run / "metrics.jsonl"))
-    steps = [line["step_s"] for line in lines if "step_s" in line]
+    steps = _steps(lines)
     saves = [line for line in lines if line.get("event") == "saved" and "seconds" in line]
     fresh, resumed = _starts(lines)
     for what, found in (("reports", steps), ("saves", saves), ("starts with start_s", fresh + resumed)):
         if not found:
             raise ValueError(f"--measured {run}: no {what} in its metrics.jsonl; give a run that has trained and saved")
     return {
-        "step_s": median(steps),
-        "pause_s": median(save["pause_s"] for save in saves),
-        "save_s": median(save["seconds"] for save in saves),
-        "start_s": median(resumed or fresh),
+        "step_s": fmean(steps),
+        "pause_s": fmean(save["pause_s"] for save in saves),
+        "save_s": fmean(save["seconds"] for save in saves),
+        "start_s": max(0.0, fmean(resumed or fresh) - fmean(steps)),
         **({"load_s": 0.0} if resumed else {}),
     }
 
 
+def _steps(lines: Sequence[dict[str, Any]]) -> list[float]:
+    """The seconds of a step in each report but the first of each start, whose first step belongs to the start."""
+    found: tuple[list[float], list[float]] = ([], [])
+    first = False
+    for line in lines:
+        if "step_s" in line:
+            found[first].append(line["step_s"])
+            first = False
+        first = first or line.get("event") == "memory"
+    return found[0] or found[1]
+
+
 def _starts(lines: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """The seconds from the beginning of the process to its first step, of new and of resumed starts."""
+    """The seconds from the beginning of the process to the end of its first step, of new and of resumed starts."""
     found: tuple[list[float], list[float]] = ([], [])
     resumed = False
     for line in lines:

@@ -4,7 +4,8 @@ What a job does after a failure, when it saves and when it gives up is decided b
 Time passes from one interruption to the next, so a run of a month takes about a millisecond.
 """
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -122,7 +123,7 @@ class Stretch(NamedTuple):
 class Outcome:
     """What a simulated run came to. spent: seconds by ``SPENT``. events: how often jobs ended in which way."""
 
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     events: Counter[str] = field(default_factory=Counter)
     finished: bool = False
 
@@ -310,7 +311,7 @@ def best_interval(tried: Sequence[Tried]) -> Tried:
     at = max(range(len(tried)), key=lambda number: tried[number].goodput)
     if at in (0, len(tried) - 1):
         return tried[at]
-    x = np.log([one.every_s for one in tried[at - 1 : at + 2]])
+    x = np.log([float(one.every_s) for one in tried[at - 1 : at + 2]])
     a, b, c = np.polyfit(x - x[1], [one.goodput for one in tried[at - 1 : at + 2]], 2)
     top = -b / (2 * a)
     return Tried(float(np.exp(x[1] + top)), float(c + b * top / 2))
@@ -326,4 +327,4 @@ def slowest_of(times: Sequence[float], ranks: int) -> tuple[float, float]:
     ordered = np.sort(np.asarray(times, dtype=np.float64))
     chance = np.diff((np.arange(len(ordered) + 1) / len(ordered)) ** ranks)
     mean = float(ordered @ chance)
-    return mean, float(np.sqrt(max(0.0, (ordered**2) @ chance - mean**2)))
+    return mean, math.sqrt(max(0.0, float(ordered**2 @ chance) - mean**2))

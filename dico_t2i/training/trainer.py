@@ -36,6 +36,7 @@ from dico_t2i.training.inputs import Inputs
 from dico_t2i.training.observers.averaged import averaged_model
 from dico_t2i.training.observers.memory_report import memory_report, peak_memory_bytes
 from dico_t2i.training.observers.preview import sample_preview
+from dico_t2i.training.observers.snapshot import process_age_s
 from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
@@ -332,7 +333,8 @@ class Trainer:
             return
         held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
         expected = expected_memory(self.config, self.world.size)
-        self.report.event(self.step, "memory", memory_report(held, peak, expected), bytes={**held, "peak": peak})
+        message, sizes = memory_report(held, peak, expected), {**held, "peak": peak}
+        self.report.event(self.step, "memory", message, bytes=sizes, start_s=process_age_s())
 
     def _data_notes(self) -> Iterator[str]:
         """Notes on which data are left out, and how data sets are mixed."""

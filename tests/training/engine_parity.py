@@ -1,6 +1,7 @@
 """Run under torchrun: the engine at each ZeRO stage against plain optimizers on the whole batch.
 
-A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT, where WHAT is muon, or adapter for training one alone.
+A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT, where WHAT is muon, or adapter for training one alone, or grouped
+for a copy of the weights in groups of two ranks, with a network of which a part is large enough to be divided.
 """
 
 import copy
@@ -23,7 +24,7 @@ BATCH, MICRO, STEPS = 8, 2, 4
 
 def model(what):
     torch.manual_seed(0)
-    network = DiCo(MODEL)
+    network = DiCo(MODEL.model_copy(update={"hidden_size": 64}) if what == "grouped" else MODEL)
     if what == "adapter":
         add_adapter(network, AdapterConfig(rank=3, alpha=6))
     with torch.no_grad():
@@ -76,13 +77,20 @@ def engine_result(stage, precision, what, world):
     accumulation = BATCH // MICRO // world.size
     group = {"zero_group": 2} if what == "grouped" else {}
     train = TrainConfig(
-        duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage, **group
+        duration=Span(steps=STEPS),
+        global_batch=BATCH,
+        micro_batch=MICRO,
+        precision=precision,
+        zero_stage=stage,
+        **group,
     )
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
     engine = Engine(network, train, optimizer, (MICRO, accumulation), world, ClusterConfig())
     engine.materialize(0)
+    if what == "grouped":
+        load_twice(engine)
     skipped = []
     for step in range(STEPS):
         x, t, y = batch(step)
@@ -96,6 +104,17 @@ def engine_result(stage, precision, what, world):
     owned = torch.tensor(sum(piece.numel for piece in engine.owned_pieces()))
     dist.all_reduce(owned)
     return dict(engine.gather("weight")), dict(engine.gather("ema_0.9")), skipped, owned.item(), engine.optimizer_steps
+
+
+def load_twice(engine):
+    """Run on other weights, then put the first ones back, as a resume does: no copy may keep the others."""
+    first = {piece.name: piece.tensors["weight"].clone() for piece in engine.pieces()}
+    for factor in (2.0, 1.0):
+        for piece in engine.pieces():
+            piece.tensors["weight"].copy_(factor * first[piece.name])
+        engine.publish_weights()
+        with torch.no_grad():
+            engine.model(*(tensor[:MICRO] for tensor in batch(0)))
 
 
 def largest_difference(ours, expected):

@@ -30,6 +30,14 @@ def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
         assert result["owned"] == PARAMETERS, result
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_copies_of_the_weights_in_groups_of_ranks_change_nothing(ranks):
+    (result,) = parity(ranks, "3:fp32:grouped")
+    assert result["weight"] < 2e-5, result
+    assert result["ema"] < 2e-5, result
+    assert result["owned"] == result["trained"], result
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_muon_is_torchs_own_although_its_matrices_are_divided(ranks):
     """The steps are 1e-3; orthogonalizing in bf16 turns the rounding of gradients into differences of this size."""
