@@ -52,17 +52,17 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--simulate",
-        nargs="?",
-        type=positive,
-        const=1000,
-        metavar="RUNS",
-        help="simulate the run with failures, preemption and waits (cluster.reliability), this often (default: 1000)",
+        action="store_true",
+        help="simulate the run with failures, preemption and waits (cluster.reliability)",
     )
     what.add_argument(
         "--sweep-nodes", type=_counts, metavar="1,2,4", help="predict how the speed grows with the number of nodes"
     )
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="with --simulate: take the times of steps, saves, starts of a run"
+    )
+    parser.add_argument(
+        "--times", type=positive, default=1000, metavar="N", help="with --simulate: how often (default: 1000)"
     )
     parser.add_argument("--seed", type=non_negative, default=0, help="with --simulate: seed of the draws (default: 0)")
     parser.add_argument(
@@ -97,7 +97,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         per_gpu = arguments.per_gpu or config.train.micro_batch
         print_sweep(config, arguments.sweep_nodes, per_gpu, arguments.plot, arguments.json)
     elif arguments.simulate:
-        given = arguments.measured, arguments.simulate, arguments.seed
+        given = arguments.measured, arguments.times, arguments.seed
         print_simulation(config, *given, arguments.plot, arguments.json)
     else:
         print_plan(config, arguments.json)

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from dico_t2i.config import Config
 from dico_t2i.plan.plan import Estimate, estimate
 
-# What would be faster if a resource had no limits. The rates of the network matter only where there are several nodes.
-_UNLIMITED: Mapping[str, Mapping[str, float]] = {
-    "links in a node": {"link_gb_s": 1e6},
-    "network between nodes": {"network_gb_s": 1e6},
-    "delays of collectives": {"latency_us": 1e-3, "link_hop_us": 1e-3, "network_hop_us": 1e-3},
-}
+_NO_LIMIT = {"link_gb_s": 1e6, "network_gb_s": 1e6}
+_NO_DELAY = {"latency_us": 1e-3, "link_hop_us": 1e-3, "network_hop_us": 1e-3}
 _LEAST = 0.005  # of a step: a resource that costs less is no bottleneck
 _ENOUGH = 0.9  # of the efficiency that the smallest batch for it is searched for
 
@@ -86,7 +82,13 @@ def _rate(config: Config, at: Estimate) -> float:
 
 
 def _limits(config: Config) -> list[tuple[str, Mapping[str, float]]]:
-    return [(name, better) for name, better in _UNLIMITED.items() if config.cluster.nodes > 1 or "network" not in name]
+    """What limits communication, and the hardware without it.
+
+    That is the slower of the links in a node and the network between nodes, and the delays of collectives.
+    """
+    cluster = config.cluster
+    linked = cluster.rate == 1e9 * cluster.hardware.link_gb_s
+    return [("links" if linked else "network", _NO_LIMIT), ("delays", _NO_DELAY)]
 
 
 def _with_hardware(config: Config, changes: Mapping[str, float]) -> Config:

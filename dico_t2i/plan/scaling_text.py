@@ -26,7 +26,7 @@ def render_sweep(config: Config, growing: Sequence[Scale], fixed: Sequence[Scale
 
 
 def _table(scales: Sequence[Scale], enough: bool = False) -> Table:
-    names = ("nodes", "devices", "batch", "step, ms", "not hidden, ms", "images/s", "efficiency", "first bottleneck")
+    names = ("nodes", "devices", "batch", "step, ms", "not hidden", "images/s", "efficiency", "bottleneck, ms")
     table = Table(*names, *(["batch for 0.90"] if enough else []))
     for scale in scales:
         fits = "" if scale.estimate.fits else " (memory does not suffice)"
@@ -39,7 +39,7 @@ def _table(scales: Sequence[Scale], enough: bool = False) -> Table:
             f"{1e3 * scale.estimate.communication_s:.1f}",
             f"{scale.estimate.images_per_s:,.0f}",
             f"{scale.efficiency:.3f}",
-            scale.bottleneck + (f", {1e3 * cost:.1f} ms" if cost else "") + fits,
+            scale.bottleneck + (f", {1e3 * cost:.1f}" if cost else "") + fits,
             *([f"{scale.enough:,}" if scale.enough else "none"] if enough else []),
         )
     return table

@@ -22,7 +22,7 @@ from dico_t2i.plan.simulate import (
     try_intervals,
 )
 
-_TRIES = 5  # part of the runs that are simulated for each interval
+_TRIES = 5  # the runs for one that is simulated with each interval
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Simulation:
         return np.array([outcome.seconds for outcome in self.outcomes]) / 86400
 
     @property
+    def own(self) -> Tried:
+        """The config's interval, in as many runs as the others."""
+        return Tried(self.interval_s, mean_goodput(self.outcomes[: _tries(len(self.outcomes))]))
+
+    @property
     def interval_s(self) -> float:
         """The interval of the config, in seconds."""
         return self.job.every_s or (self.job.every_steps or 0) * self.job.step_s
@@ -48,7 +53,12 @@ class Simulation:
 
 def run_simulation(name: str, job: Job, notes: Sequence[str], runs: int, seed: int) -> Simulation:
     """Simulate a job, with its own interval between saves and with others."""
-    return Simulation(name, job, simulate(job, runs, seed), try_intervals(job, max(20, runs // _TRIES), seed), notes)
+    return Simulation(name, job, simulate(job, runs, seed), try_intervals(job, _tries(runs), seed), notes)
+
+
+def _tries(runs: int) -> int:
+    """How many of the runs are simulated for each interval."""
+    return min(runs, max(20, runs // _TRIES))
 
 
 def summary(simulation: Simulation) -> dict[str, Any]:
@@ -87,9 +97,9 @@ def render_simulation(simulation: Simulation) -> Group:
         head.append(f"{found['unfinished']} runs get nowhere: they were ended after a hundred times that")
     best = best_interval(simulation.tried)
     other = (
-        f"saves every {_clock(simulation.interval_s)}; best every {_clock(best.every_s)} (goodput"
-        f" {100 * best.goodput:.2f} %); by Young's formula {_clock(found['young_interval_s'])}, by Daly's"
-        f" {_clock(found['daly_interval_s'])}"
+        f"saves every {_clock(simulation.interval_s)}: goodput {100 * simulation.own.goodput:.3f} %; best every"
+        f" {_clock(best.every_s)}: {100 * best.goodput:.3f} %, in {_tries(found['runs'])} runs; by Young's formula"
+        f" {_clock(found['young_interval_s'])}, by Daly's {_clock(found['daly_interval_s'])}"
     )
     return Group(*head, _spent(simulation), _events(found), other, *(f"note: {note}" for note in simulation.notes))
 
