@@ -20,10 +20,10 @@ class HardwareConfig(Section):
     # The time of an all-reduce of a few bytes over all devices, in microseconds. Training computes from it, from the
     # bandwidths and from the number of parameters how many gradients it sends together.
     latency_us: PositiveFloat = 30.0
-    # How long a message takes from one device to the next, in microseconds, in a node and between nodes. `dico plan
-    # --sweep-nodes` computes with them how collectives become slower with the number of devices.
+    # How long a message takes from one device to the next in a node, in microseconds. `dico plan` computes from it and
+    # from the next key how collectives become slower with the number of devices.
     link_hop_us: PositiveFloat = 2.0
-    network_hop_us: PositiveFloat = 8.0
+    network_hop_us: PositiveFloat = 8.0  # How long a message takes from one node to the next, in microseconds.
     disk_gb_s: PositiveFloat = 1.0  # The write rate of one node to the file system that holds the checkpoints.
 
 

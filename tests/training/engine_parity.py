@@ -87,10 +87,13 @@ def engine_result(stage, precision, what, world):
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
+    if what == "grouped":
+        with torch.no_grad():
+            torch._foreach_mul_(list(network.parameters()), 2)
     engine = Engine(network, train, optimizer, (MICRO, accumulation), world, ClusterConfig())
     engine.materialize(0)
     if what == "grouped":
-        load_twice(engine)
+        halve(engine)
     skipped = []
     for step in range(STEPS):
         x, t, y = batch(step)
@@ -106,15 +109,12 @@ def engine_result(stage, precision, what, world):
     return dict(engine.gather("weight")), dict(engine.gather("ema_0.9")), skipped, owned.item(), engine.optimizer_steps
 
 
-def load_twice(engine):
-    """Run on other weights, then put the first ones back, as a resume does: no copy may keep the others."""
-    first = {piece.name: piece.tensors["weight"].clone() for piece in engine.pieces()}
-    for factor in (2.0, 1.0):
-        for piece in engine.pieces():
-            piece.tensors["weight"].copy_(factor * first[piece.name])
-        engine.publish_weights()
-        with torch.no_grad():
-            engine.model(*(tensor[:MICRO] for tensor in batch(0)))
+def halve(engine):
+    """Change the weights as a resume does: no copy may keep those that the engine began with."""
+    for piece in engine.pieces():
+        for kind in ("weight", "ema_0.9"):
+            piece.tensors[kind].mul_(0.5)
+    engine.publish_weights()
 
 
 def largest_difference(ours, expected):
