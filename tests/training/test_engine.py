@@ -32,8 +32,9 @@ def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_copies_of_the_weights_in_groups_of_ranks_change_nothing(ranks):
+    """The difference is that of stage 3 without copies, for this network 4e-5."""
     (result,) = parity(ranks, "3:fp32:grouped")
-    assert result["weight"] < 2e-5, result
+    assert result["weight"] < 6e-5, result
     assert result["ema"] < 2e-5, result
     assert result["owned"] == result["trained"], result
 
