@@ -8,7 +8,6 @@
 """
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -22,11 +21,11 @@ from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 from cluster import slurm
-from dico_t2i.config import ClusterConfig, ConfigError
+from dico_t2i.config import ClusterConfig
+from dico_t2i.runs.decisions import minutes
 from dico_t2i.runs.log import append, json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-UNMEASURED_LEAD_S = 300  # used until a run's first save has been timed
 Work = Callable[[], Any]
 
 
@@ -42,23 +41,6 @@ class Submitted:
     def log(self) -> Path:
         """The path of the job's own log."""
         return self.folder / f"{self.id}_0_log.out"
-
-
-def minutes(time_limit: str) -> int:
-    """A time limit in sbatch's notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in whole minutes, at least 1."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
-    if not match:
-        raise ConfigError(f"cluster.time: {time_limit!r} is not of the form minutes, H:M:S or days-H:M:S")
-    days, *rest = match.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is not None:  # D-H, D-H:M, D-H:M:S
-        seconds = int(days) * 86400 + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
-    else:  # M, M:S, H:M:S
-        units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)]
-        seconds = sum(part * unit for part, unit in zip(parts, units, strict=True))
-    if seconds == 0:
-        raise ConfigError(f"cluster.time: {time_limit!r} must be longer than 0")
-    return -(-seconds // 60)
 
 
 class _SlurmExecutor(SlurmExecutor):

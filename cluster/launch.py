@@ -31,6 +31,7 @@ from cluster.state import holder, measured_pause
 from cluster.supervisor import TrainJob
 from dico_t2i.command import positive, run, script_parser
 from dico_t2i.config import ClusterConfig, Config, dump_config, load_config, read_yaml
+from dico_t2i.runs.decisions import minutes, signal_lead_s
 from dico_t2i.text_lines import read_text
 
 
@@ -185,14 +186,8 @@ def _dry_run(made: Executor, config: Config, path: Path) -> int:
 
 def _lead(config: Config, run_folder: Path) -> int:
     """The time between SLURM's signal to save and the time limit, in seconds."""
-    cluster, limit = config.cluster, 60 * jobs.minutes(config.cluster.time)
-    if cluster.signal_lead_s:
-        if cluster.signal_lead_s >= limit:
-            raise ValueError(f"--signal-lead {cluster.signal_lead_s}: must be shorter than the time limit of {limit} s")
-        return cluster.signal_lead_s
-    pause = measured_pause(run_folder)
-    lead = jobs.UNMEASURED_LEAD_S if pause is None else round(60 + 2 * pause)
-    return min(lead, limit // 2)
+    limit_s = 60 * minutes(config.cluster.time)
+    return signal_lead_s(limit_s, config.cluster.signal_lead_s, measured_pause(run_folder))
 
 
 def _check_free(run_folder: Path) -> None:

@@ -18,39 +18,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from cluster import jobs, preflight, slurm
 from cluster.rank import START_MARK
 from cluster.state import last_step, tail
-from dico_t2i.command import REQUEUE_EXIT_CODE, USER_ERROR
+from dico_t2i.command import REQUEUE_EXIT_CODE
 from dico_t2i.config import ClusterConfig, load_config
+from dico_t2i.runs.decisions import Failure, counts, decide
 from dico_t2i.runs.log import append, json_lines
 
 _PORTS = range(20000, 30000)  # outside the range of ports that systems assign
 _STRAGGLERS_S = 300  # from the end of the first rank until srun ends the others
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The reason why a start of a run failed, from the first rank that failed."""
-
-    time: float
-    job: str
-    start: int
-    step: int  # the last one that the run has reported
-    code: int
-    rank: int | None
-    host: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do after the ranks have ended."""
-
-    act: Literal["end", "again", "give up"]
-    why: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +66,7 @@ class Supervisor:
         while True:
             code = self._train()
             failure, taken = self._failure(code), self._taken_away()
-            if failure and not (taken and failure.rank is None):
+            if failure and counts(failure, bool(taken)):
                 self._record(failure)
             if taken:
                 say(taken)
@@ -218,23 +197,6 @@ class Supervisor:
         """Pass a signal on to local ranks; under SLURM the ranks receive signals themselves."""
         for process in self.ranks:
             process.send_signal(number)
-
-
-def decide(code: int, start: int, max_requeues: int, failures: Sequence[Failure]) -> Decision:
-    """Decide what to do after a start has ended. failures: this job's, newest last, including one of this start."""
-    failure = failures[-1] if failures and failures[-1].start == start else None
-    if failure is None and code == 0:
-        return Decision("end", "done")
-    if failure and failure.code == USER_ERROR:
-        return Decision("give up", "given up: correct this error, then launch again")
-    if failure and any(other.step == failure.step for other in failures[:-1]):
-        first = next(other for other in failures if other.step == failure.step)
-        return Decision(
-            "give up", f"given up: failed twice at step {failure.step}. The first error was:\n{first.error}"
-        )
-    if start >= max_requeues:
-        return Decision("give up", f"given up: requeued {start} times (--max-requeues); launch again to resume")
-    return Decision("again", "stopped by a signal, resumes from its checkpoint" if not failure else "trying again")
 
 
 def say(*lines: str) -> None:

@@ -49,8 +49,36 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", type=Path, help="a cluster profile; see configs/cluster/")
     parser.add_argument("--nodes", type=positive, help="number of nodes (default: the config's)")
     parser.add_argument("--gpus-per-node", type=non_negative, help="GPUs of each node (default: the config's)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--simulate",
+        action="store_true",
+        help="simulate the run with failures, preemption and waits (cluster.reliability)",
+    )
+    what.add_argument(
+        "--sweep-nodes", type=_counts, metavar="1,2,4", help="predict how the speed grows with the number of nodes"
+    )
+    parser.add_argument(
+        "--measured", type=Path, metavar="RUN", help="with --simulate: take the times of steps, saves, starts of a run"
+    )
+    parser.add_argument(
+        "--times", type=positive, default=1000, metavar="N", help="with --simulate: how often (default: 1000)"
+    )
+    parser.add_argument("--seed", type=non_negative, default=0, help="with --simulate: seed of the draws (default: 0)")
+    parser.add_argument(
+        "--per-gpu",
+        type=positive,
+        metavar="N",
+        help="with --sweep-nodes: samples of a GPU and step (default: train.micro_batch)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the simulation or the sweep, as a PNG")
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [positive(part) for part in text.split(",")]
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -61,22 +89,18 @@ def _plan(arguments: argparse.Namespace) -> int:
         key: getattr(arguments, key) for key in ("nodes", "gpus_per_node") if getattr(arguments, key) is not None
     }
     config = config.model_copy(update={"cluster": read_cluster(arguments.cluster, changes, config.cluster)})
-    import json
-    from dataclasses import asdict
+    from dico_t2i.plan.command import print_plan, print_simulation, print_sweep
 
-    from rich.console import Console
-
-    from dico_t2i.plan.plan import make_plans
-    from dico_t2i.plan.text import refusals, render
-
-    plans = make_plans(config)
-    Console().print(render(plans), highlight=False)
-    if arguments.json:
-        contents = [{**asdict(plan), "hardware": plan.hardware.model_dump()} for plan in plans]
-        content = {"stages": contents} if config.stages else contents[0]
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if refused := refusals(plans):
-        raise ValueError(refused)
+    if arguments.plot and not (arguments.simulate or arguments.sweep_nodes):
+        raise ValueError("--plot: it draws what --simulate or --sweep-nodes computes; give one of them")
+    if arguments.sweep_nodes:
+        per_gpu = arguments.per_gpu or config.train.micro_batch
+        print_sweep(config, arguments.sweep_nodes, per_gpu, arguments.plot, arguments.json)
+    elif arguments.simulate:
+        given = arguments.measured, arguments.times, arguments.seed
+        print_simulation(config, *given, arguments.plot, arguments.json)
+    else:
+        print_plan(config, arguments.json)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Run under torchrun: the collectives in a step of the real engine, for each ZeRO stage that is given.
 
-Of each: its name, its bytes, and whether it was called while gradients were computed.
+Of each: its name, its bytes, whether it was called while gradients were computed, and between how many ranks. STAGE may
+be 3:GROUP, with a copy of the weights in each group of ranks.
 
 python -m tests.plan_traffic CONFIG.yaml STAGE ...
 """
@@ -25,17 +26,19 @@ WHOLE = {
 }
 STEPS = 3  # ZeRO-3 learns in the first which weights it can keep
 
-sent: list[tuple[str, int, bool]] = []
+Collective = tuple[str, int, bool, int]
+sent: list[Collective] = []
 
 
 def noted(name, original, *args, **kwargs):
     position, keyword = WHOLE[name]
     tensor = kwargs[keyword] if keyword in kwargs else args[position]
-    sent.append((name, tensor.numel() * tensor.element_size(), torch._C._current_graph_task_id() != -1))
+    ranks = dist.get_world_size(kwargs.get("group"))
+    sent.append((name, tensor.numel() * tensor.element_size(), torch._C._current_graph_task_id() != -1, ranks))
     return original(*args, **kwargs)
 
 
-def step_traffic(config: Config, world: World) -> list[tuple[str, int, bool]]:
+def step_traffic(config: Config, world: World) -> list[Collective]:
     micro, accumulation = config.batching(world.size)
     network, batching = build_network(config.model), (micro, accumulation)
     engine = Engine(network, config.train, config.optimizer, batching, world, config.cluster)
@@ -50,11 +53,15 @@ def step_traffic(config: Config, world: World) -> list[tuple[str, int, bool]]:
     return list(sent)
 
 
+def _changes(stage: str, group: str = "null") -> list[str]:
+    return [f"train.zero_stage={stage}", f"train.zero_group={group}"]
+
+
 def main(path: str, stages: list[str]) -> None:
     for name in WHOLE:
         setattr(dist, name, partial(noted, name, getattr(dist, name)))
     world = join_world()
-    results = {stage: step_traffic(load_config(path, [f"train.zero_stage={stage}"]), world) for stage in stages}
+    results = {stage: step_traffic(load_config(path, _changes(*stage.split(":"))), world) for stage in stages}
     if world.is_main:
         print("RESULT", json.dumps(results))
     leave_world()

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from dico_t2i.cli import main
-from dico_t2i.config import ClusterConfig, Config, load_config
+from dico_t2i.config import ClusterConfig, Config, ConfigError, load_config
 from dico_t2i.models import trained_sizes
 from dico_t2i.plan.buffers import bucket_size
 from dico_t2i.plan.communication import buckets, communication, left_over
 from dico_t2i.plan.cost import traced_pass
-from dico_t2i.plan.plan import make_plan
+from dico_t2i.plan.job import job_of
+from dico_t2i.plan.plan import make_plan, make_plans
 from dico_t2i.plan.text import refusal
+from dico_t2i.plan.topology import Group
 from tests.training.conftest import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,21 +96,41 @@ def test_the_memory_of_two_ranks(tmp_path, stage):
 
 
 def test_what_is_sent_in_a_step(tmp_path):
-    """On two ranks, in two passes: an all-reduce counts twice, half of everything stays where it is."""
+    """On two ranks, in two passes: an all-reduce counts twice, half of everything stays where it is.
+
+    The only bytes that the plan leaves out are those of the gradients' norm.
+    """
     path = write(tmp_path)
     changes = ["data.image_size=64", "train.global_batch=4", "train.micro_batch=1", "data.streams=4"]
     config = load_config(path, [*changes, "cluster.tasks_per_node=2", "cluster.hardware={latency_us: 0.1}"])
     plan = make_plan(config)
     measured = run("tests.plan_traffic", config, tmp_path, *map(str, range(1, 4)))
     for stage, collectives in measured.items():
-        sent = sum(size * (2 if name == "all_reduce" else 1) for name, size, _ in collectives) / 2
+        sent = sum(_sent(*each) for each in collectives if each[1] > 8)
         assert abs(plan.communication[int(stage)].sent / sent - 1) < 0.15, stage
+        assert plan.communication[int(stage)].sent == sent, stage
+        assert [each[0] for each in collectives if each[1] <= 8] == ["all_reduce"]
     sizes = trained_sizes(config.model, None)
     *early, late = buckets(traced_pass(config, 1), sum(sizes), bucket_size(sizes, 2, config.cluster))
     assert early
     for stage, passes in (("1", 1), ("2", 2)):
-        reduced = [(size, within) for name, size, within in measured[stage] if name == "all_reduce" and size > 1000]
+        reduced = [(size, within) for name, size, within, _ in measured[stage] if name == "all_reduce" and size > 1000]
         assert reduced == passes * [*((2 * size, True) for _, size in early), (2 * late[1], False)], stage
+
+
+def _sent(name, size, within, ranks):
+    """The bytes that a rank sends in a ring."""
+    return size * (2 if name == "all_reduce" else 1) * (ranks - 1) / ranks
+
+
+@pytest.mark.long
+def test_what_is_sent_in_groups_of_ranks(tmp_path):
+    """On four ranks: after the first gather of a step, weights are gathered in groups of two."""
+    changes = ["data.image_size=64", "train.global_batch=8", "train.micro_batch=1", "train.zero_stage=3"]
+    config = load_config(write(tmp_path), [*changes, "cluster.tasks_per_node=4", "train.zero_group=2"])
+    (collectives,) = run("tests.plan_traffic", config, tmp_path, "3:2").values()
+    assert communication(config).sent == sum(_sent(*each) for each in collectives if each[1] > 8)
+    assert {each[3] for each in collectives} == {2, 4}
 
 
 @pytest.mark.parametrize(
@@ -210,3 +232,88 @@ def test_numbers_are_written_as_json(tmp_path, capsys):
     assert written["hardware"]["name"] == "H200"
     assert written["estimate"]["memory"]["activations"] > 0
     assert "there are no data yet" in capsys.readouterr().out
+
+
+HARDWARE = "cluster.hardware={link_gb_s: 400, network_gb_s: 25, latency_us: 1, link_hop_us: 2, network_hop_us: 10}"
+
+
+def test_collectives_by_topology():
+    """Four nodes of eight: a ring leaves each node over eight rails, and goes 28 times over a link, 3 times between."""
+    cluster = load_config(ROOT / "configs" / "dico_s_t2i.yaml", ["cluster.nodes=4", HARDWARE]).cluster
+    everyone, node, pair = (Group(cluster, ranks) for ranks in (32, 8, 2))
+    assert (everyone.nodes, node.nodes) == (4, 1)
+    assert (everyone.rate, node.rate) == (200e9, 400e9)
+    assert Group(cluster.model_copy(update={"gpus_per_node": 1}), 4).rate == 25e9
+    assert everyone.sent("all_reduce", 320) == 620
+    assert pair.sent("all_gather", 320) == 160
+    assert everyone.delay("all_gather") == pytest.approx(1e-6 * (3 * 10 + 28 * 2))
+    assert everyone.delay("all_reduce") == pytest.approx(2e-6 * (2 * 10 + 7 * 2))
+    assert node.delay("reduce_scatter") == pytest.approx(7 * 2e-6)
+    assert everyone.seconds("all_gather", 32e9, 2) == pytest.approx(31e9 / 200e9 + 2 * 86e-6)
+
+
+def test_groups_of_ranks_keep_gathers_in_the_node():
+    path = ROOT / "configs" / "dico_xl_imagenet256.yaml"
+    base = ["train.zero_stage=3", "cluster.nodes=8", "train.global_batch=1024", "train.micro_batch=8"]
+    far, near = (communication(load_config(path, [*base, f"train.zero_group={n}"])) for n in ("null", 8))
+    assert near.sent < far.sent
+    assert near.seconds < far.seconds
+    assert near.exposed <= far.exposed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.zero_group=8"], "zero_group: 8 with zero_stage: 1; only stage 3"),
+        (["train.zero_group=3", "train.zero_stage=3"], "train.zero_group: 3 does not divide the 8 ranks"),
+    ],
+)
+def test_groups_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(load_config(ROOT / "configs" / "dico_s_t2i.yaml", changes))
+
+
+def plan_command(tmp_path, *arguments):
+    file = tmp_path / "numbers.json"
+    small = ["--config", str(write(tmp_path)), "--json", str(file), "--plot", str(tmp_path / "plot.png")]
+    with pytest.raises(SystemExit) as left:
+        main(["plan", *small, *arguments, "cluster.gpus_per_node=2"])
+    assert left.value.code == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(file.read_text())
+
+
+def test_a_sweep_of_the_number_of_nodes(tmp_path, capsys):
+    found = plan_command(tmp_path, "--sweep-nodes", "1,4,8", "--per-gpu", "1")
+    growing, fixed = found["growing batch"], found["fixed batch"]
+    assert [(one["ranks"], one["batch"]) for one in growing] == [(2, 2), (8, 8), (16, 16)]
+    assert [(one["ranks"], one["batch"]) for one in fixed] == [(2, 8), (8, 8)]
+    efficiencies = [one["efficiency"] for one in growing]
+    assert efficiencies[0] == 1
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    assert growing[0]["bottleneck"] in ("links", "delays")
+    assert growing[2]["costs_s"]["network"] > 0
+    assert growing[0]["batch_for_0.9"] == 2
+    assert "the batch is always 8" in capsys.readouterr().out
+
+
+def test_a_simulation_of_the_run(tmp_path, capsys):
+    failing = "cluster.reliability={node_mtbf_hours: 0.001, step_s: 5, save_s: 1, pause_s: 1, start_s: 0, requeue_s: 0}"
+    found = plan_command(tmp_path, "--simulate", "--times", "20", failing, "checkpoint.every={steps: 1}")
+    assert found["runs"] == 20
+    assert found["goodput"] < 0.5
+    assert found["days"]["10 %"] <= found["days"]["50 %"] <= found["days"]["90 %"]
+    assert found["events"]["node lost"] > 0
+    assert "goodput" in capsys.readouterr().out
+
+
+def test_slow_steps_are_read_from_a_file(tmp_path):
+    file = tmp_path / "slow.txt"
+    file.write_text("1\n1\n1\n2\n")
+    config = load_config(write(tmp_path), [f"cluster.reliability={{slow_steps: {file}}}", "cluster.tasks_per_node=2"])
+    job, notes = job_of(config, make_plans(config))
+    assert job.slowest[0] == pytest.approx(1 + 7 / 16)
+    assert "assumed, not measured: step_s, save_s, pause_s, load_s" in notes[0]
+    file.write_text("1\nfast\n")
+    with pytest.raises(ValueError, match=r"slow_steps: .*expected a positive number on each line"):
+        job_of(config, make_plans(config))

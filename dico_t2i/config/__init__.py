@@ -2,7 +2,7 @@
 
 from dico_t2i.config.adapter import AdapterConfig
 from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Span
-from dico_t2i.config.cluster import ClusterConfig, HardwareConfig
+from dico_t2i.config.cluster import ClusterConfig, HardwareConfig, ReliabilityConfig
 from dico_t2i.config.data import CacheConfig, DataConfig
 from dico_t2i.config.encoders import (
     AutoencoderConfig,
@@ -70,6 +70,7 @@ __all__ = [
     "PixArtConfig",
     "Positive",
     "ProfileConfig",
+    "ReliabilityConfig",
     "SamplerConfig",
     "Section",
     "SeededTower",

@@ -95,6 +95,10 @@ class TrainConfig(Section):
     # The ZeRO stage of DeepSpeed: 1 divides the optimizer state among the ranks, 2 also the gradients, 3 also the
     # weights.
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)] = 1
+    # At ZeRO stage 3, the number of neighbouring ranks, such as those of a node, that keep another copy of the weights
+    # and divide it among themselves (DeepSpeed's hpZ). Then only the first gather of each step goes beyond them. With
+    # none there is no such copy.
+    zero_group: Positive | None = None
     compile: Literal["off", "blocks"] = "off"  # blocks compiles each kind of block once with torch.compile.
     # Seconds without progress of a rank after which the job ends and names that rank.
     hang_timeout_s: PositiveFloat = 600.0
@@ -108,6 +112,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"compile: {self.compile} does not work with zero_stage: 3, which gathers weights inside a block;"
                 " use stage 1 or 2, or compile: off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_divide_weights(self) -> TrainConfig:
+        if self.zero_group is not None and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_group: {self.zero_group} with zero_stage: {self.zero_stage}; only stage 3 divides the weights,"
+                " so leave zero_group out, or use zero_stage: 3"
             )
         return self
 

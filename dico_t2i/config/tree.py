@@ -213,12 +213,16 @@ class Config(Section):
         """Return the samples per rank and pass (the micro-batch), and the passes per step, for this number of ranks.
 
         The micro-batch is the largest one up to train.micro_batch that divides the samples of a rank. Raises
-        ConfigError when the number of ranks does not divide the number of streams.
+        ConfigError when the number of ranks does not divide the number of streams, or train.zero_group not the ranks.
         """
-        streams = self.data.streams
+        streams, group = self.data.streams, self.train.zero_group
         if streams % ranks:
             raise ConfigError(
                 f"data.streams: {streams} is not divisible by the {ranks} ranks; use a number of ranks that divides it"
+            )
+        if group and ranks % group:
+            raise ConfigError(
+                f"train.zero_group: {group} does not divide the {ranks} ranks; use the number of ranks of a node"
             )
         per_rank = self.train.global_batch // ranks
         micro = max(m for m in range(1, min(per_rank, self.train.micro_batch) + 1) if per_rank % m == 0)

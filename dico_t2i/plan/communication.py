@@ -6,15 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from dico_t2i.config import Config
-from dico_t2i.models import count_parameters, trained_sizes
+from dico_t2i.models import trained_sizes
 from dico_t2i.plan.buffers import UNDIVIDED, bucket_size, gradient_bytes
 from dico_t2i.plan.cost import seconds, traced_pass
+from dico_t2i.plan.topology import Group
 from dico_t2i.plan.trace import Pass
 
 # DeepSpeed's defaults for ZeRO stage 3, in weights: how many it gathers in advance, and how many it keeps from the
-# forward pass to the backward pass. The latter is half of its "maximal reuse distance", which counts both passes.
+# forward pass to the backward pass. The latter is half of its "maximal reuse distance", which counts both passes. A
+# parameter that is not larger than SMALL is not divided.
 GATHERED = 50_000_000
 KEPT = 500_000_000
+SMALL = 100_000
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,12 @@ def buckets(traced: Pass, trained: int, size: int) -> list[tuple[int, int]]:
 
 
 def communication(config: Config) -> Communication:
-    """The communication of ring collectives: an all-reduce sends the data twice, a gather or scatter once.
+    """The communication of a step, with ring collectives: an all-reduce sends the data twice, a gather or scatter once.
 
-    One rank's share of the data is never sent. ZeRO stage 1 reduces gradients once for each step, stages 2 and 3 after
-    each pass. Stages 1 and 2 use an all-reduce and then gather the weights. Stage 3 gathers the weights in each forward
-    pass, and again in the backward pass those that it did not keep.
+    ZeRO stage 1 reduces gradients once for each step, stages 2 and 3 after each pass. Stages 1 and 2 use an all-reduce
+    and then gather the weights. Stage 3 gathers the weights in each forward pass, and again in the backward pass those
+    that it did not keep; with ``train.zero_group`` all gathers but the first of a step stay in the group. The few bytes
+    of the gradients' norm are left out.
     """
     ranks, stage = config.cluster.ranks, config.train.zero_stage
     if ranks == 1:
@@ -68,24 +72,30 @@ def communication(config: Config) -> Communication:
 def _undivided(config: Config) -> Communication:
     """Stage 0: an all-reduce after the last pass."""
     trained = sum(trained_sizes(config.model, config.adapter))
-    size, time = _sent(config, 2 * trained), _time(config)(2 * trained, -(-trained // UNDIVIDED))
-    return Communication(size, time, time)
+    size, everyone = gradient_bytes(config.train) * trained, _everyone(config)
+    time = everyone.seconds("all_reduce", size, -(-trained // UNDIVIDED))
+    return Communication(everyone.sent("all_reduce", size), time, time)
 
 
 def _in_buckets(config: Config) -> Communication:
     """Stages 1 and 2: the buckets of gradients in the backward pass, and the gather of weights after the update."""
     sizes = trained_sizes(config.model, config.adapter)
-    trained, time = sum(sizes), _time(config)
+    everyone, element = _everyone(config), gradient_bytes(config.train)
+    trained = element * sum(sizes)
     micro, accumulation = config.batching(config.cluster.ranks)
     passes = accumulation if config.train.zero_stage == 2 else 1
     traced = traced_pass(config, micro)
-    sent = buckets(traced, trained, bucket_size(sizes, gradient_bytes(config.train), config.cluster))
+    sent = buckets(traced, sum(sizes), bucket_size(sizes, element, config.cluster))
     ends = np.cumsum(seconds(config, traced))
-    gather = time(trained, 1)
+    gather = everyone.seconds("all_gather", trained)
+
+    def time(elements: int) -> float:
+        return everyone.seconds("all_reduce", element * elements)
+
     return Communication(
-        _sent(config, (2 * passes + 1) * trained),
-        passes * sum(time(2 * elements, 1) for _, elements in sent) + gather,
-        passes * left_over(ends, sent, lambda elements: time(2 * elements, 1)) + gather,
+        passes * everyone.sent("all_reduce", trained) + everyone.sent("all_gather", trained),
+        passes * sum(time(elements) for _, elements in sent) + gather,
+        passes * left_over(ends, sent, time) + gather,
     )
 
 
@@ -104,35 +114,56 @@ def left_over(ends: np.ndarray, sent: Sequence[tuple[int, int]], time: Callable[
 
 
 def _by_modules(config: Config) -> Communication:
-    """Stage 3: the weights are gathered while the modules before them compute, and the gradients as at stage 2."""
+    """Stage 3: the weights are gathered while the modules before them compute, and the gradients as at stage 2.
+
+    Small parameters are kept by all ranks, which gather them after the update: one by one, but without waiting between
+    two of them, so that their delays are assumed to overlap.
+    """
     sizes = trained_sizes(config.model, config.adapter)
-    parameters, trained, time = count_parameters(config.model), sum(sizes), _time(config)
+    everyone, element = _everyone(config), gradient_bytes(config.train)
+    own = Group(config.cluster, config.train.zero_group or everyone.ranks)
     micro, passes = config.batching(config.cluster.ranks)
     traced = traced_pass(config, micro)
     spent = seconds(config, traced)
     forward_s, backward_s = spent[: traced.forward].sum(), spent[traced.forward :].sum()
-    sent = buckets(traced, trained, bucket_size(sizes, gradient_bytes(config.train), config.cluster))
-    again = max(0, parameters - KEPT)
-    gather, regather = (time(count, -(-count // GATHERED)) for count in (parameters, again))
-    scatter, last = time(trained, len(sent)), time(sent[-1][1], 1)
-    exposed = max(0.0, gather - forward_s) + max(last, regather + scatter - backward_s)
+    sent = buckets(traced, sum(sizes), bucket_size(sizes, element, config.cluster))
+    large, small = divided(config)
+    again = max(0, large - KEPT)
+
+    def gather(group: Group, count: int) -> float:
+        return group.seconds("all_gather", element * count, -(-count // GATHERED))
+
+    first, later, regather = gather(everyone, large), gather(own, large), gather(own, again)
+    scatter = everyone.seconds("reduce_scatter", element * sum(sizes), len(sent))
+    last = everyone.seconds("reduce_scatter", element * sent[-1][1])
+    backward = max(last, regather + scatter - backward_s)
+    kept = everyone.seconds("all_gather", element * sum(small))
     return Communication(
-        _sent(config, passes * (trained + parameters + again)),
-        passes * (gather + regather + scatter),
-        passes * float(exposed),
+        _sent_by_modules(everyone, own, passes, *(element * n for n in (large, again, sum(sizes), sum(small)))),
+        first + (passes - 1) * later + passes * (regather + scatter) + kept,
+        float(_uncovered(first, forward_s) + (passes - 1) * _uncovered(later, forward_s) + passes * backward + kept),
     )
 
 
-def _sent(config: Config, elements: float) -> float:
-    """The bytes that each rank sends of data with this number of elements, divided over all ranks."""
-    ranks = config.cluster.ranks
-    return elements * gradient_bytes(config.train) * (ranks - 1) / ranks
+def _sent_by_modules(
+    everyone: Group, own: Group, passes: int, large: float, again: float, trained: float, small: float
+) -> float:
+    """The bytes that each rank sends at stage 3, of data of these sizes."""
+    gathers = everyone.sent("all_gather", large + small) + own.sent("all_gather", (passes - 1) * large)
+    return gathers + passes * (own.sent("all_gather", again) + everyone.sent("reduce_scatter", trained))
 
 
-def _time(config: Config) -> Callable[[float, int], float]:
-    """A function from elements and a number of collectives to the seconds of sending them."""
+def _uncovered(sending: float, computing: float) -> float:
+    return max(0.0, sending - computing)
 
-    def time(elements: float, collectives: int) -> float:
-        return _sent(config, elements) / config.cluster.rate + 1e-6 * config.cluster.hardware.latency_us * collectives
 
-    return time
+def divided(config: Config) -> tuple[int, tuple[int, ...]]:
+    """The number of weights that stage 3 divides among the ranks, and the sizes of the parameters that it does not."""
+    sizes = trained_sizes(config.model, None)
+    if config.adapter:
+        sizes += trained_sizes(config.model, config.adapter)
+    return sum(size for size in sizes if size > SMALL), tuple(size for size in sizes if size <= SMALL)
+
+
+def _everyone(config: Config) -> Group:
+    return Group(config.cluster, config.cluster.ranks)

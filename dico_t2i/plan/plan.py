@@ -24,7 +24,7 @@ from dico_t2i.encoders import MissingModelError, find_autoencoder
 from dico_t2i.encoders.text import TowerSize, text_sizes
 from dico_t2i.models import count_macs, count_parameters, count_scan_macs, count_trained, trained_sizes
 from dico_t2i.plan.buffers import UNDIVIDED, bucket_size, gradient_bytes, overlaps
-from dico_t2i.plan.communication import GATHERED, KEPT, Communication, buckets, communication
+from dico_t2i.plan.communication import GATHERED, KEPT, Communication, buckets, communication, divided
 from dico_t2i.plan.cost import optimizer_traffic, rates, seconds, traced_pass
 from dico_t2i.plan.trace import Pass
 
@@ -128,7 +128,7 @@ def make_plan(config: Config) -> Plan:
     notes: list[str] = []
     index = _index(config, notes)
     traced = traced_pass(config, micro)
-    estimate = _estimate(config)
+    found = estimate(config)
     if _encoder_bytes(config) is None:
         notes.append("the size of the frozen encoders is not known, so they are left out")
     if config.alignment:
@@ -138,7 +138,7 @@ def make_plan(config: Config) -> Plan:
         notes.append(f"adapter: {_trained(config):,} parameters are trained; the others stay as they are")
     checkpoint_bytes = 4.0 * (_trained(config) * (3 + len(config.optimizer.ema)) - _matrices(config))
     every = (("no stage", ()), ("all stages", config.model.stages))
-    stages = {word: _estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
+    stages = {word: estimate(_with(config, {"model.checkpoint_stages": list(names)})) for word, names in every}
     return Plan(
         name=config.name,
         hardware=config.cluster.hardware,
@@ -151,14 +151,14 @@ def make_plan(config: Config) -> Plan:
         macs_per_image=float(count_macs(config.model, latents)),
         scan_macs_per_image=float(count_scan_macs(config.model, latents)),
         flops_per_image=float((traced.products + traced.others).sum() / micro),
-        estimate=estimate,
+        estimate=found,
         recomputing=stages,
         communication={stage: communication(_at_stage(config, stage)) for stage in range(4)},
         sample_bytes=_sample_bytes(config, index),
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_s=checkpoint_bytes / config.cluster.nodes / (1e9 * config.cluster.hardware.disk_gb_s),
         steps=_steps(config, index, notes),
-        remedies={} if estimate.fits else _remedies(config),
+        remedies={} if found.fits else _remedies(config),
         notes=tuple(notes),
     )
 
@@ -167,13 +167,14 @@ def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
     """The bytes of a rank by part for a number of ranks, which training reports beside the measured ones."""
     tasks = {} if config.cluster.ranks == ranks else {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
     here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
-    memory = asdict(_estimate(here).memory)
+    memory = asdict(estimate(here).memory)
     kept = ("weights", "master_weights", "moments", "averages")
     rest = sum(size for part, size in memory.items() if part not in (*kept, "context"))
     return {**{part: memory[part] for part in kept}, "the rest": rest}
 
 
-def _estimate(config: Config) -> Estimate:
+def estimate(config: Config) -> Estimate:
+    """The memory and time of a config on its cluster."""
     ranks, hardware = config.cluster.ranks, config.cluster.hardware
     micro, accumulation = config.batching(ranks)
     traced = traced_pass(config, micro)
@@ -213,6 +214,7 @@ class _Sharding(NamedTuple):
     buffers: int  # of the size of a bucket: two where one is filled while the other is sent
     element_bytes: int
     again: bool  # gradients of earlier passes of the step are kept
+    copied_weights: float  # at stage 3, a rank's part of the copy that train.zero_group keeps
 
     @property
     def part(self) -> float:
@@ -238,6 +240,7 @@ def _sharding(config: Config) -> _Sharding:
         buffers=2 if overlaps(stage, ranks) and stage < 3 else 1,
         element_bytes=element_bytes,
         again=config.batching(ranks)[1] > 1,
+        copied_weights=divided(config)[0] / config.train.zero_group if config.train.zero_group else 0.0,
     )
 
 
@@ -297,7 +300,8 @@ def _last_pass(traced: Pass, sharding: _Sharding) -> _Moment:
     gradients = sharding.element_bytes * (none + kept, taken, part * again + reduced, none + part)[stage]
     filled, copied = sharding.buffers * bucket, sharding.copied * sent
     gathered = min(sharding.parameters, KEPT) + min(sharding.parameters, GATHERED) if ranks > 1 else 0
-    buffers = (none, filled * (begun | again) + copied, filled * begun + copied, filled + copied + gathered)[stage]
+    kept_weights = gathered + sharding.copied_weights
+    buffers = (none, filled * (begun | again) + copied, filled * begun + copied, filled + copied + kept_weights)[stage]
     buffers = sharding.element_bytes * buffers
     at = int((traced.live + gradients + buffers).argmax())
     activations = min(float(traced.live[at]), traced.activations)
@@ -333,9 +337,9 @@ def _remedies(config: Config) -> dict[str, Estimate]:
     found = {}
     for changes in kinds:
         for change in changes:
-            estimate = _estimate(_with(config, dict(line.split("=", 1) for line in change)))
-            if estimate.fits:
-                found[" ".join(change)] = estimate
+            changed = estimate(_with(config, dict(line.split("=", 1) for line in change)))
+            if changed.fits:
+                found[" ".join(change)] = changed
                 break
     return found
 

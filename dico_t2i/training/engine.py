@@ -83,6 +83,7 @@ class Engine:
             "reduce_bucket_size": bucket_size(sizes, gradient_bytes(train), cluster),
             # Otherwise stages 1 and 2 wait for the device before they send a bucket, instead of once after a pass.
             "contiguous_gradients": True,
+            "zero_hpz_partition_size": train.zero_group or 1,
         }
 
     @property
@@ -180,6 +181,7 @@ class Engine:
         elif self.stage == 3:
             for index in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
+            zero.invalidate_secondary_tensor()  # the copies within groups of ranks
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 

@@ -27,6 +27,7 @@ from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
 from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError
+from dico_t2i.runs.decisions import save_is_due
 from dico_t2i.runs.folder import STAGE, RunFolder
 from dico_t2i.runs.lineage import ancestor, with_stage
 from dico_t2i.runs.weights import default_weights
@@ -35,6 +36,7 @@ from dico_t2i.training.inputs import Inputs
 from dico_t2i.training.observers.averaged import averaged_model
 from dico_t2i.training.observers.memory_report import memory_report, peak_memory_bytes
 from dico_t2i.training.observers.preview import sample_preview
+from dico_t2i.training.observers.snapshot import process_age_s
 from dico_t2i.training.observers.tracking import check_tracking
 from dico_t2i.training.optimizer import learning_rate
 from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_steps
@@ -332,7 +334,8 @@ class Trainer:
             return
         held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
         expected = expected_memory(self.config, self.world.size)
-        self.report.event(self.step, "memory", memory_report(held, peak, expected), bytes={**held, "peak": peak})
+        message, sizes = memory_report(held, peak, expected), {**held, "peak": peak}
+        self.report.event(self.step, "memory", message, bytes=sizes, start_s=process_age_s())
 
     def _data_notes(self) -> Iterator[str]:
         """Notes on which data are left out, and how data sets are mixed."""
@@ -372,8 +375,8 @@ class Trainer:
     def _agree(self) -> list[bool]:
         """Whether any rank has to stop, has too many bad samples, has to save, or has ended a save; collective."""
         every = self.config.checkpoint.every
-        minutes = (time.monotonic() - self.saver.saved_at) / 60
-        save = self._due(every) if every.minutes is None else minutes >= every.minutes
+        every_s, every_steps = (60 * every.minutes, None) if every.minutes else (None, self._steps(every))
+        save = save_is_due(every_s, every_steps, self.step, time.monotonic() - self.saver.saved_at)
         save = save or self.step == self.stage.decay_from  # from where the run can be prolonged
         save = save and not self.guard.skipped_in_row  # else a rollback could return to damaged weights
         spoilt = self.meter.bad_samples > self.config.data.max_bad_samples

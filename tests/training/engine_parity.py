@@ -1,7 +1,8 @@
 """Run under torchrun: the engine at each ZeRO stage against plain optimizers on the whole batch.
 
 A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT. WHAT is muon; or adapter for training one alone; or divided for a
-network for text at ZeRO-3 whose parameters are all divided, as large ones are (by default all of these are kept whole).
+network for text at ZeRO-3 whose parameters are all divided, as large ones are (by default all of these are kept whole);
+or grouped for a copy of the weights in groups of two ranks, with a network of which a part is large enough to be divided.
 """
 
 import copy
@@ -29,7 +30,8 @@ BATCH, MICRO, STEPS = 8, 2, 4
 
 def model(what):
     torch.manual_seed(0)
-    network = DiCo(TEXT if what == "divided" else MODEL)
+    configs = {"divided": TEXT, "grouped": MODEL.model_copy(update={"hidden_size": 64})}
+    network = DiCo(configs.get(what, MODEL))
     if what == "adapter":
         add_adapter(network, AdapterConfig(rank=3, alpha=6))
     with torch.no_grad():
@@ -81,8 +83,14 @@ def reference(what):
 
 def engine_result(stage, precision, what, world):
     accumulation = BATCH // MICRO // world.size
+    group = {"zero_group": 2} if what == "grouped" else {}
     train = TrainConfig(
-        duration=Span(steps=STEPS), global_batch=BATCH, micro_batch=MICRO, precision=precision, zero_stage=stage
+        duration=Span(steps=STEPS),
+        global_batch=BATCH,
+        micro_batch=MICRO,
+        precision=precision,
+        zero_stage=stage,
+        **group,
     )
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)

@@ -38,6 +38,15 @@ def test_weights_that_are_divided_are_there_where_other_modules_use_them():
     assert result["owned"] == result["trained"], result
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_copies_of_the_weights_in_groups_of_ranks_change_nothing(ranks):
+    """The difference is that of stage 3 without copies, for this network 4e-5."""
+    (result,) = parity(ranks, "3:fp32:grouped")
+    assert result["weight"] < 6e-5, result
+    assert result["ema"] < 2e-5, result
+    assert result["owned"] == result["trained"], result
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_muon_is_torchs_own_although_its_matrices_are_divided(ranks):
     """The steps are 1e-3; orthogonalizing in bf16 turns the rounding of gradients into differences of this size."""

@@ -47,6 +47,15 @@ def write_snapshot(folder: Path, world: World) -> None:
     write_atomically(folder / f"{number}.json", json.dumps(started, indent=1).encode())
 
 
+def process_age_s() -> float:
+    """The seconds since this process began; 0 where the system does not tell."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
 def _packages() -> dict[str, str]:
     """Name and version of each installed package."""
     found = (_name_and_version(distribution) for distribution in importlib.metadata.distributions())
