@@ -2,8 +2,8 @@
 
 The two libraries give the same CLIP features for the same weights and token ids, but they pad differently: after the
 end token open_clip writes 0, while transformers repeats the end token. The network sees those positions, so the
-tokenizer and the pad id are part of an encoder's identity. T5 ignores its padding, and its features are set to zero
-there, so that a network can distinguish padding from tokens.
+tokenizer and the pad id are part of an encoder's identity. T5 and the families of ``auto`` ignore their padding, and
+their features are set to zero there, so that a network can distinguish padding from tokens.
 """
 
 from collections.abc import Sequence
