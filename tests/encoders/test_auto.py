@@ -147,3 +147,20 @@ def test_a_pretrained_model_knows_what_words_mean() -> None:
     pooled = torch.nn.functional.normalize(encoder.encode(encoder.tokenize(words)).pooled, dim=-1)
     alike = pooled @ pooled.T
     assert min(alike[0, 1], alike[2, 3]) > max(alike[0, 2], alike[0, 3], alike[1, 2], alike[1, 3]) + 0.1
+
+
+def test_remembered_captions_are_encoded_once() -> None:
+    config = TextEncoderConfig.model_validate({**SEEDED, "remember": 2})
+    encoder, plain = (
+        load_text_encoder(config, "cpu"),
+        load_text_encoder(TextEncoderConfig.model_validate(SEEDED), "cpu"),
+    )
+    ids, calls = encoder.tokenize([*CAPTIONS, CAPTIONS[0]]), []
+    features, tower = encoder.encode(ids), encoder._towers[0].module
+    torch.testing.assert_close(features.tokens, plain.encode(ids).tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.pooled, plain.encode(ids).pooled, rtol=1e-4, atol=1e-5)
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    again = encoder.encode(ids)
+    assert again.tokens.equal(features.tokens)
+    assert len(calls) == 1  # of the third caption, for which there was no room
+    assert encoder.encode(ids[1:2]).tokens.equal(features.tokens[1:2])
