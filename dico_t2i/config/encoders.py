@@ -58,8 +58,8 @@ class TextTowerConfig(Section):
     # The family of encoder: CLIP from open_clip, CLIP from transformers, T5, or with auto any other that transformers'
     # AutoModel loads, such as BERT.
     kind: Literal["open_clip", "transformers", "t5", "auto"] = "transformers"
-    # A local folder, the URL of a folder, a hub id, or package:NAME/FOLDER for a folder of an installed Python package;
-    # for open_clip, an architecture such as ViT-L-14.
+    # For t5 and transformers, a local folder, the URL of a folder, or a hub id; for open_clip, an architecture such as
+    # ViT-L-14. auto takes what t5 takes. package:NAME/FOLDER is a folder of an installed Python package.
     model: Text = "openai/clip-vit-large-patch14"
     # pretrained loads weights; seeded makes random frozen weights, for machines that have none.
     weights: Literal["pretrained", "seeded"] = "pretrained"
