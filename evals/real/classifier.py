@@ -13,6 +13,7 @@ from dico_t2i.encoders.local import file_hash, reading
 
 SIZE = 32
 _BATCH = 500
+_ABOUT = "classifier"
 
 
 class Residual(nn.Module):
@@ -86,10 +87,11 @@ def save_classifier(
     """Write a classifier as safetensors, with what it needs in the metadata."""
     from safetensors.torch import save_file
 
-    about = {"names": json.dumps(list(names)), "accuracy": str(accuracy), "width": str(network.head.in_features // 8)}
+    about = {"names": list(names), "accuracy": accuracy, "width": network.head.in_features // 8}
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({**tensors, "mean": mean, "deviation": deviation}, path, about)
+    # One entry of metadata: several would be written in a random order, and change the file's hash.
+    save_file({**tensors, "mean": mean, "deviation": deviation}, path, {_ABOUT: json.dumps(about)})
 
 
 def load_classifier(path: Path) -> Classifier:
@@ -100,12 +102,12 @@ def load_classifier(path: Path) -> Classifier:
         raise ValueError(f"--classifier {path}: no such file; train one with evals/train_classifier.py")
     try:
         with reading(path), safe_open(path, "pt") as file:
-            about = file.metadata()
+            about = json.loads(file.metadata()[_ABOUT])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            mean, deviation, names = tensors.pop("mean"), tensors.pop("deviation"), json.loads(about["names"])
-            network = Network(len(names), int(about["width"]))
+            mean, deviation, names = tensors.pop("mean"), tensors.pop("deviation"), about["names"]
+            network = Network(len(names), about["width"])
             network.load_state_dict(tensors)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: it is not a file of evals/train_classifier.py: {error!r}") from None
     network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    return Classifier(network, mean, deviation, names, float(about["accuracy"]), file_hash(path))
+    return Classifier(network, mean, deviation, names, about["accuracy"], file_hash(path))
