@@ -48,7 +48,7 @@ class Training:
         self.mean, self.deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
         torch.manual_seed(plan.seed)
         self.network = Network(len(train.class_names()), plan.width)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), PEAK_LR, MOMENTUM, weight_decay=DECAY, nesterov=True
         )

@@ -109,5 +109,5 @@ def load_classifier(path: Path) -> Classifier:
             network.load_state_dict(tensors)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: it is not a file of evals/train_classifier.py: {error!r}") from None
-    network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Classifier(network, mean, deviation, names, about["accuracy"], file_hash(path))

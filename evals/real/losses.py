@@ -1,5 +1,6 @@
 """The loss of a checkpoint on each sample of some shards, with its own condition and with that of another sample."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,8 @@ def sample_losses(pipeline: Pipeline, data: Path, samples: int, batch: int = 64)
         t = middles[torch.arange(len(chunk.latents)) % BANDS].to(pipeline.device)
         for shift, found in enumerate(losses):
             conditioning = {name: value.roll(shift, dims=0) for name, value in chunk.conditioning.items()}
-            result = process.training_losses(
-                lambda x, t, given=conditioning: pipeline.model(x, t, **given), chunk.latents, t, chunk.noise
-            )
+            model = partial(pipeline.model, **conditioning)
+            result = process.training_losses(model, chunk.latents, t, chunk.noise)
             found.append(result["loss"].double().cpu())
     own, other = (torch.cat(found)[:samples] for found in losses)
     return own, other

@@ -85,7 +85,7 @@ def test_augmented_images_are_moved_and_mirrored() -> None:
     assert found.equal(train_classifier.augmented(images, 0, 3))
     assert found.shape == images.shape
     assert len(found.flatten(1).unique(dim=0)) > 80  # of 162 moves
-    flipped = (found[:, 0, 0].diff().int().sign().sum(1) < 0).double().mean()
+    flipped = (found[:, 0, 0].int().diff().sign().sum(1) < 0).double().mean()
     assert 0.3 < flipped < 0.7
     assert train_classifier.one_cycle(train_classifier.RISE) == 1
     assert train_classifier.one_cycle(1.0) == 0

@@ -118,7 +118,7 @@ def _bert(config: TextTowerConfig) -> nn.Module:
     return BertModel(settings, add_pooling_layer=False)
 
 
-def _size_of(module: nn.Module, tokens: int) -> TowerSize:
+def _size_of(module: Any, tokens: int) -> TowerSize:
     width = int(module.config.hidden_size)
     table = sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Embedding))
     matrices = (w.numel() for name, w in module.named_parameters() if w.ndim > 1 and not name.startswith(_POOLER))
