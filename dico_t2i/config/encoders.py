@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from pydantic import model_validator
+from pydantic import ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Section, Seed
 from dico_t2i.config.yaml12 import Text
@@ -33,6 +33,15 @@ class AutoencoderConfig(Section):
         if isinstance(data, Mapping) and data.get("kind", "kl") != "kl" and "scale" not in data:
             return {**data, "scale": 1.0}
         return data
+
+    @field_validator("scale", mode="wrap")
+    @classmethod
+    def _one_error(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        """Give one error in place of one for each form that a scale may have."""
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"give a number above 0, one for each channel, or measured; found {value!r}") from None
 
     @model_validator(mode="after")
     def _mean_is_of_numbers(self) -> AutoencoderConfig:

@@ -30,7 +30,8 @@ def share(right: Tensor) -> tuple[float, tuple[float, float]]:
     """The share of a bool tensor (N,), and its interval (Wilson 1927)."""
     n, p = len(right), float(right.double().mean())
     middle, width = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return p, ((middle - width) / (1 + _Z**2 / n), (middle + width) / (1 + _Z**2 / n))
+    low, high = ((middle + side * width) / (1 + _Z**2 / n) for side in (-1, 1))
+    return p, (max(low, 0.0), min(high, 1.0))
 
 
 def accuracy(name: str, found: Tensor, asked: Tensor, real: float) -> Verdict:
