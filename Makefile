@@ -1,7 +1,7 @@
 # These commands do everything on a bare checkout with Python 3.11 or newer:
 #   make quickstart    environment, data, training, samples, prompt accuracy (CPU, under 20 minutes)
 #   make test          environment, all tests
-#   make real DATA=FOLDER SET=cifar10_t2i    a run on real pictures (docs/real.md; CPU, about two hours)
+#   make real DATA=FOLDER SET=cifar10_t2i    a run on real pictures (CPU; docs/real.md)
 
 PYTHON ?= python3
 BIN := .venv/bin
