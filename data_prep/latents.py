@@ -2,11 +2,12 @@
 
 python data_prep/latents.py --data data/coco --out data/coco_latents --autoencoder /models/sd-vae-ft-ema
 
-Stores the posterior's moments in float16, of each image and of its mirror image. Captions and labels are copied; with
---text-encoder the features of all captions are stored, too. A shard is complete or absent: a run that was stopped
-resumes with the missing ones. Several processes share the work with --part 0/4, --part 1/4, ...; the last one to finish
-writes the index. Samples in quarantine and bad images are skipped, counted and listed in skipped.jsonl. check.png shows
-the first images beside the images that the decoder makes from their latents.
+Stores the posterior's moments in float16, of each image and of its mirror image, and in the index the mean and scale
+that give each channel of the latents mean 0 and variance 1 (autoencoder.scale: measured). Captions and labels are
+copied; with --text-encoder the features of all captions are stored, too. A shard is complete or absent: a run that was
+stopped resumes with the missing ones. Several processes share the work with --part 0/4, --part 1/4, ...; the last one
+to finish writes the index. Samples in quarantine and bad images are skipped, counted and listed in skipped.jsonl.
+check.png shows the first images beside the images that the decoder makes from their latents.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from PIL import Image as Picture
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from data_prep.common import claim, held, remove_leftovers
 from data_prep.encoding import Batch, Clock, Image, batches_of
+from data_prep.latent_moments import Sums, measured
 from dico_t2i.command import part, progress_bar, run, script_parser
-from dico_t2i.config import AutoencoderConfig, load_config
+from dico_t2i.config import MEASURED, AutoencoderConfig, load_config
 from dico_t2i.data import quarantine
 from dico_t2i.data.errors import DataError, SampleError
 from dico_t2i.data.index import DatasetIndex, load_index, write_index
@@ -70,6 +72,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self._file = ShardFile(path)
         self._skipped: list[SampleError] = []
+        self._sums = Sums()
         self._ended = False
 
     def write(self, encoded: Encoded, bucket: int | None) -> None:
@@ -86,6 +89,7 @@ class Shard:
                     self._skipped.append(SampleError(self._file.path.name, str(image.copied["__key__"]), reason))
                 else:
                     self._file.write({**image.copied, **arrays, **place})
+                    self._sums.add(arrays[MOMENTS])
         except BaseException:
             self.discard()
             raise
@@ -95,6 +99,7 @@ class Shard:
             return
         try:
             _log_skipped(self._file.path.parent, self._skipped)
+            self._sums.save(self._file.path)
             self._file.commit()
         except BaseException:
             self.discard()
@@ -256,7 +261,7 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
     if missing:
         print(f"{out}: {len(missing)} of {len(source.names)} shards remain for other parts")
         return
-    index = write_index(out, "latents", meta, check=False)
+    index = write_latent_index(out, source.names, meta)
     print(f"{out}: {len(index)} latents of {len(source)} images, {len(source) - len(index)} skipped")
     log = out / "skipped.jsonl"
     if log.exists():
@@ -264,6 +269,12 @@ def _finish(source: DatasetIndex, out: Path, meta: dict[str, Any]) -> None:
         write_atomically(log, ("\n".join(lines) + "\n").encode())
         for line in lines[:5]:
             print("  {shard}: {key}: {reason}".format(**json.loads(line)))
+
+
+def write_latent_index(out: Path, shards: Sequence[str], meta: dict[str, Any]) -> DatasetIndex:
+    """Write the index of a folder of latent shards, with the mean and scale of their latents."""
+    numbers = measured([out / name for name in shards])
+    return write_index(out, "latents", {**meta, **({MEASURED: numbers} if numbers else {})})
 
 
 def _device(name: str) -> torch.device:

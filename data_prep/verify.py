@@ -243,7 +243,7 @@ def encode_again(index: DatasetIndex, damaged: Sequence[str], args: argparse.Nam
     wanted = {*damaged, *(name for name in job.source.names if name not in index.names)}
     shards = [shard for shard, name in enumerate(job.source.names) if name in wanted]
     latents.encode_shards(job, shards)
-    write_index(index.root, "latents", job.meta)
+    latents.write_latent_index(index.root, job.source.names, job.meta)
     return [job.source.names[shard] for shard in shards]
 
 

@@ -61,6 +61,11 @@ def test_the_papers_settings():
         ("model.pooled_text=true", "pooled_text: it needs condition: text"),
         ("diffusion.steps=100", "sampler.steps: 250, but iddpm takes 2 to diffusion.steps: 100"),
         ("preview.sampler.steps=1", "preview.sampler.steps: 1, but dpm++ takes 2 to"),
+        (
+            "autoencoder.scale=-1",
+            "autoencoder.scale: give a number above 0, one for each channel, or measured",
+        ),
+        ("autoencoder={scale: measured, mean: [0.1]}", "mean: scale: measured measures it, too; leave it out"),
         ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
         ("optimizer.ema=[0.9, 0.9]", "optimizer.ema: two decays have the same first six digits"),
         ("optimizer.betas=[1, 1]", "optimizer.betas.0: Input should be less than 1"),

@@ -564,3 +564,17 @@ def test_the_progress_bar_and_the_number_of_steps_are_those_of_the_strength(pipe
         pipeline.set_progress_bar_config(disable=True)
     assert pipeline._num_timesteps == 4
     assert "4/4" in capsys.readouterr().err
+
+
+def test_channels_of_latents_may_have_a_mean_and_scale_of_their_own(pipeline):
+    from dico_t2i.export.portable.pipeline import DiCoPipeline
+
+    settings = {key: pipeline.config[key] for key in ("diffusion", "sampler", "image_size", "downscale")}
+    each = {"mean": [0.0, 1.0, -2.0, 0.5], "scale": [0.5, 1.0, 2.0, 4.0]}
+    parts = pipeline.transformer, pipeline.scheduler, pipeline.vae, None, None
+    other, device = DiCoPipeline(*parts, **settings, latent_channels=each), torch.device("cpu")
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, scaled = pipeline._mean_latents(device, images), other._mean_latents(device, images)
+    mean, scale = (torch.tensor(each[key])[:, None, None] for key in ("mean", "scale"))
+    torch.testing.assert_close(scaled, (plain / pipeline.config["latent_scale"] - mean) * scale)
+    assert (other._decode(scaled).int() - pipeline._decode(plain).int()).abs().max() <= 1

@@ -26,6 +26,7 @@ from PIL import Image
 from data_prep.checking import quarantine
 from data_prep.checking.hashes import HashFile, equal, key_hash
 from data_prep.common import claim, held, in_parallel, remove_leftovers, settings_of
+from data_prep.importing.background import add_background_option, on_background
 from data_prep.importing.captions import clean
 from data_prep.importing.filters import Dropped, Filters, add_filter_options, filters_of
 from data_prep.importing.report import Report, draw_histograms, draw_samples
@@ -96,15 +97,20 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How samples are stored. size: pixels of the square; crop "none" keeps images as they are."""
+    """How samples are stored. size: pixels of the square; crop "none" keeps images as they are.
+
+    background: a colour or "random" for transparent images.
+    """
 
     size: int = 256
     crop: Crop = "center"
     quality: int = 95
+    background: str | None = None
     filters: Filters = field(default_factory=Filters)
 
     def describe(self) -> dict[str, Any]:
         form = {"crop": "none"} if self.crop == "none" else {n: getattr(self, n) for n in ("size", "crop", "quality")}
+        form |= {"background": self.background} if self.background else {}
         filters = self.filters.describe()
         return {**form, "filters": filters} if filters else form
 
@@ -121,6 +127,7 @@ def add_options(parser: argparse.ArgumentParser, samples_per_shard: bool = True)
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each CPU core)")
     add("--part", type=part, default=(0, 1), metavar="K/N", help="make every N-th shard, from K on (default: 0/1)")
     add("--redo-changed", action="store_true", help="make shards again whose source has changed (default: an error)")
+    add_background_option(parser)
     parser.set_defaults(crop="center")
     add_filter_options(parser)
 
@@ -131,7 +138,7 @@ def options_of(args: argparse.Namespace) -> Options:
         args.samples_per_shard = settings_of(args.out).get("samples_per_shard", 1000)
     if min(args.size, args.workers, getattr(args, "samples_per_shard", 1)) < 1 or not 1 <= args.quality <= 100:
         raise ValueError("--size, --samples-per-shard, --workers: at least 1; --quality: 1 to 100")
-    return Options(args.size, args.crop, args.quality, filters_of(args))
+    return Options(args.size, args.crop, args.quality, args.background, filters_of(args))
 
 
 def read_image_file(path: Path, name: str) -> bytes:
@@ -169,10 +176,14 @@ def make_sample(raw: Raw, options: Options, report: Report) -> dict[str, Any]:
     report.measure(width, height, [clean(text) for text in raw.captions], kept=False)
     filters.check_size(width, height, raw.name)
     filters.check_fields(raw.about, raw.name)
+    filters.check_held_out(raw.about, raw.name)
     if not captions and raw.label is None:
         why = f"{raw.name}: {', '.join(raw.other)} instead" if raw.other else raw.name
         lost = report.counts.total() > lost
         raise Dropped("images without a caption left" if lost else "images without captions", why)
+    placed = _readable(on_background, raw, raw.image, options.background, raw.key) if options.background else None
+    if placed:
+        raw, form = raw._replace(image=placed[0], about={**raw.about, "background": list(placed[1])}), "PNG"
     content, extension = _readable(_content, raw, raw, form, options)
     report.measure(width, height, captions, kept=True)
     report.bytes += len(content)

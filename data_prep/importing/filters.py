@@ -1,6 +1,7 @@
 """Decides which images and captions are kept. Each reason to skip one has a name, under which the report counts it."""
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +29,8 @@ class Filters:
     """Limits, in pixels and characters; aspect is the longer side divided by the shorter side.
 
     min_field, max_field: limits of a sample's numeric fields. drop_value: text of a field that excludes the sample.
+    hold_out: a field, and the share of its values that are held out; hold_out_one_of: a second field, and the values of
+    which only one, drawn for each value of the first, is held out. held_out: keep these samples and no others.
     """
 
     min_side: int = 1
@@ -39,6 +42,9 @@ class Filters:
     min_field: tuple[tuple[str, float], ...] = ()
     max_field: tuple[tuple[str, float], ...] = ()
     drop_value: tuple[tuple[str, str], ...] = ()
+    hold_out: tuple[str, float] | None = None
+    hold_out_one_of: tuple[str, str] | None = None
+    held_out: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The values that differ from the defaults."""
@@ -67,6 +73,21 @@ class Filters:
                 raise Dropped(f"{name} missing", what)
             if str(about[name]).casefold() == unwanted.casefold():
                 raise Dropped(f"{name} is {unwanted}", what)
+
+    def check_held_out(self, about: Mapping[str, Any], what: str) -> None:
+        """Raise Dropped for samples that are held out, or with ``held_out`` for all others."""
+        if self.hold_out is None:
+            return
+        name, share = self.hold_out
+        if about.get(name) is None:
+            raise Dropped(f"{name} missing", what)
+        held = _drawn(name, about[name]) < share
+        if held and self.hold_out_one_of:
+            other, text = self.hold_out_one_of
+            values = text.split(",")
+            held = str(about.get(other)) == values[int(_drawn(other, about[name]) * len(values))]
+        if held != self.held_out:
+            raise Dropped("held out" if held else "not held out", what)
 
     def captions(self, captions: Sequence[str], count: Callable[[str, str], None]) -> list[str]:
         """The captions that are kept, cleaned; ``count`` is called for the others."""
@@ -134,6 +155,15 @@ def add_filter_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=TEXT",
         help="skip samples with these values, such as NSFW=NSFW NSFW=UNSURE",
     )
+    share, choice = _pair(float), _pair(str)
+    add("--hold-out", type=share, metavar="NAME=X", help="leave out a share of a field's values, such as code=0.1")
+    add(
+        "--hold-out-one-of",
+        type=choice,
+        metavar="NAME=A,B",
+        help="of each such value, only leave out the samples with one of these, such as style=flat,3d",
+    )
+    add("--held-out", action="store_true", help="keep what --hold-out leaves out, and nothing else")
 
 
 def filters_of(args: argparse.Namespace) -> Filters:
@@ -144,10 +174,20 @@ def filters_of(args: argparse.Namespace) -> Filters:
         raise ValueError(f"--max-caption {args.max_caption}: below --min-caption {args.min_caption}")
     if args.max_pixels > MAX_PIXELS:
         raise ValueError(f"--max-pixels {args.max_pixels}: training reads no more than {MAX_PIXELS}")
+    if (args.hold_out_one_of or args.held_out) and not args.hold_out:
+        raise ValueError("--hold-out-one-of, --held-out: they need --hold-out")
+    if args.hold_out and not 0 < args.hold_out[1] <= 1:
+        raise ValueError(f"--hold-out {args.hold_out[0]}={args.hold_out[1]:g}: the share must be above 0 and at most 1")
     given: dict[str, Any] = {limit.name: getattr(args, limit.name) for limit in fields(Filters)}
     for name in ("min_field", "max_field", "drop_value"):
         given[name] = tuple(given[name])
     return Filters(**given)
+
+
+def _drawn(purpose: str, value: object) -> float:
+    """A number in 0..1 that depends on these two alone."""
+    digest = hashlib.sha256(f"held out {purpose} {value}".encode("utf-8", "backslashreplace")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _number(about: Mapping[str, Any], name: str, what: str) -> float:

@@ -5,6 +5,7 @@ from dico_t2i.config.base import ConfigError, NonNegative, Positive, Section, Sp
 from dico_t2i.config.cluster import ClusterConfig, HardwareConfig, ReliabilityConfig
 from dico_t2i.config.data import CacheConfig, DataConfig
 from dico_t2i.config.encoders import (
+    MEASURED,
     AutoencoderConfig,
     SeededTower,
     TextEncoderConfig,
@@ -43,6 +44,7 @@ from dico_t2i.config.yaml12 import AnyText, Text, read_yaml
 
 __all__ = [
     "DIT_VARIANTS",
+    "MEASURED",
     "NETWORKS",
     "SAMPLERS",
     "SAMPLER_NAMES",

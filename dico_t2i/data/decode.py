@@ -34,6 +34,7 @@ IMAGE_EXTENSIONS = (
 )
 
 _ORIENTATION = 0x0112
+_WHITE = (255, 255, 255)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXT_CHUNK = 1 << 16  # bytes; longer texts of a PNG are removed, since Pillow refuses images that have them
 
@@ -65,11 +66,20 @@ def read_header(data: bytes) -> Header:
         return Header(width, height, _format(image))
 
 
-def decode_whole(data: bytes) -> np.ndarray:
-    """The whole image as displayed: uint8 (h, w, 3). Raises SampleError as ``decode_image`` does."""
+def is_transparent(data: bytes) -> bool:
+    """Whether an image has transparent parts, by its header. Raises SampleError if it cannot be read."""
+    with _readable(), _open(data) as image:
+        return image.has_transparency_data
+
+
+def decode_whole(data: bytes, background: tuple[int, int, int] = _WHITE) -> np.ndarray:
+    """The whole image as displayed: uint8 (h, w, 3). Raises SampleError as ``decode_image`` does.
+
+    background: the colour behind transparent parts.
+    """
     with _readable(), _open(data) as image:
         pixels = _decode_jpeg(data, image, min(image.size)) if _format(image) == "JPEG" else None
-        return _turned(np.array(_to_rgb(image)) if pixels is None else pixels, orientation(image))
+        return _turned(np.array(_to_rgb(image, background)) if pixels is None else pixels, orientation(image))
 
 
 def decode_image(data: bytes, size: int | tuple[int, int], crop: Literal["center", "resize"]) -> Tensor:
@@ -285,14 +295,14 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] = _WHITE) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip instead of scale
         return _from_16_bits(image)
     if image.mode == "F":
         raise SampleError("", "", "image of floating-point numbers: the value of white is not known")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
     return image.convert("RGB")
 
 

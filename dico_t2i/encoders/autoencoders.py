@@ -1,21 +1,31 @@
 """The frozen autoencoders between images and latents: a KL autoencoder, a tiny deterministic one, or pixels.
 
-All three return posterior moments (mean and log-variance), so that caches, training and sampling treat them alike. The
-two deterministic ones have a log-variance of -30, whose noise is negligible in float32.
+All of them return posterior moments (mean and log-variance), so that caches, training and sampling treat them alike.
+The deterministic ones have a log-variance of -30, whose noise is negligible in float32.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dico_t2i.config import AutoencoderConfig
+from dico_t2i.config import MEASURED, AutoencoderConfig, ConfigError
 from dico_t2i.data.batches import Batch
 from dico_t2i.data.remote import base_name
-from dico_t2i.encoders.local import config_hash, file_hash, load_diffusers, read_json, reading, resolve
+from dico_t2i.encoders import taesd
+from dico_t2i.encoders.local import (
+    MissingModelError,
+    config_hash,
+    file_hash,
+    load_diffusers,
+    read_json,
+    reading,
+    resolve,
+)
 from dico_t2i.randomness import normal
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
@@ -24,18 +34,34 @@ DECODE_CHUNK = 16  # images decoded at a time, which limits memory
 
 
 def find_autoencoder(config: AutoencoderConfig) -> list[Path]:
-    """The files of the model; none for pixels. Raises MissingModelError if one cannot be found."""
-    return [] if config.kind == "pixels" else resolve(config.path, _FILES, "autoencoder.path")
+    """The files of the model; none for pixels. Raises MissingModelError if one cannot be found.
+
+    A tiny autoencoder is a folder of diffusers, or TAESD's own files of encoder and decoder.
+    """
+    if config.kind == "pixels":
+        return []
+    try:
+        return resolve(config.path, _FILES, "autoencoder.path")
+    except MissingModelError:
+        if config.kind == "tiny":
+            with suppress(MissingModelError):
+                return resolve(config.path, taesd.FILES, "autoencoder.path")
+        raise
 
 
-def sample_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """Scaled draws from the posterior: (mean + exp(logvar / 2) noise) scale, with logvar clamped to -30..20.
+def sample_latents(moments: Tensor, noise: Tensor, scale: float | Tensor, shift: float | Tensor = 0.0) -> Tensor:
+    """Scaled draws from the posterior: (mean + exp(logvar / 2) noise - shift) scale, with logvar clamped to -30..20.
 
     moments: (N, 2C, h, w), mean then log-variance, fresh or cached, any float dtype. noise: (N, C, h, w)
-    standard normal. Returns (N, C, h, w) float32.
+    standard normal. scale, shift: a number, or (C, 1, 1). Returns (N, C, h, w) float32.
     """
     mean, logvar = moments.float().chunk(2, dim=1)
-    return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.float()) * scale
+    return (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.float() - shift) * scale
+
+
+def scale_text(scale: object, mean: object) -> str:
+    """Scale and mean as an identity records them: the mean appears if it is not 0."""
+    return f"{scale}, mean {mean}" if mean else str(scale)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -47,17 +73,38 @@ class Autoencoder(ABC):
     """Base class of the autoencoders, which are frozen and record no gradients.
 
     latent_channels: C. downscale: the ratio of image size to latent size. scale: the factor between the autoencoder's
-    latents and the network's input.
+    latents, less their mean, and the network's input; mean and scale are numbers, or one for each channel.
     """
 
     def __init__(
-        self, latent_channels: int, downscale: int, scale: float, device: torch.device, dtype: torch.dtype
+        self,
+        latent_channels: int,
+        downscale: int,
+        config: AutoencoderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
+        """Raises ConfigError if scale or mean do not have one number for each channel, or are not measured yet."""
+        if config.scale == MEASURED:
+            raise ConfigError(
+                "autoencoder.scale: measured stands for the numbers that data_prep/latents.py stores with latents;"
+                " train on such latents"
+            )
         self.latent_channels = latent_channels
         self.downscale = downscale
-        self.scale = scale
+        self.scale, self.mean = config.scale, config.mean or 0.0
         self.device = device
         self.dtype = dtype
+        self._scale, self._shift = (self._per_channel(key) for key in ("scale", "mean"))
+
+    def _per_channel(self, key: str) -> Tensor:
+        """A number, or numbers of the channels as (C, 1, 1), on the device."""
+        values = torch.tensor(getattr(self, key), device=self.device)
+        if values.ndim and len(values) != self.latent_channels:
+            raise ConfigError(
+                f"autoencoder.{key}: {len(values)} numbers, but the latents have {self.latent_channels} channels"
+            )
+        return values.reshape(-1, 1, 1) if values.ndim else values
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -75,12 +122,12 @@ class Autoencoder(ABC):
         return self._encode((images.to(self.device).float() / 127.5 - 1).to(self.dtype)).float()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """``sample_latents`` with this autoencoder's scale."""
-        return sample_latents(moments, noise, self.scale)
+        """``sample_latents`` with this autoencoder's scale and mean."""
+        return sample_latents(moments, noise, self._scale, self._shift)
 
     def mean_latents(self, images: Tensor) -> Tensor:
         """The posterior means of images, scaled: (N, 3, H, W) uint8 -> (N, C, h, w) float32."""
-        return self.moments(images).chunk(2, dim=1)[0] * self.scale
+        return (self.moments(images).chunk(2, dim=1)[0] - self._shift) * self._scale
 
     def of_batch(self, batch: Batch, position: Tensor, seed: int) -> Tensor:
         """Scaled latents (N, C, h, w), float32, of a micro-batch's images or cached moments, on the encoder's device.
@@ -104,7 +151,8 @@ class Autoencoder(ABC):
         return torch.cat([self._decode_chunk(part) for part in latents.split(chunk)])
 
     def _decode_chunk(self, latents: Tensor) -> Tensor:
-        return to_uint8(self._decode((latents.to(self.device).float() / self.scale).to(self.dtype)).float())
+        unscaled = latents.to(self.device).float() / self._scale + self._shift
+        return to_uint8(self._decode(unscaled.to(self.dtype)).float())
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
@@ -126,7 +174,7 @@ class PixelAutoencoder(Autoencoder):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(3, 1, 1.0, device, torch.float32)
+        super().__init__(3, 1, AutoencoderConfig(kind="pixels"), device, torch.float32)
 
     def identity(self) -> dict[str, str]:
         return {"kind": "pixels", "scale": "1.0"}
@@ -148,11 +196,8 @@ class DiffusersAutoencoder(Autoencoder):
         self._settings_file, self._weights_file = find_autoencoder(config)
         self._model = self._load(dtype).to(device)
         downscale = 2 ** (len(self._widths()) - 1)
-        if downscale != 8:
-            raise ValueError(
-                f"autoencoder.path: {config.path} reduces images by a factor of {downscale}, but 8 is needed"
-            )
-        super().__init__(self._model.config.latent_channels, downscale, config.scale, device, dtype)
+        _check_downscale(config.path, downscale)
+        super().__init__(self._model.config.latent_channels, downscale, config, device, dtype)
 
     def identity(self) -> dict[str, str]:
         return {
@@ -160,7 +205,7 @@ class DiffusersAutoencoder(Autoencoder):
             "name": self._name,
             "weights": file_hash(self._weights_file),
             "config": config_hash(read_json(self._settings_file)),
-            "scale": str(self.scale),
+            "scale": scale_text(self.scale, self.mean),
         }
 
     def save(self, folder: Path) -> None:
@@ -213,6 +258,29 @@ class TinyAutoencoder(DiffusersAutoencoder):
         return _without_noise(self._model.encode(images).latents)
 
 
+class ChainAutoencoder(Autoencoder):
+    """A tiny autoencoder in TAESD's own files, such as FLUX.2's (taef2), which diffusers has no class for."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._name = base_name(config.path)
+        self._files = find_autoencoder(config)
+        encoder, channels, downscale = taesd.read_encoder(self._files[0])
+        networks = (encoder, taesd.read_decoder(self._files[1]))
+        self._encoder, self._decoder = (net.to(device, dtype).eval().requires_grad_(False) for net in networks)
+        _check_downscale(config.path, downscale)
+        super().__init__(channels, downscale, config, device, dtype)
+
+    def identity(self) -> dict[str, str]:
+        hashes = dict(zip(("weights", "decoder"), map(file_hash, self._files), strict=True))
+        return {"kind": "tiny", "name": self._name, **hashes, "scale": scale_text(self.scale, self.mean)}
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return _without_noise(self._encoder((images + 1) / 2))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return 2 * self._decoder(latents) - 1
+
+
 def load_autoencoder(
     config: AutoencoderConfig, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
@@ -224,7 +292,14 @@ def load_autoencoder(
     device = torch.device(device)
     if config.kind == "pixels":
         return PixelAutoencoder(device)
+    if config.kind == "tiny" and find_autoencoder(config)[0].name != _FILES[0][0]:
+        return ChainAutoencoder(config, device, dtype)
     return (KlAutoencoder if config.kind == "kl" else TinyAutoencoder)(config, device, dtype)
+
+
+def _check_downscale(path: str, downscale: int) -> None:
+    if downscale != 8:
+        raise ValueError(f"autoencoder.path: {path} reduces images by a factor of {downscale}, but 8 is needed")
 
 
 def _without_noise(mean: Tensor) -> Tensor:

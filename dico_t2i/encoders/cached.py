@@ -1,10 +1,27 @@
 """Checks that latents and text features stored with the samples come from the run's encoders."""
 
-from dico_t2i.config import ConfigError, DataConfig
+from dico_t2i.config import MEASURED, Config, ConfigError, DataConfig
 from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.sources import same_encoder
 from dico_t2i.encoders.autoencoders import Autoencoder
 from dico_t2i.encoders.text import TextEncoder
+
+
+def with_measured(config: Config, index: DatasetIndex) -> Config:
+    """The config with the numbers of the index in place of ``autoencoder.scale: measured``.
+
+    Raises ConfigError if the index has none.
+    """
+    if config.autoencoder.scale != MEASURED:
+        return config
+    found = index.meta.get(MEASURED)
+    if index.kind != "latents" or not found:
+        raise ConfigError(
+            f"autoencoder.scale: {index.location} has no measured mean and scale of its latents; encode its images with"
+            " data_prep/latents.py, or give a number"
+        )
+    numbers = {key: tuple(found[key]) for key in ("mean", "scale")}
+    return config.model_copy(update={"autoencoder": config.autoencoder.model_copy(update=numbers)})
 
 
 def check_cached(

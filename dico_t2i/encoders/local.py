@@ -1,5 +1,7 @@
 """Finds and loads the files of pretrained models: from a local folder, a cache, or the hub or a URL if allowed.
 
+"package:NAME/FOLDER" stands for a folder of an installed Python package, which is found without importing the package.
+
 DICO_WEIGHTS in the environment names a folder that `dico prefetch` has filled; it is searched before the cache. The
 network is used only with DICO_ALLOW_DOWNLOAD=1 in the environment, because compute nodes often have none, where
 attempts to connect take minutes to fail.
@@ -23,6 +25,7 @@ from dico_t2i.files import temporary
 
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
 WEIGHTS_FOLDER = "DICO_WEIGHTS"
+PACKAGE = "package:"  # begins the name of a folder of an installed Python package
 URL_CACHE = Path("~/.cache/dico_t2i/files")  # files from URLs, in a folder for each URL
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -62,15 +65,16 @@ if not download_allowed():
 
 def prefetched(weights: Path, name: str) -> Path:
     """Where `dico prefetch` puts a model inside its folder: under its hub id, or the last name of its path or URL."""
+    name = name.removeprefix(PACKAGE)
     return weights / (name if is_hub_id(name) else Path(name).name)
 
 
 def resolve(name: str, files: Sequence[Sequence[str]], key: str) -> list[Path]:
     """The local paths of a model's files, all from one place.
 
-    name: a local folder, a hub id, or the URL of a folder. files: the possible names of each file, the preferred one
-    first. key: the config key that holds the name, for the error message. Raises MissingModelError, without using the
-    network unless it is allowed.
+    name: a local folder, a hub id, the URL of a folder, or a package's folder. files: the possible names of each file,
+    the preferred one first. key: the config key that holds the name, for the error message. Raises MissingModelError,
+    without using the network unless it is allowed.
     """
     looked = []
     for place, find in _places(name):
@@ -145,8 +149,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_transformers(model: Any, folder: Path, weights: Path) -> Any:
-    """A model of transformers, in float32, from its folder. Raises ValueError if weights are missing."""
+def load_transformers(model: Any, folder: Path, weights: Path, unused: str | None = None) -> Any:
+    """A model of transformers, in float32, from its folder. Raises ValueError if weights are missing.
+
+    unused: the beginning of the names of weights that may be missing.
+    """
     with reading(weights), quiet_transformers():
         module, report = model.from_pretrained(
             folder,
@@ -155,6 +162,8 @@ def load_transformers(model: Any, folder: Path, weights: Path) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
+    if unused:
+        report = {"missing_keys": [key for key in report["missing_keys"] if not key.startswith(unused)]}
     _check_whole(weights, report)
     return module
 
@@ -191,7 +200,9 @@ def config_hash(config: dict) -> str:
 
 
 def _places(name: str) -> Iterator[tuple[str, Finder]]:
-    if not is_url(name):
+    if name.startswith(PACKAGE):
+        yield _in_package(name.removeprefix(PACKAGE))
+    elif not is_url(name):
         yield _in_folder(Path(name).expanduser())
     if weights := os.environ.get(WEIGHTS_FOLDER):
         yield _in_folder(prefetched(Path(weights).expanduser(), name))
@@ -207,6 +218,14 @@ def _places(name: str) -> Iterator[tuple[str, Finder]]:
     yield str(cache), lambda file: Path(path) if isinstance(path := _cached(name, file), str) else None
     if download_allowed():
         yield f"{constants.ENDPOINT}/{name}", lambda file: _download(name, file)
+
+
+def _in_package(name: str) -> tuple[str, Finder]:
+    package, _, folder = name.partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        return f"the Python package {package}, which is not installed", lambda file: None
+    return _in_folder(Path(spec.submodule_search_locations[0], folder))
 
 
 def _in_folder(folder: Path) -> tuple[str, Finder]:
@@ -262,6 +281,8 @@ def _explain(name: str, files: Sequence[Sequence[str]], key: str, looked: Sequen
     if is_url(name):
         lines.append(f"Set {ALLOW_DOWNLOAD}=1 to let this machine download {wanted}, or use dico prefetch.")
         return "\n".join(lines)
+    if name.startswith(PACKAGE):
+        return "\n".join([*lines, f"Install the package, or set {key} to a folder with these files or to a hub id."])
     if not is_hub_id(name):
         return "\n".join([*lines, f"Set {key} to a folder with these files, to a hub id, or to a URL."])
     lines += [

@@ -57,7 +57,7 @@ def model_card(
 
 def one_clip(encoder: TextEncoderConfig) -> bool:
     """Whether the exported pipeline supports the text encoder, that is, whether it is a single CLIP."""
-    return encoder.kind != "t5" and not encoder.also
+    return encoder.kind in ("transformers", "open_clip") and not encoder.also
 
 
 def _usage(config: Config, parts: Sequence[str]) -> str:
@@ -69,6 +69,8 @@ def _usage(config: Config, parts: Sequence[str]) -> str:
             f"`dico sample --checkpoint FOLDER`. {_sampler(config)} The diffusers pipeline supports only a single CLIP."
         )
     passed, lines = "", []
+    if config.autoencoder.kind == "tiny" and config.model.in_channels > 16:
+        return f"`dico sample --checkpoint FOLDER`. {_sampler(config)} diffusers has no class for this autoencoder."
     if config.autoencoder.kind != "pixels" and "vae" not in parts:
         name = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}[config.autoencoder.kind]
         lines.append(f'vae = diffusers.{name}.from_pretrained("{config.autoencoder.path}")')

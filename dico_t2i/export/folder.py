@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dico_t2i.config import Config, DiCoConfig, dump_config
-from dico_t2i.encoders import DiffusersAutoencoder, load_autoencoder
+from dico_t2i.encoders import ChainAutoencoder, DiffusersAutoencoder, load_autoencoder
 from dico_t2i.encoders.identity import KEY, Identities, check_identities, identities
 from dico_t2i.encoders.text import TextEncoder, load_text_encoder
 from dico_t2i.export.card import model_card, one_clip
@@ -139,6 +139,11 @@ def _save_encoders(config: Config, folder: Path, trained: Mapping[str, Any]) -> 
     parts: dict[str, Component] = {}
     autoencoder, text = load_autoencoder(config.autoencoder, "cpu"), _exported_text_encoder(config)
     check_identities(trained, identities(autoencoder, text), config.name)
+    if isinstance(autoencoder, ChainAutoencoder):
+        raise ValueError(
+            "autoencoder: diffusers has no class for TAESD's own files; export with --no-encoders, and sample the"
+            " folder with dico sample"
+        )
     if isinstance(autoencoder, DiffusersAutoencoder):
         autoencoder.save(folder / "vae")
         parts["vae"] = ("diffusers", autoencoder.class_name)
@@ -178,7 +183,7 @@ def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]
         "sampler": config.sampler.model_dump(),
         "image_size": config.data.image_size,
         "downscale": config.downscale,
-        "latent_scale": config.autoencoder.scale,
+        **_latent_scale(config),
     }
     if config.model.condition == "class" and config.model.num_classes == CLASSES:
         index["id2label"] = {str(number): name for number, name in enumerate(class_names())}
@@ -192,6 +197,15 @@ def _write_pipeline(folder: Path, config: Config, parts: Mapping[str, Component]
         ("transformer/model.py", "The network", "transformer.DiCoTransformer"),
     ):
         (folder / file).write_text(standalone([f"dico_t2i.export.portable.{name}"], _SOURCE_NOTE.format(what=what)))
+
+
+def _latent_scale(config: Config) -> dict[str, Any]:
+    """The factor of the latents or, if channels differ, the mean and the factor of each."""
+    scale, mean, channels = config.autoencoder.scale, config.autoencoder.mean, config.model.in_channels
+    if isinstance(scale, float) and mean is None:
+        return {"latent_scale": scale}
+    each = [scale] * channels if isinstance(scale, float) else list(scale)
+    return {"latent_channels": {"mean": list(mean or [0.0] * channels), "scale": each}}
 
 
 def _scheduler(config: Config) -> dict[str, Any]:

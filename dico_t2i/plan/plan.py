@@ -386,7 +386,9 @@ def _encoder_bytes(config: Config) -> float | None:
     """Bytes of the frozen encoders in the dtype of training; None if an encoder is neither found nor known by name."""
     share = 0.5 if config.train.precision == "bf16" else 1.0
     try:
-        autoencoder = sum(float(path.stat().st_size) for path in find_autoencoder(config.autoencoder)[1:])
+        autoencoder = sum(
+            float(path.stat().st_size) for path in find_autoencoder(config.autoencoder) if path.suffix != ".json"
+        )
     except MissingModelError:
         if config.autoencoder.path not in _KNOWN_BYTES:
             return None

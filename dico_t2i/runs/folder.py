@@ -44,7 +44,13 @@ FIXED = (
     "optimizer.kind",
     "train.global_batch",
 )
-FREE_WITHIN_FIXED = ("model.checkpoint_stages", "init.from", "alignment.weight", "data.mixture.*.path")
+FREE_WITHIN_FIXED = (
+    "model.checkpoint_stages",
+    "text_encoder.remember",
+    "init.from",
+    "alignment.weight",
+    "data.mixture.*.path",
+)
 
 
 LOCK = ".lock"

@@ -23,6 +23,7 @@ from dico_t2i.data.index import DatasetIndex
 from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder, MixtureOrder
 from dico_t2i.data.sources import load_data
+from dico_t2i.encoders import with_measured
 from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
@@ -69,6 +70,7 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0, begin: str |
     indexes = main_first(lambda: [load_data(own.data, check=world.is_main) for own in configs], world)
     for own, index in zip(configs, indexes, strict=True):
         check_data(own, index)
+    config = with_measured(config, indexes[0])
     run = RunFolder(runs, config.name)
     changes = run.changes(config)
     dist.barrier()  # all ranks compare configs before rank 0 writes the new one

@@ -18,16 +18,17 @@ from PIL import Image
 from data_prep import latents
 from data_prep.checking import quarantine
 from data_prep.checking.quarantine import Entry
-from dico_t2i.config import AutoencoderConfig, DataConfig, load_config
+from dico_t2i.config import AutoencoderConfig, ConfigError, DataConfig, load_config
 from dico_t2i.data.batches import Wanted
 from dico_t2i.data.buckets import assign_buckets
 from dico_t2i.data.decode import decode_image, decode_moments
 from dico_t2i.data.index import load_index
 from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.reader import ShardReader
+from dico_t2i.data.shard import MOMENTS
 from dico_t2i.data.sources import make_order
 from dico_t2i.data.writer import ShardWriter
-from dico_t2i.encoders import load_autoencoder, load_text_encoder
+from dico_t2i.encoders import load_autoencoder, load_text_encoder, with_measured
 from tests import forkserver
 from tests.faults.test_disk import fill, small_disk
 from tests.shards import tar_bytes
@@ -264,3 +265,40 @@ def test_on_a_full_disk_finished_shards_stay(many: Path, autoencoder: Path) -> N
         assert made.items() <= tar_bytes(out).items()
         assert len(load_index(out)) == 160
         assert not list(out.glob(".*"))
+
+
+def test_the_index_has_the_mean_and_scale_of_each_channel(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    args = ["--data", str(data), "--autoencoder", str(autoencoder), "--size", str(SIZE)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    latents.main([*args, "--out", str(whole)])
+    for part in ("1/2", "0/2"):
+        latents.main([*args, "--out", str(parts), "--part", part])
+    found = load_index(whole).meta["measured"]
+    assert load_index(parts).meta["measured"] == found
+    index = load_index(whole)
+    reader = ShardReader(index)
+    moments = torch.cat(
+        [
+            decode_moments(reader.read(shard, member)[MOMENTS], (2, 8, 4, 4)).double()
+            for shard in range(len(index.names))
+            for member in range(int(index.samples[shard]))
+        ]
+    )
+    mean, logvar = moments.chunk(2, dim=1)
+    expected = mean.mean((0, 2, 3))
+    deviation = (mean.square() + logvar.exp()).mean((0, 2, 3)).sub(expected.square()).sqrt()
+    torch.testing.assert_close(torch.tensor(found["mean"]).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found["scale"]).double(), 1 / deviation, rtol=1e-4, atol=1e-5)
+
+    config = load_config("configs/coco_dwc.yaml", ["autoencoder.scale=measured"])
+    made = with_measured(config, index).autoencoder
+    assert (made.mean, made.scale) == (tuple(found["mean"]), tuple(found["scale"]))
+    own = load_autoencoder(made.model_copy(update={"path": str(autoencoder)}), "cpu")
+    noise = torch.randn(len(moments), 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn = own.latents(moments.float(), noise)
+    torch.testing.assert_close(drawn.std((0, 2, 3)), torch.ones(4), rtol=0.15, atol=0)
+    assert drawn.mean((0, 2, 3)).abs().max() < 0.15
+    with pytest.raises(ConfigError, match="has no measured mean and scale"):
+        with_measured(config, load_index(data))
+    with pytest.raises(ConfigError, match="measured stands for the numbers"):
+        load_autoencoder(config.autoencoder.model_copy(update={"path": str(autoencoder)}), "cpu")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dico_t2i.config import AutoencoderConfig
 from dico_t2i.encoders import load_autoencoder, sample_latents
@@ -221,3 +222,87 @@ def test_unfit_folders_are_refused(kl: tuple[Path, Any], tmp_path: Path) -> None
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{WEIGHTS}: cannot be loaded"):
         load(folder)
+
+
+def save_chain(folder: Path, channels: int = 5, pool: bool = True) -> tuple[Any, Any]:
+    """A small TAESD in its own files, with widths of 8, written as plain torch modules; the encoder and the decoder."""
+
+    class Block(nn.Module):
+        def __init__(self, pooled: bool) -> None:
+            super().__init__()
+            convolutions = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)]
+            self.conv = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2])
+            branch = (nn.Conv2d(8, 16, 1, bias=False), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 1, bias=False))
+            self.pool = nn.Sequential(*branch) if pooled else None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.pool(x) if self.pool is not None else x
+            return (self.conv(x) + x).relu()
+
+    class Clamp(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x / 3) * 3
+
+    torch.manual_seed(0)
+    down, up = [nn.Conv2d(3, 8, 3, padding=1), Block(False)], [Clamp(), nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU()]
+    for stage in range(3):
+        down += [nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False), Block(pool and stage == 2)]
+        up += [Block(pool and stage == 0), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1, bias=False)]
+    encoder = nn.Sequential(*down, nn.Conv2d(8, channels, 3, padding=1))
+    decoder = nn.Sequential(*up, Block(False), nn.Conv2d(8, 3, 3, padding=1))
+    folder.mkdir(exist_ok=True)
+    for net, name in ((encoder, "taef2_encoder"), (decoder, "taef2_decoder")):
+        save_file(net.state_dict(), folder / f"{name}.safetensors")
+    return encoder, decoder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", [True, False])
+def test_taesds_own_files_give_the_saved_networks(tmp_path: Path, pool: bool) -> None:
+    encoder, decoder = save_chain(tmp_path, pool=pool)
+    autoencoder, pixels = load(tmp_path, "tiny"), images()
+    assert (autoencoder.latent_channels, autoencoder.downscale, autoencoder.scale) == (5, 8, 1.0)
+    expected = encoder(pixels.float() / 255)
+    torch.testing.assert_close(autoencoder.mean_latents(pixels), expected, rtol=1e-4, atol=1e-4)
+    decoded = (255 * decoder(expected) + 0.5).clamp(0, 255).to(torch.uint8)
+    assert (autoencoder.decode(expected).int() - decoded.int()).abs().max() <= 1
+
+
+def test_mean_and_scale_may_differ_between_channels(tmp_path: Path) -> None:
+    save_chain(tmp_path)
+    plain, numbers = load(tmp_path, "tiny"), {"scale": [1.0, 2, 3, 4, 5], "mean": [0.0, 1, 2, 3, -4]}
+    scaled, pixels = load(tmp_path, "tiny", **numbers), images()
+    scale, mean = (torch.tensor(numbers[key]).float()[:, None, None] for key in ("scale", "mean"))
+    latents = scaled.mean_latents(pixels)
+    torch.testing.assert_close(latents, (plain.mean_latents(pixels) - mean) * scale)
+    torch.testing.assert_close(
+        scaled.latents(scaled.moments(pixels), normal(3, 5, 4, 4)), latents, rtol=1e-4, atol=1e-4
+    )
+    assert (scaled.decode(latents).int() - plain.decode(plain.mean_latents(pixels)).int()).abs().max() <= 1
+    assert scaled.identity()["scale"] == "(1.0, 2.0, 3.0, 4.0, 5.0), mean (0.0, 1.0, 2.0, 3.0, -4.0)"
+    with pytest.raises(ValueError, match=r"autoencoder\.scale: 2 numbers, but the latents have 5 channels"):
+        load(tmp_path, "tiny", scale=[1.0, 2.0])
+
+
+def test_other_files_are_not_taken_for_taesds(kl: tuple[Path, Any], tmp_path: Path) -> None:
+    for part in ("encoder", "decoder"):
+        save_file(
+            {"0.weight": torch.zeros(8, 4, 3, 3), "1.weight": torch.zeros(4, 8, 3, 3)}, tmp_path / f"{part}.safetensors"
+        )
+    with pytest.raises(ValueError, match=r"encoder\.safetensors: it does not hold the encoder of a TAESD"):
+        load(tmp_path, "tiny")
+    with pytest.raises(ValueError, match=r"no usable copy"):
+        load(tmp_path)  # of kind kl
+
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "taef2"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the weights of taef2 are not here")
+def test_the_pretrained_taef2_reproduces_a_picture() -> None:
+    ramp = torch.linspace(0, 255, 64)
+    picture = torch.stack((ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.full((64, 64), 90.0)))
+    pixels, autoencoder = picture.to(torch.uint8)[None], load(REAL, "tiny")
+    assert (autoencoder.latent_channels, autoencoder.downscale) == (32, 8)
+    error = autoencoder.decode(autoencoder.mean_latents(pixels)).double() - pixels
+    assert 10 * torch.log10(255**2 / error.square().mean()) > 28  # PSNR in dB

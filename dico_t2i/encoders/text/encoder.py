@@ -2,8 +2,8 @@
 
 The two libraries give the same CLIP features for the same weights and token ids, but they pad differently: after the
 end token open_clip writes 0, while transformers repeats the end token. The network sees those positions, so the
-tokenizer and the pad id are part of an encoder's identity. T5 ignores its padding, and its features are set to zero
-there, so that a network can distinguish padding from tokens.
+tokenizer and the pad id are part of an encoder's identity. T5 and the families of ``auto`` ignore their padding, and
+their features are set to zero there, so that a network can distinguish padding from tokens.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,9 @@ class TextEncoder:
     pretrained. description: one line to print with results.
     """
 
-    def __init__(self, towers: Sequence[Tower], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, towers: Sequence[Tower], device: torch.device, dtype: torch.dtype, remember: int = 0) -> None:
+        """remember: for how many different captions features are kept in memory."""
+        self._remember, self._known = remember, dict[bytes, list[TextFeatures]]()
         self.seeded = any(tower.seeded for tower in towers)
         self.description = " + ".join(tower.description for tower in towers)
         parts = [tower.tokenize for tower in towers]
@@ -43,7 +45,17 @@ class TextEncoder:
 
     def encode(self, ids: Tensor) -> TextFeatures:
         """Features of token ids (N, T) int64 on any device, in the dtype of the towers."""
-        return joined(self._encode_each(ids))
+        return joined(self._remembered(ids) if self._remember else self._encode_each(ids))
+
+    def _remembered(self, ids: Tensor) -> list[TextFeatures]:
+        """The features of each tower. Each row is encoded alone, so that they do not depend on other rows."""
+        keys, rows = [row.tobytes() for row in ids.cpu().numpy()], []
+        for key, row in zip(keys, ids, strict=True):
+            found = self._known.get(key) or self._encode_each(row[None])
+            if len(self._known) < self._remember:
+                self._known.setdefault(key, found)
+            rows.append(found)
+        return [TextFeatures(*map(torch.cat, zip(*tower, strict=True))) for tower in zip(*rows, strict=True)]
 
     @torch.no_grad()
     def _encode_each(self, ids: Tensor) -> list[TextFeatures]:

@@ -27,7 +27,7 @@ def load_text_encoder(
         with _naming(number):
             load = load_seeded if tower.weights == "seeded" else family(tower.kind).load
             towers.append(load(tower))
-    return TextEncoder(towers, torch.device(device), dtype)
+    return TextEncoder(towers, torch.device(device), dtype, config.remember)
 
 
 def find_text_encoder(config: TextEncoderConfig) -> list[Path]:

@@ -35,6 +35,12 @@ _SPREADS = {
     "SelfAttention.o": 4.0,
     "DenseReluDense.wi": 1.0,
     "DenseReluDense.wo": 0.2,
+    "word_embeddings": 1.0,  # in BERT
+    "token_type_embeddings": 0.1,
+    "attention.self": 0.8,
+    "attention.output": 4.0,
+    "intermediate": 1.0,
+    "output": 0.2,
 }
 
 
@@ -52,7 +58,7 @@ def load_seeded(config: TextTowerConfig) -> Tower:
     _fill(module, size.seed)
     text = f"width {size.width}, {size.layers} layers, {size.heads} heads, seed {size.seed}"
     sources: dict[str, str | Path] = {"model": f"seeded, {text}", "weights": _state_hash(module)}
-    name = "text tower (T5)" if config.kind == "t5" else "text tower"
+    name = {"t5": "text tower (T5)", "auto": "text tower (BERT)"}.get(config.kind, "text tower")
     description = f"seeded (random, untrained) {name}: {text}"
     return Tower(module, tokenize, made.features, description, sources, config.kind, seeded=True)
 

@@ -1,5 +1,6 @@
 """T5's encoders as text towers, from transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,17 @@ class T5Tokenizer(FastTokenizer):
 
 def files(config: TextTowerConfig) -> list[Path]:
     """Settings, tokenizer, and the weights in one file, or as an index and its parts."""
+    return weight_files(config.model, ("model.safetensors",))
+
+
+def weight_files(model: str, single: Sequence[str]) -> list[Path]:
+    """The settings and tokenizer of a model, and its weights: one file of these names, or an index and its parts."""
     key = "text_encoder.model"
-    settings, tokenizer, weights = resolve(
-        config.model, (("config.json",), ("tokenizer.json",), ("model.safetensors", _INDEX)), key
-    )
+    settings, tokenizer, weights = resolve(model, (("config.json",), ("tokenizer.json",), (*single, _INDEX)), key)
     if weights.name != _INDEX:
         return [settings, tokenizer, weights]
     names = sorted(set(read_json(weights).get("weight_map", {}).values()))
-    return resolve(config.model, [(file.name,) for file in (settings, tokenizer, weights)] + [(n,) for n in names], key)
+    return resolve(model, [(file.name,) for file in (settings, tokenizer, weights)] + [(n,) for n in names], key)
 
 
 def source(config: TextTowerConfig) -> str:

@@ -38,6 +38,6 @@ class Tower:
             "seeded": str(self.seeded).lower(),
             "tokenizer": self.tokenize.name,
             "pad_id": str(self.tokenize.pad_id),
-            **({"tokens": str(self.tokenize.tokens)} if self.kind == "t5" else {}),
+            **({"tokens": str(self.tokenize.tokens)} if self.kind in ("t5", "auto") else {}),
             **sources,
         }

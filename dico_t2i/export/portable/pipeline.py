@@ -53,7 +53,8 @@ class DiCoPipeline(DiffusionPipeline):
 
     diffusion, sampler: the fields of DiffusionConfig and SamplerConfig, which are the defaults of a call. image_size:
     the image size of training, in pixels. downscale: the ratio of image size to latent size, 1 without a vae.
-    latent_scale: the factor between the vae's latents and the network's input. id2label: names of classes by number.
+    latent_scale: the factor between the vae's latents and the network's input. latent_channels: in place of it, the
+    "mean" that is subtracted from each channel and its "scale". id2label: names of classes by number.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -72,6 +73,7 @@ class DiCoPipeline(DiffusionPipeline):
         image_size: int = 256,
         downscale: int = 8,
         latent_scale: float = 1.0,
+        latent_channels: dict[str, list[float]] | None = None,
         id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +86,7 @@ class DiCoPipeline(DiffusionPipeline):
             image_size=image_size,
             downscale=downscale,
             latent_scale=latent_scale,
+            latent_channels=latent_channels,
             id2label=id2label,
         )
 
@@ -262,7 +265,16 @@ class DiCoPipeline(DiffusionPipeline):
             return x
         encoded = self.vae.encode(x.to(self.vae.dtype))
         mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-        return mean.float() * self.config.latent_scale
+        shift, scale = self._shift_and_scale(device)
+        return (mean.float() - shift) * scale
+
+    def _shift_and_scale(self, device: torch.device) -> tuple[Any, Any]:
+        """The numbers between the vae's latents and the network's input, or of each channel (C, 1, 1)."""
+        each = self.config.latent_channels
+        if each is None:
+            return 0.0, self.config.latent_scale
+        mean, scale = (torch.tensor(each[key], device=device).reshape(-1, 1, 1) for key in ("mean", "scale"))
+        return mean, scale
 
     def _embeds(self, tokens: Tensor | None, pooled: Tensor | None, name: str) -> TextFeatures | None:
         """Given features, or None. Raises ValueError if they do not have the network's shapes."""
@@ -420,7 +432,8 @@ class DiCoPipeline(DiffusionPipeline):
     def _decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
             return to_uint8(latents)
-        return to_uint8(self.vae.decode((latents / self.config.latent_scale).to(self.vae.dtype)).sample.float())
+        shift, scale = self._shift_and_scale(latents.device)
+        return to_uint8(self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float())
 
 
 def _seeds(

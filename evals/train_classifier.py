@@ -1,0 +1,165 @@
+"""Train the classifier that judges generated images, on the real training split of a set with classes.
+
+python evals/train_classifier.py --train data/cifar10 --test data/cifar10_test --out weights/cifar10.safetensors
+
+A small residual network, stochastic gradient descent with a one-cycle learning rate, random crops and mirror images.
+The file holds the weights, the names of the classes and the accuracy on the test split. After each epoch the state is
+saved beside it; started again, the command resumes there, with the same result.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
+from dico_t2i import randomness
+from dico_t2i.command import positive, progress_bar, run, script_parser
+from dico_t2i.files import temporary
+from evals.real.classifier import SIZE, Network, normalised, save_classifier
+from evals.real.shards import Images, read_images
+
+BATCH, PAD = 256, 4
+PEAK_LR, MOMENTUM, DECAY, SMOOTHING = 0.4, 0.9, 5e-4, 0.1
+RISE = 0.25  # share of the training in which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Plan:
+    """epochs: passes over the training split. steps: at most so many steps, to try it out."""
+
+    epochs: int
+    width: int
+    seed: int
+    steps: int | None = None
+
+
+class Training:
+    """The network and its optimizer, and how far they have come."""
+
+    def __init__(self, train: Images, plan: Plan, state: Path) -> None:
+        self.train, self.plan, self.state, self.epoch = train, plan, state, 0
+        pixels = train.images[:10_000].float() / 255
+        self.mean, self.deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+        torch.manual_seed(plan.seed)
+        self.network = Network(len(train.class_names()), plan.width)
+        self.network.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), PEAK_LR, MOMENTUM, weight_decay=DECAY, nesterov=True
+        )
+        if state.exists():
+            self._load(torch.load(state, weights_only=True))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train.images) // BATCH
+
+    def run_epoch(self, advance: Any) -> None:
+        """Train one epoch, and save the state."""
+        self.network.train()
+        order = torch.from_numpy(
+            randomness.permutation(self.plan.seed, "classifier", self.epoch, len(self.train.images))
+        )
+        first = self.epoch * self.steps_per_epoch
+        for number in range(self.steps_per_epoch):
+            if self.plan.steps is not None and first + number >= self.plan.steps:
+                break
+            self._step(order[number * BATCH : (number + 1) * BATCH], first + number)
+            advance()
+        self.epoch += 1
+        part = temporary(self.state)
+        content = {"epoch": self.epoch, "plan": [self.plan.epochs, self.plan.width, self.plan.seed]}
+        torch.save({**content, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, part)
+        part.replace(self.state)
+
+    def _step(self, chosen: Tensor, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = PEAK_LR * one_cycle((step + 1) / (self.plan.epochs * self.steps_per_epoch))
+        images = augmented(self.train.images[chosen], self.plan.seed, step)
+        logits = self.network(normalised(images, self.mean, self.deviation))
+        F.cross_entropy(logits, self.train.labels[chosen], label_smoothing=SMOOTHING).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _load(self, content: dict[str, Any]) -> None:
+        if content["plan"] != [self.plan.epochs, self.plan.width, self.plan.seed]:
+            raise ValueError(f"{self.state}: it was begun with other options; delete it, or choose a different --out")
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.epoch = int(content["epoch"])
+
+    @torch.no_grad()
+    def accuracy(self, test: Images) -> float:
+        """The share of test images whose class is recognised."""
+        self.network.eval()
+        chunks = zip(test.images.split(BATCH), test.labels.split(BATCH), strict=True)
+        right = sum(
+            int((self.network(normalised(images, self.mean, self.deviation)).argmax(1) == labels).sum())
+            for images, labels in chunks
+        )
+        return right / len(test.labels)
+
+
+def one_cycle(done: float) -> float:
+    """The share of the peak learning rate at a share of the training: up, then down to 0, both linear."""
+    return done / RISE if done < RISE else (1 - done) / (1 - RISE)
+
+
+def augmented(images: Tensor, seed: int, step: int) -> Tensor:
+    """Each image (N, 3, H, W) uint8 moved by up to PAD pixels, mirrored at the edges, and every second one mirrored."""
+    count, size = len(images), images.shape[-1]
+    position = torch.arange(count) + step * count
+    moved = randomness.integers(seed, "crop", position, (2 * PAD + 1) ** 2)
+    mirrored = randomness.integers(seed, "mirror", position, 2).bool()
+    padded = F.pad(images.float(), (PAD,) * 4, mode="reflect").to(torch.uint8)
+    rows, columns = (offset[:, None] + torch.arange(size) for offset in (moved // (2 * PAD + 1), moved % (2 * PAD + 1)))
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    return padded[
+        torch.arange(count)[:, None, None, None],
+        torch.arange(3)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def train_classifier(train: Images, test: Images, plan: Plan, out: Path) -> float:
+    """Train, or resume, and write the classifier. Returns its accuracy on the test split."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    training = Training(train, plan, out.with_suffix(".state"))
+    total = min(plan.epochs * training.steps_per_epoch, plan.steps or 1 << 60)
+    with progress_bar() as progress:
+        task = progress.add_task("steps", total=total, completed=training.epoch * training.steps_per_epoch)
+        while training.epoch < plan.epochs and training.epoch * training.steps_per_epoch < total:
+            training.run_epoch(lambda: progress.advance(task))
+            print(
+                f"epoch {training.epoch} of {plan.epochs}: {training.accuracy(test):.2%} of the test split", flush=True
+            )
+    accuracy = training.accuracy(test)
+    save_classifier(out, training.network, training.mean, training.deviation, train.class_names(), accuracy)
+    return accuracy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--train", type=Path, required=True, metavar="DIR", help="shards of the training split, with classes")
+    add("--test", type=Path, required=True, metavar="DIR", help="shards of the test split")
+    add("--out", type=Path, required=True, metavar="FILE", help="the classifier, a .safetensors file")
+    add("--epochs", type=positive, default=12, help="passes over the training split (default: 12)")
+    add("--width", type=positive, default=32, help="channels of the first layer (default: 32)")
+    add("--seed", type=int, default=0, help="seed of all random draws (default: 0)")
+    add("--steps", type=positive, help="stop after so many steps, to try it out")
+    args = parser.parse_args(argv)
+    train, test = read_images(args.train, SIZE), read_images(args.test, SIZE)
+    accuracy = train_classifier(train, test, Plan(args.epochs, args.width, args.seed, args.steps), args.out)
+    print(f"{args.out}: {accuracy:.2%} of {len(test.labels)} test images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
