@@ -2,7 +2,7 @@
 
 A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT. WHAT is muon; or adapter for training one alone; or divided for a
 network for text at ZeRO-3 whose parameters are all divided, as large ones are (by default all of these are kept whole);
-or grouped for a copy of the weights in groups of two ranks, with a network of which a part is large enough to be divided.
+or grouped for a copy of the weights in groups of two ranks, with a network that has parts large enough to be divided.
 """
 
 import copy
