@@ -31,9 +31,8 @@ def test_all_work_is_in_the_rows(rows):
     assert {row.operator for row in rows if row.operator.startswith("dico_t2i")} == {r.operator for r in compiled}
     assert all(row.predicted_s["A100"] == pytest.approx(2e-3 * row.calls) for row in compiled)
     product = next(row for row in rows if row.operator == "aten::mm")
-    assert product.predicted_s["H200"] >= max(
-        product.flops / MACHINES["H200"].products, product.traffic / MACHINES["H200"].bandwidth
-    )
+    least = max(product.flops / MACHINES["H200"].products, product.traffic / MACHINES["H200"].bandwidth)
+    assert product.predicted_s["H200"] >= least * (1 - 1e-9)
 
 
 def test_a_call_becomes_its_kernels():
