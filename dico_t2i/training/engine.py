@@ -29,6 +29,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/dico_
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 # On CPUs DeepSpeed would compile an operator for shared-memory collectives at start-up, which gloo does not need.
 __compatible_ops__["deepspeed_shm_comm"] = False
@@ -182,8 +183,9 @@ class Engine:
             for index in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
             zero.invalidate_secondary_tensor()  # the copies within groups of ranks
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            stale = [p for p in zero.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+            if stale:  # before the first pass there are none, and its trace has to see all of them gathered
+                stale[0].all_gather(stale)
 
     def gather(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield whole parameters of one kind ("weight", "ema_0.9999", ...) on every rank, one at a time; collective."""

@@ -95,11 +95,15 @@ def engine_result(stage, precision, what, world):
     optimizer = OPTIMIZER.model_copy(update={"kind": what}) if what == "muon" else OPTIMIZER
     network = model(what)
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
+    if what == "grouped":
+        torch._foreach_mul_([p.data for p in network.parameters()], 2)
     keeps = {"stage3_param_persistence_threshold": 0} if what == "divided" else {}
     usual = Engine._zero
     with mock.patch.object(Engine, "_zero", lambda *arguments: usual(*arguments) | keeps):
         engine = Engine(network, train, optimizer, (MICRO, accumulation), world, ClusterConfig())
     engine.materialize(0)
+    if what == "grouped":
+        halve(engine)
     skipped = []
     for step in range(STEPS):
         x, t, y = batch(step, what)
@@ -113,6 +117,14 @@ def engine_result(stage, precision, what, world):
     owned = torch.tensor(sum(piece.numel for piece in engine.owned_pieces()))
     dist.all_reduce(owned)
     return dict(engine.gather("weight")), dict(engine.gather("ema_0.9")), skipped, owned.item(), engine.optimizer_steps
+
+
+def halve(engine):
+    """Change the weights as a resume does, before the first pass: no copy may keep those that the engine began with."""
+    for piece in engine.pieces():
+        for kind in ("weight", "ema_0.9"):
+            piece.tensors[kind].mul_(0.5)
+    engine.publish_weights()
 
 
 def largest_difference(ours, expected):
