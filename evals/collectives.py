@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import positive, run, script_parser
 from dico_t2i.config import ClusterConfig
 from dico_t2i.files import write_atomically

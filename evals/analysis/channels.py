@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dico_t2i.models.blocks import Residual
+
 ALIVE = 0.1  # a channel whose score is below this share of the mean score counts as dead
 
 
@@ -110,6 +112,8 @@ def watch(network: nn.Module, path: str, statistics: ChannelStatistics) -> Any:
         raise ValueError(f"--module {path}: {error}; an example for DiCo is stages.decoder1.0.conv") from None
 
     def add(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Residual):  # of a ConvModule, which leaves it to the next layer to add its branch
+            output = output.branch
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"--module {path}: it returns a {type(output).__name__}; name a module inside it, or after it"

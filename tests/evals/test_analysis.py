@@ -122,7 +122,7 @@ def test_scores_are_those_of_the_networks_own_forward_pass(exports, tmp_path):
     pipeline = load_pipeline(whole, None, torch.device("cpu"), torch.float32)
     seen = []
     module = pipeline.model.get_submodule(last_mixer(pipeline.model))
-    module.register_forward_hook(lambda m, i, output: seen.append(output))
+    module.register_forward_hook(lambda m, i, output: seen.append(output.branch))
     for chunk in chunks(pipeline, str(data), 8, 8):
         assert chunk.latents.shape == (8, 3, 16, 16)
         run_network(pipeline, chunk, 500)
