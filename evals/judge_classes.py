@@ -96,15 +96,10 @@ def judge(args: Any) -> tuple[list[judges.Verdict], dict[str, Any]]:
 def held_out_loss(args: Any) -> judges.Verdict:
     """The loss of the checkpoint's averaged weights on held-out and on training samples."""
     from dico_t2i.sampling.pipeline import load_pipeline
-    from evals.real.losses import sample_losses
+    from evals.real.losses import judge_losses
 
     pipeline = load_pipeline(args.checkpoint, None, torch.device("cpu"), torch.float32)
-    trained = pipeline.config.data.path
-    assert trained is not None
-    held_out = pipeline.config.validation.path if pipeline.config.validation else args.test
-    own, other = sample_losses(pipeline, Path(held_out), args.loss_samples)
-    training, _ = sample_losses(pipeline, Path(trained), args.loss_samples)
-    return judges.loss(own, training, other)
+    return judge_losses(pipeline, args.test, args.loss_samples)
 
 
 def draw_neighbours(images: Tensor, neighbours: Tensor, path: Path) -> None:

@@ -28,7 +28,7 @@ from dico_t2i.sampling.pipeline import load_pipeline
 from evals.prompt_accuracy import load_samples
 from evals.quality.protocol import digest
 from evals.real import judges
-from evals.real.losses import sample_losses
+from evals.real.losses import judge_losses
 from evals.real.results import write_results
 from evals.real.shards import Images, read_images
 
@@ -97,11 +97,7 @@ def judge(args: Any) -> tuple[list[judges.Verdict], dict[str, Any]]:
     images, prompts = load_samples(args.images)
     generated = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     verdicts = find_ranks(space, generated, numbers_asked(prompts, held), held, known)
-    trained, validation = pipeline.config.data.path, pipeline.config.validation
-    assert trained is not None
     samples = min(args.loss_samples, len(held.labels))
-    own, other = sample_losses(pipeline, Path(validation.path if validation else args.held_out), samples)
-    training, _ = sample_losses(pipeline, Path(trained), samples)
     protocol = {
         "space": f"latents of {Path(args.autoencoder).name}" if pixels else f"pixels {GRID}x{GRID}",
         "data": known.content,
@@ -110,7 +106,7 @@ def judge(args: Any) -> tuple[list[judges.Verdict], dict[str, Any]]:
         "pictures": len(prompts),
         "loss_samples": samples,
     }
-    return [*verdicts, judges.loss(own, training, other)], protocol
+    return [*verdicts, judge_losses(pipeline, args.held_out, samples)], protocol
 
 
 def main(argv: Sequence[str] | None = None) -> int:

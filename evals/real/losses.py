@@ -10,8 +10,20 @@ from dico_t2i.diffusion import build
 from dico_t2i.sampling.pipeline import Pipeline
 from dico_t2i.training.observers.validation import band_middles
 from evals.analysis.samples import chunks
+from evals.real import judges
 
 BANDS = 8
+
+
+def judge_losses(pipeline: Pipeline, held_out: Path, samples: int) -> judges.Verdict:
+    """The verdict on the loss of held-out samples, beside that of training samples.
+
+    held_out: the shards that count if the config has none for validation.
+    """
+    trained, validation = pipeline.config.data.path, pipeline.config.validation
+    assert trained is not None
+    own, other = sample_losses(pipeline, Path(validation.path if validation else held_out), samples)
+    return judges.loss(own, sample_losses(pipeline, Path(trained), samples)[0], other)
 
 
 @torch.no_grad()

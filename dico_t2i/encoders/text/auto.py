@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
-from dico_t2i.encoders.local import config_hash, load_transformers, read_json, resolve
+from dico_t2i.encoders.local import load_transformers, read_json, resolve
 from dico_t2i.encoders.text.clip import END, START, VOCABULARY, clip_backend
 from dico_t2i.encoders.text.features import FeatureSize, TextFeatures, TowerSize
-from dico_t2i.encoders.text.t5 import weight_files
+from dico_t2i.encoders.text.t5 import sources, weight_files
 from dico_t2i.encoders.text.tokenizers import FastTokenizer
 from dico_t2i.encoders.text.tower import Tower
 
@@ -54,12 +54,7 @@ def load(config: TextTowerConfig) -> Tower:
         AutoTokenizer(backend, config.tokens, pad, padding),
         features,
         f"pretrained text tower {config.model} ({settings['model_type']}, {config.tokens} tokens)",
-        {
-            "model": Path(config.model).name,
-            "vocabulary": vocabulary,
-            **{"weights" + (f".{n}" if n else ""): path for n, path in enumerate(weights) if path.suffix != ".json"},
-            "config": config_hash(settings),
-        },
+        sources(config, settings, vocabulary, weights),
         config.kind,
     )
 

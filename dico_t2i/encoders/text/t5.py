@@ -70,20 +70,25 @@ def load(config: TextTowerConfig) -> Tower:
     if backend.get_vocab_size() > settings["vocab_size"] or padding is None:
         raise ValueError(f"{vocabulary}: its {backend.get_vocab_size()} tokens do not fit {settings_file}")
     module = load_transformers(T5EncoderModel, settings_file.parent, weights[0])
-    parts = [path for path in weights if path.name != _INDEX]
     return Tower(
         module,
         T5Tokenizer(backend, config.tokens, pad, padding),
         features,
         f"pretrained text tower {config.model} (T5, {config.tokens} tokens)",
-        {
-            "model": Path(config.model).name,
-            "vocabulary": vocabulary,
-            **{"weights" + (f".{n}" if n else ""): path for n, path in enumerate(parts)},
-            "config": config_hash(settings),
-        },
+        sources(config, settings, vocabulary, weights),
         config.kind,
     )
+
+
+def sources(config: TextTowerConfig, settings: Any, vocabulary: Path, weights: Sequence[Path]) -> dict[str, str | Path]:
+    """The parts of a tower's identity; ``weights`` is one file, or an index and its parts, which alone count."""
+    parts = [path for path in weights if path.name != _INDEX]
+    return {
+        "model": Path(config.model).name,
+        "vocabulary": vocabulary,
+        **{"weights" + (f".{n}" if n else ""): path for n, path in enumerate(parts)},
+        "config": config_hash(settings),
+    }
 
 
 def features(tower: Tower, ids: Tensor) -> TextFeatures:
