@@ -16,6 +16,7 @@ from dico_t2i.ops import (
     gated_residual,
     gelu_linear,
     norm_linear,
+    norm_linear_gelu,
     norm_modulate,
     norm_text_dwconv,
     pixel_shuffle,
@@ -102,11 +103,14 @@ class FeedForward(nn.Module):
         self.activation = activation
 
     def forward(self, residual: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:
-        if self.activation is not F.gelu or type(self.project) is not nn.Linear:
+        if self.activation is not F.gelu or not type(self.expand) is type(self.project) is nn.Linear:
             x, normed = residual.norm(shift, scale)
             return Residual(x, self.project(self.activation(self.expand(normed))), gate)
-        x, hidden, bias = residual.linear(self.expand, shift, scale)
-        branch = gelu_linear(hidden, self.project.weight, self.project.bias.detach(), bias)
+        before, branch, before_gate, bias = residual
+        parameters = (self.expand.weight, self.expand.bias.detach(), shift, scale)
+        x, hidden, activated = norm_linear_gelu(before, *parameters, branch, before_gate, bias)
+        project = (self.project.weight, self.project.bias.detach())
+        branch = gelu_linear(hidden, *project, self.expand.bias, activated)
         return Residual(x, branch, gate, self.project.bias)
 
 
@@ -150,7 +154,7 @@ class TextConvolution(nn.Module):
         x, branch, gate, bias = residual
         assert branch is not None
         assert gate is not None
-        return Residual(*norm_text_dwconv(x, branch, gate, context, self.size, bias))
+        return Residual(norm_text_dwconv(x, branch, gate, context, self.size, bias))
 
 
 class CrossAttention(nn.Module):

@@ -4,7 +4,7 @@ import torch
 
 from dico_t2i.ops.convolution import causal_conv, conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
 from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
-from dico_t2i.ops.linear import gelu_linear, norm_linear, norm_text_dwconv
+from dico_t2i.ops.linear import PRODUCTS, gelu_linear, norm_linear, norm_linear_gelu, norm_text_dwconv
 from dico_t2i.ops.linear_attention import gated_linear_attention
 from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
 from dico_t2i.ops.scale import channel_gate, channel_scale, gated_residual
@@ -15,6 +15,7 @@ from dico_t2i.ops.text_dwconv import text_dwconv
 SCANS = (torch.ops.dico_t2i.gated_linear_attention, torch.ops.dico_t2i.selective_scan)
 
 __all__ = [
+    "PRODUCTS",
     "SCANS",
     "causal_conv",
     "channel_gate",
@@ -26,6 +27,7 @@ __all__ = [
     "gated_residual",
     "gelu_linear",
     "norm_linear",
+    "norm_linear_gelu",
     "norm_modulate",
     "norm_text_dwconv",
     "pixel_shuffle",

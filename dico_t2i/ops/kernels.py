@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dico_t2i.ops.kernels_gelu import FUSED, slope, tail
+from dico_t2i.ops.kernels_products import gelu_linear_backward as gelu_linear_backward
+from dico_t2i.ops.kernels_products import linear_gelu_forward as linear_gelu_forward
 from dico_t2i.ops.plain import NORM_EPS
 
 CHUNK = 32  # pixels that one program of the norms and factors walks over
@@ -20,7 +23,6 @@ CONV_ROWS = 8  # the fewest that a program walks down
 TEXT_TILE, TEXT_PIXELS = 64, 8
 TAPS_TILE, TAPS_PIXELS, TAPS_ROWS = 32, 4, 2
 MULTIPROCESSORS = 132  # of an H100 and an H200
-FUSED = {"enable_fp_fusion": True}  # multiply-adds; the default of Triton is about to change
 
 
 # ---- LayerNorm over channels, with the residual before it and the modulation after it ----
@@ -197,26 +199,6 @@ def _scale_backward(
 
 
 @triton.jit
-def _tail(t):
-    """What the normal distribution has above t >= 0.
-
-    Its base-2 logarithm is a polynomial, fitted on 0 to 6.5 for the least error of the result, and of t times it: 7e-7.
-    Where t is larger, the result falls on to 0.
-    """
-    power = tl.fma(t, -5.028728628531098e-4, 7.300691679120064e-3)
-    power = tl.fma(t, tl.fma(t, power, -5.2388086915016174e-2), -0.45936816930770874)
-    return tl.exp2(tl.fma(t, tl.fma(t, power, -1.1510701179504395), -1.0))
-
-
-@triton.jit
-def _slope(x, size, tail):
-    """The derivative of GELU at x, of this size and tail."""
-    density = tl.exp2(tl.fma(-0.7213475204444817 * size, size, -1.3257480647361595))
-    slope = tl.fma(-size, density, tail)  # at -size; at size it is 1 minus that
-    return tl.where(x > 0, 1.0 - slope, slope)
-
-
-@triton.jit
 def _gelu_backward(x, grad, grad_x, out, sums, pixels, chunk_pixels, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """sums (chunks, C), float32: the sum of grad_x over the pixels of each program, of BLOCK channels."""
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -229,9 +211,9 @@ def _gelu_backward(x, grad, grad_x, out, sums, pixels, chunk_pixels, C, ROWS: tl
         at = rows.to(tl.int64)[:, None] * C + channels[None, :]
         value = _load(x, at, mask)
         size = tl.abs(value)
-        tail = _tail(size)
-        tl.store(out + at, (tl.maximum(value, 0.0) - size * tail).to(out.dtype.element_ty), mask)
-        gradient = _load(grad, at, mask) * _slope(value, size, tail)
+        above = tail(size)
+        tl.store(out + at, (tl.maximum(value, 0.0) - size * above).to(out.dtype.element_ty), mask)
+        gradient = _load(grad, at, mask) * slope(value, size, above)
         total += gradient
         tl.store(grad_x + at, gradient.to(grad_x.dtype.element_ty), mask)
     tl.store(sums + tl.program_id(0) * C + channels, tl.sum(total, 0), channels < C)
@@ -339,7 +321,7 @@ def _depthwise_forward(
         values = ()
         for p in tl.static_range(PIXELS):
             size = tl.abs(rows[p])
-            value = tl.maximum(rows[p], 0.0) - size * _tail(size)
+            value = tl.maximum(rows[p], 0.0) - size * tail(size)
             values = values + (value,)
             total = tl.fma(value, (columns + p < W).to(tl.float32), total)
         _store_row(out + start, values, row, columns, channels, H, W, C, PIXELS)
@@ -370,7 +352,7 @@ def _depthwise_slope(
         values = ()
         for p in tl.static_range(PIXELS):
             size = tl.abs(rows[p])
-            values = values + ((given[p] + pooled) * _slope(rows[p], size, _tail(size)),)
+            values = values + ((given[p] + pooled) * slope(rows[p], size, tail(size)),)
             total = tl.fma(values[p], (columns + p < W).to(tl.float32), total)
         _store_row(before + start, values, row, columns, channels, H, W, C, PIXELS)
         window = rows[PIXELS:]
@@ -437,8 +419,9 @@ def _text_pack(
 
 @triton.jit
 def _text_forward(
-    x, taps, out, H, W,
-    C: tl.constexpr, K: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    x, taps, base, out, H, W,
+    HAS_BASE: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    PIXELS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Each thread moves down PIXELS columns of two channels and holds the K output rows that a row contributes to.
 
@@ -462,10 +445,27 @@ def _text_forward(
                     sums = sums + (tl.fma(source[p + j], factor, window[k * PIXELS + p]),)
             window = sums
         if row >= K // 2:
-            _store_row(out + start, window, row - K // 2, columns, channels, H, W, C, PIXELS)
+            _store_sum(out, base, start, window, row - K // 2, columns, channels, H, W, HAS_BASE, C, PIXELS)
         window = window[PIXELS:] + (zero,) * PIXELS
     for k in tl.static_range(K // 2):
-        _store_row(out + start, window[k * PIXELS :], H - K // 2 + k, columns, channels, H, W, C, PIXELS)
+        rows = window[k * PIXELS :]
+        _store_sum(out, base, start, rows, H - K // 2 + k, columns, channels, H, W, HAS_BASE, C, PIXELS)
+
+
+@triton.jit
+def _store_sum(
+    out, base, start, values, row, columns, channels, H, W,
+    HAS_BASE: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Store a row of the text convolution, with that of ``base`` if there is one."""
+    if HAS_BASE:
+        before = _load_row(base + start, row, columns, channels, H, W, C, PIXELS)
+        sums = ()
+        for p in tl.static_range(PIXELS):
+            sums = sums + (values[p] + before[p],)
+        _store_row(out + start, sums, row, columns, channels, H, W, C, PIXELS)
+    else:
+        _store_row(out + start, values, row, columns, channels, H, W, C, PIXELS)
 
 
 @triton.jit
@@ -650,18 +650,18 @@ def _taps_first(weight: Tensor) -> Tensor:
     return weight.reshape(-1, 9).T.contiguous()
 
 
-def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
-    return _correlate(x, context, kernel, flipped=False)
+def text_forward(x: Tensor, context: Tensor, kernel: int, base: Tensor | None = None) -> Tensor:
+    return _correlate(x, context, base, kernel, flipped=False)
 
 
 def text_backward(
     x: Tensor, context: Tensor, grad: Tensor, kernel: int, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = _correlate(grad, context, kernel, flipped=True) if wants[0] else None
+    grad_x = _correlate(grad, context, None, kernel, flipped=True) if wants[0] else None
     return grad_x, _token_gradient(x, context, grad, kernel) if wants[1] else None
 
 
-def _correlate(x: Tensor, context: Tensor, kernel: int, *, flipped: bool) -> Tensor:
+def _correlate(x: Tensor, context: Tensor, base: Tensor | None, kernel: int, *, flipped: bool) -> Tensor:
     (N, H, W, C), T = x.shape, context.shape[1]
     (strips, blocks, _), tile = _strips(x, TEXT_TILE, TEXT_PIXELS)
     count, channels, out = kernel**2, tile["CHANNELS"], torch.empty_like(x)
@@ -670,7 +670,7 @@ def _correlate(x: Tensor, context: Tensor, kernel: int, *, flipped: bool) -> Ten
         context, taps, T, C,
         FLIPPED=flipped, TAPS=count, BLOCK=triton.next_power_of_2(count), CHANNELS=channels, **FUSED,
     )  # fmt: skip
-    _text_forward[strips, blocks, N](x, taps, out, H, W, K=kernel, **tile)
+    _text_forward[strips, blocks, N](x, taps, base, out, H, W, HAS_BASE=base is not None, K=kernel, **tile)
     return out
 
 

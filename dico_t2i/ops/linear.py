@@ -1,7 +1,8 @@
 """Linear layers and text convolutions together with the norm or the GELU before them.
 
 The output of that norm or GELU is not kept for the backward pass. It is made again there, in the same pass over memory
-as the gradient of its input, and then serves the gradient of the weights.
+as the gradient of its input, and then serves the gradient of the weights. On a GPU, GELU and its gradient
+are made inside the products of layers that are narrow enough for memory to matter.
 """
 
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
 from dico_t2i.ops.scale import bias_gradient
+
+WIDEST = 1024  # inputs of a layer; beyond, the product takes longer than memory, and torch's is faster than ours
 
 
 def norm_linear(
@@ -34,31 +38,53 @@ def norm_linear(
     """
     check_norm(x, branch, gate, shift, scale)
     dtype = working_dtype(x)
-    return _NormThen.apply(0, x, shift, scale, branch, gate, branch_bias, weight.to(dtype), bias.to(dtype))
+    return _NormThen.apply(LINEAR, x, shift, scale, branch, gate, branch_bias, weight.to(dtype), bias.to(dtype))
+
+
+def norm_linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``norm_linear`` returns, and GELU of the layer, through which no gradient flows, for ``gelu_linear``."""
+    check_norm(x, branch, gate, shift, scale)
+    dtype = working_dtype(x)
+    return _NormThen.apply(GELU, x, shift, scale, branch, gate, branch_bias, weight.to(dtype), bias.to(dtype))
 
 
 def norm_text_dwconv(
     x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, kernel: int, branch_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x + gate * branch, and ``text_dwconv`` of its norm, both (N, H, W, C); context (N, T, C), kernel odd.
+) -> Tensor:
+    """The sum of x + gate * branch and ``text_dwconv`` of its norm, (N, H, W, C); context (N, T, C), kernel odd.
 
     branch_bias is that of ``residual_norm_modulate``. Raises ValueError when x, branch and gate do not fit.
     """
     check_norm(x, branch, gate, None, None)
-    return _NormThen.apply(kernel, x, None, None, branch, gate, branch_bias, context.to(working_dtype(x)), None)
+    return _NormThen.apply(kernel, x, None, None, branch, gate, branch_bias, context.to(working_dtype(x)), None)[0]
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None) -> Tensor:
+def gelu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None, activated: Tensor | None = None
+) -> Tensor:
     """A linear layer of GELU (exact): x (N, H, W, C), weight (D, C), bias (D,) -> (N, H, W, D). Backward keeps x.
 
-    x_bias (C,) is the bias that x already contains: its gradient comes from here.
+    x_bias (C,) is the bias that x already contains: its gradient comes from here. activated: GELU of x, if it is known.
     """
     dtype = working_dtype(x)
-    return _GeluLinear.apply(x, x_bias, weight.to(dtype), bias.to(dtype))
+    activated = F.gelu(x.detach()) if activated is None else activated
+    return _GeluLinear.apply(x, x_bias, activated, weight.to(dtype), bias.to(dtype))
+
+
+LINEAR, GELU = 0, -1  # in place of a side: a linear layer; one of which GELU is wanted, too
 
 
 class _NormThen(torch.autograd.Function):
-    """``kernel``: the side of a text convolution's kernels, whose tokens are ``weight``; 0 is a linear layer."""
+    """``kernel``: the side of a text convolution's kernels, whose tokens are ``weight``, or LINEAR, or GELU."""
 
     @staticmethod
     def forward(
@@ -72,7 +98,7 @@ class _NormThen(torch.autograd.Function):
         branch_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if branch is None:
             normed, mean, rstd = torch.ops.dico_t2i.norm_modulate(x, shift, scale)
             residual = x.view_as(x)
@@ -84,11 +110,21 @@ class _NormThen(torch.autograd.Function):
         source, branch = (residual, None) if gate is None else (x, branch)
         ctx.save_for_backward(source, mean, rstd, shift, scale, branch, gate, weight)
         ctx.set_materialize_grads(False)
-        return residual, _applied(kernel, normed.to(weight.dtype), weight, bias)
+        normed = normed.to(weight.dtype)
+        if kernel > 0:
+            return (torch.ops.dico_t2i.text_dwconv(normed, weight, kernel, residual),)
+        if kernel == LINEAR:
+            return residual, F.linear(normed, weight, bias)
+        out, activated = _linear_gelu(normed, weight, bias)
+        ctx.mark_non_differentiable(activated)
+        return residual, out, activated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_residual: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_residual: Tensor | None, grad: Tensor | None = None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        grad = grad_residual if ctx.kernel > 0 else grad
         *kept, weight = ctx.saved_tensors
         *_, gate = kept
         _, _, _, _, needs_branch, _, _, needs_weight, needs_bias = ctx.needs_input_grad
@@ -115,37 +151,55 @@ class _NormThen(torch.autograd.Function):
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, x_bias: Tensor | None, activated: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.x_bias = None if x_bias is None else x_bias.dtype
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x).to(weight.dtype), weight, bias)
+        return F.linear(activated.to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        _, needs_x_bias, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x, grad_sum, made = torch.ops.dico_t2i.gelu_backward(x, _gradient_of_input(0, weight, grad))
+        _, needs_x_bias, _, needs_weight, needs_bias = ctx.needs_input_grad
+        if _fused(x, weight, grad.shape[-1]):
+            grad_x, grad_sum, made = torch.ops.dico_t2i.gelu_linear_backward(x, weight, grad)
+        else:
+            grad_x, grad_sum, made = torch.ops.dico_t2i.gelu_backward(x, _gradient_of_input(LINEAR, weight, grad))
         return (
             grad_x,
             grad_sum.to(ctx.x_bias) if needs_x_bias else None,
-            _gradient_of_weight(0, made.to(weight.dtype), weight, grad) if needs_weight else None,
+            None,
+            _gradient_of_weight(LINEAR, made.to(weight.dtype), weight, grad) if needs_weight else None,
             grad.flatten(0, -2).sum(0) if needs_bias else None,
         )
 
 
-def _applied(kernel: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.dico_t2i.text_dwconv(x, weight, kernel) if kernel else F.linear(x, weight, bias)
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if _fused(x, weight, x.shape[-1]):
+        return torch.ops.dico_t2i.linear_gelu(x, weight, bias)
+    out = F.linear(x, weight, bias)
+    return out, F.gelu(out)
+
+
+def _fused(x: Tensor, weight: Tensor, inputs: int) -> bool:
+    """Whether GELU becomes a part of the product: on a GPU, in bf16, with few inputs and loads of 16 bytes.
+
+    The meta device, on which ``dico plan`` traces a step, stands for a GPU.
+    """
+    aligned = all(size % 16 == 0 for size in weight.shape)
+    return (
+        x.device.type in ("cuda", "meta") and x.dtype == weight.dtype == torch.bfloat16 and aligned and inputs <= WIDEST
+    )
 
 
 def _gradient_of_input(kernel: int, weight: Tensor, grad: Tensor) -> Tensor:
-    if kernel:
+    if kernel > 0:
         return torch.ops.dico_t2i.text_dwconv_backward(None, weight, grad, kernel, True, False)[0]
     return (grad.flatten(0, -2) @ weight).unflatten(0, grad.shape[:-1])
 
 
 def _gradient_of_weight(kernel: int, x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    if kernel:
+    if kernel > 0:
         return torch.ops.dico_t2i.text_dwconv_backward(x, weight, grad, kernel, False, True)[1]
     return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
@@ -157,5 +211,48 @@ def _gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_gelu_backward.register_fake
 def _(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _gelu_backward_shapes(x)
+
+
+def _gelu_backward_shapes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape), total, x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dico_t2i::linear_gelu", mutates_args=())
+def _product_then_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear layer, and GELU of it."""
+    return backend(x).linear_gelu_forward(x.contiguous(), weight.contiguous(), bias)
+
+
+@torch.library.custom_op("dico_t2i::gelu_linear_backward", mutates_args=())
+def _product_then_gelu_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``gelu_backward`` returns for x and grad @ weight."""
+    return backend(x).gelu_linear_backward(x.contiguous(), weight.contiguous(), grad.contiguous())
+
+
+@_product_then_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@_product_then_gelu_backward.register_fake
+def _(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _gelu_backward_shapes(x)
+
+
+# The operators that are matrix products, as torch.library knows them.
+PRODUCTS = (torch.ops.dico_t2i.linear_gelu, torch.ops.dico_t2i.gelu_linear_backward)
+
+
+@register_flop_formula(torch.ops.dico_t2i.linear_gelu)
+def _flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.dico_t2i.gelu_linear_backward)
+def _backward_flops(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]

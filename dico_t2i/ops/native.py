@@ -197,12 +197,12 @@ def depthwise_backward(
     return grad_x.to(x.dtype), taps.T.reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype), passed
 
 
-def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
+def text_forward(x: Tensor, context: Tensor, kernel: int, base: Tensor | None = None) -> Tensor:
     if kernel not in TEXT_KERNELS:
-        return plain.text_forward(x, context, kernel)
+        return plain.text_forward(x, context, kernel, base)
     N, H, W, C = x.shape
     out = torch.empty(x.shape)
-    call("text_forward", *map(_float, (x, context)), out, N, H, W, C, context.shape[1], kernel)
+    call("text_forward", *map(_float, (x, context, base)), out, N, H, W, C, context.shape[1], kernel)
     return out.to(x.dtype)
 
 

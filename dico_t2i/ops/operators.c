@@ -291,6 +291,15 @@ inlined void store(float *out, const vec *value, size lanes) {
         memcpy(out, value, lanes * 4);
 }
 
+inlined vec fetch(const float *from, size lanes) {
+    vec value = {0};
+    if (lanes == LANES)
+        memcpy(&value, from, sizeof(vec));
+    else
+        memcpy(&value, from, lanes * 4);
+    return value;
+}
+
 /* PIXELS outputs of row y, starting at column w: the sum over taps (K, K) of tap times shifted input. */
 inlined void correlate(vec *out, const vec *tile, const vec *taps, size y, size w, size H, size stride, const int K) {
     vec sum[PIXELS] = {0};
@@ -327,29 +336,33 @@ inlined void correlate_taps(vec *out, const vec *tile, const vec *grad, size i, 
     for (int j = 0; j < K; j++) out[j] = sum[j];
 }
 
-/* Store the convolution of a tile into channels [c, c + lanes) of out (H, W, C); the sum of what was stored. */
-inlined vec correlate_all(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes,
-                          const int K) {
+/* Store the convolution of a tile, added to base if there is one, into channels [c, c + lanes) of out (H, W, C); the sum
+   of the convolution. */
+inlined vec correlate_all(float *out, const float *base, const vec *tile, const vec *taps, size H, size W, size C,
+                          size lanes, const int K) {
     const size stride = tile_stride(W, K / 2);
     vec sums[PIXELS], total = {0};
     for (size y = 0; y < H; y++)
         for (size w = 0; w < W; w += PIXELS) {
             correlate(sums, tile, taps, y, w, H, stride, K);
             for (size p = 0; p < smaller(PIXELS, W - w); p++) {
-                store(out + (y * W + w + p) * C, sums + p, lanes);
+                const size at = (y * W + w + p) * C;
                 total += sums[p];
+                if (base) sums[p] += fetch(base + at, lanes);
+                store(out + at, sums + p, lanes);
             }
         }
     return total;
 }
 
 /* Make K a compile-time constant, so that the compiler keeps the sums in registers. */
-static void correlate_text(float *out, const vec *tile, const vec *taps, size H, size W, size C, size lanes, size K) {
+static void correlate_text(float *out, const float *base, const vec *tile, const vec *taps, size H, size W, size C,
+                           size lanes, size K) {
     switch (K) {
-    case 5: correlate_all(out, tile, taps, H, W, C, lanes, 5); break;
-    case 7: correlate_all(out, tile, taps, H, W, C, lanes, 7); break;
-    case 9: correlate_all(out, tile, taps, H, W, C, lanes, 9); break;
-    case 11: correlate_all(out, tile, taps, H, W, C, lanes, 11); break;
+    case 5: correlate_all(out, base, tile, taps, H, W, C, lanes, 5); break;
+    case 7: correlate_all(out, base, tile, taps, H, W, C, lanes, 7); break;
+    case 9: correlate_all(out, base, tile, taps, H, W, C, lanes, 9); break;
+    case 11: correlate_all(out, base, tile, taps, H, W, C, lanes, 11); break;
     }
 }
 
@@ -372,8 +385,8 @@ static void load_tokens(vec *taps, const float *context, size T, size C, size la
 }
 
 /* context (N, T, C): token k is tap k of the K x K kernels; the last token is repeated for all later taps. K is 5, 7, 9
-   or 11. */
-int text_forward(const float *x, const float *context, float *out, size N, size H, size W, size C, size T, size K,
+   or 11. base (N, H, W, C) is added, if it is there. */
+int text_forward(const float *x, const float *context, const float *base, float *out, size N, size H, size W, size C, size T, size K,
                  size threads) {
     const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, K / 2);
     int failed = 0;
@@ -387,7 +400,8 @@ int text_forward(const float *x, const float *context, float *out, size N, size 
             if (!tile) continue;
             load_tile(tile, x + n * H * W * C, H, W, C, c, K / 2);
             load_tokens(taps, context + n * T * C + c, T, C, lanes, K * K, 0);
-            correlate_text(out + n * H * W * C + c, tile, taps, H, W, C, lanes, K);
+            const size start = n * H * W * C + c;
+            correlate_text(out + start, base ? base + start : NULL, tile, taps, H, W, C, lanes, K);
         }
         free(tile);
     }
@@ -411,7 +425,7 @@ int text_backward(const float *x, const float *context, const float *grad, float
             load_tile(grad_tile, grad + sample, H, W, C, c, K / 2);
             if (grad_x) {
                 load_tokens(taps, context + tokens, T, C, lanes, K * K, 1);
-                correlate_text(grad_x + sample + c, grad_tile, taps, H, W, C, lanes, K);
+                correlate_text(grad_x + sample + c, NULL, grad_tile, taps, H, W, C, lanes, K);
             }
             if (grad_context) {
                 load_tile(tile, x + sample, H, W, C, c, K / 2);
@@ -508,7 +522,7 @@ int depthwise_backward(const float *x, const float *weight, const float *bias, c
                         total += g[p];
                     }
                 }
-            const vec passed = correlate_all(grad_x + sample + c, slopes, flipped, H, W, C, lanes, 3);
+            const vec passed = correlate_all(grad_x + sample + c, NULL, slopes, flipped, H, W, C, lanes, 3);
             for (size i = 0; i < 3; i++) correlate_taps(taps + 3 * i, tile, slopes, i, H, W, stride, 3);
             for (size k = 0; k < 9; k++) store(sums + (n * 11 + k) * C + c, taps + k, lanes);
             store(sums + (n * 11 + 9) * C + c, &total, lanes);

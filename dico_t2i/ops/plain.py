@@ -83,6 +83,17 @@ def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grad_x, _wide(grad_x).flatten(0, -2).sum(0), torch.nn.functional.gelu(x)
 
 
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear layer, and GELU of it."""
+    out = torch.nn.functional.linear(x, weight, bias)
+    return out, torch.nn.functional.gelu(out)
+
+
+def gelu_linear_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``gelu_backward`` returns, from the gradient of a linear layer of GELU."""
+    return gelu_backward(x, grad @ weight)
+
+
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.nn.functional.gelu(_depthwise(x, weight, bias))
     return out, out.mean((1, 2))
@@ -108,8 +119,9 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return conv3x3(x, weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1]).contiguous()
 
 
-def text_forward(x: Tensor, context: Tensor, kernel: int) -> Tensor:
-    return _pixels(_correlate(_planes(x), _kernels(context, kernel), kernel))
+def text_forward(x: Tensor, context: Tensor, kernel: int, base: Tensor | None = None) -> Tensor:
+    out = _pixels(_correlate(_planes(x), _kernels(context, kernel), kernel))
+    return out if base is None else base + out
 
 
 def text_backward(

@@ -74,10 +74,10 @@ def norm_linear(
     return residual, norm_modulate(residual, shift, scale) @ weight.T + bias
 
 
-def norm_text_dwconv(x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
-    """x and branch (N, H, W, C), gate (N, C), context (N, T, C) -> two (N, H, W, C)."""
+def norm_text_dwconv(x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, kernel: int) -> Tensor:
+    """x and branch (N, H, W, C), gate (N, C), context (N, T, C) -> (N, H, W, C)."""
     residual, normed = residual_norm_modulate(x, branch, gate)
-    return residual, text_dwconv(normed.permute(0, 3, 1, 2), context, kernel).permute(0, 2, 3, 1)
+    return residual + text_dwconv(normed.permute(0, 3, 1, 2), context, kernel).permute(0, 2, 3, 1)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -27,14 +27,16 @@ def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
             f" got {tuple(x.shape)} and {tuple(context.shape)}"
         )
     dtype = working_dtype(x)
-    out = torch.ops.dico_t2i.text_dwconv(x.to(dtype).permute(0, 2, 3, 1), context.to(dtype), kernel)
+    out = torch.ops.dico_t2i.text_dwconv(x.to(dtype).permute(0, 2, 3, 1), context.to(dtype), kernel, None)
     out = out.permute(0, 3, 1, 2)
     return out.contiguous() if x.is_contiguous() else out
 
 
 @torch.library.custom_op("dico_t2i::text_dwconv", mutates_args=())
-def _text(x: Tensor, context: Tensor, kernel: int) -> Tensor:
-    return backend(x).text_forward(x.contiguous(), context.contiguous(), kernel)
+def _text(x: Tensor, context: Tensor, kernel: int, base: Tensor | None) -> Tensor:
+    """With ``base``, the sum of it and the convolution."""
+    base = None if base is None else base.contiguous()
+    return backend(x).text_forward(x.contiguous(), context.contiguous(), kernel, base)
 
 
 @torch.library.custom_op("dico_t2i::text_dwconv_backward", mutates_args=())
@@ -47,7 +49,7 @@ def _text_backward(
 
 
 @_text.register_fake
-def _(x: Tensor, context: Tensor, kernel: int) -> Tensor:
+def _(x: Tensor, context: Tensor, kernel: int, base: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -59,22 +61,22 @@ def _(
     return present(*(like.new_empty(like.shape) if wanted else None for wanted, like in wants))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    *tensors, ctx.kernel = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kernel, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants = ctx.needs_input_grad[:2]
     grads = torch.ops.dico_t2i.text_dwconv_backward(*ctx.saved_tensors, grad, ctx.kernel, *wants)
-    return (*(gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True)), None)
+    return (*(gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True)), None, grad)
 
 
 _text.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.dico_t2i.text_dwconv)
-def _flops(x_shape: tuple[int, ...], context_shape: Any, kernel: int, *, out_shape: Any = None, **_: Any) -> int:
+def _flops(x_shape: tuple[int, ...], context_shape: Any, kernel: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * kernel**2 * torch.Size(x_shape).numel()
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from dico_t2i.ops import linear
+from dico_t2i.ops import PRODUCTS, linear
 
 aten = torch.ops.aten
 
@@ -209,7 +209,8 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
     elif func is aten.convolution_backward.default:
         flops, grouped = 2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]), args[9] > 1
     elif func._overloadpacket in flop_registry:
-        flops, grouped = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out), func.namespace == "dico_t2i"
+        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        grouped = func.namespace == "dico_t2i" and func._overloadpacket not in PRODUCTS
     else:
         return 0, 0
     return (0, flops) if grouped else (flops, 0)

@@ -71,7 +71,7 @@ def test_values_and_gradients_are_the_references(name, kind):
 LATE = {
     "residual_norm_modulate": lambda x, y, b, v: ops.residual_norm_modulate(x, y, v, v, v, b)[1],
     "norm_linear": lambda x, y, b, v: ops.norm_linear(x, torch.eye(7).to(v), v[0], v, v, y, v, b)[1],
-    "norm_text_dwconv": lambda x, y, b, v: ops.norm_text_dwconv(x, y, v, v[:, None], 3, b)[1],
+    "norm_text_dwconv": lambda x, y, b, v: ops.norm_text_dwconv(x, y, v, v[:, None], 3, b),
     "gated_residual": lambda x, y, b, v: ops.gated_residual(x, v, y, b),
     "depthwise3x3_gelu_pool": lambda x, y, b, v: ops.depthwise3x3_gelu_pool(y, torch.ones(7, 1, 3, 3).to(v), v[0], b)[
         0

@@ -42,15 +42,31 @@ def norm_linear(
     return residual, F.linear(normed, weight, bias)
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None) -> Tensor:
-    return F.linear(F.gelu(x), weight, bias)
+def norm_linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    residual, out = norm_linear(x, weight, bias, shift, scale, branch, gate)
+    return residual, out, F.gelu(out)
+
+
+def gelu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None, activated: Tensor | None = None
+) -> Tensor:
+    return F.linear(F.gelu(x) if activated is None else activated, weight, bias)
 
 
 def norm_text_dwconv(
     x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, kernel: int, branch_bias: Tensor | None = None
-) -> tuple[Tensor | None, Tensor]:
+) -> Tensor:
     residual, normed = residual_norm_modulate(x, branch, gate)
-    return residual, text_forward(normed, context.to(x.dtype).contiguous(), kernel)
+    return text_forward(normed, context.to(x.dtype).contiguous(), kernel, residual)
 
 
 def depthwise3x3_gelu_pool(
