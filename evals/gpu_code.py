@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import positive, run, script_parser
 from dico_t2i.ops import kernels
+from dico_t2i.ops.linear import PIXELS, WIDEST
 from evals.speed.machine_code import MACHINES, Launch, Machine, launches
 from evals.speed.measure import SHAPES
 
@@ -33,7 +34,10 @@ COLUMNS = ("kernel", "registers", "stack", "warps", "loads", "loop", "multiply-a
 
 
 def calls(channels: int, side: int, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """The functions of ``dico_t2i.ops.kernels`` by name, each ready to be called with tensors without data."""
+    """The functions of ``dico_t2i.ops.kernels`` by name, each ready to be called with tensors without data.
+
+    Those of products are there where the network uses them at this shape.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -44,6 +48,17 @@ def calls(channels: int, side: int, batch: int, dtype: torch.dtype) -> dict[str,
     wide = empty(batch, side, side, 2 * channels)  # the feed-forward's hidden layer
     tokens, statistic = empty(batch, TOKENS, channels), empty(batch, side, side, dtype=torch.float32)
     modulated = (vector, vector, vector)
+    up, down = empty(2 * channels, channels), empty(channels, 2 * channels)
+    square = empty(channels, channels)
+    gelu_products = {
+        "GELU product forward": partial(kernels.linear_gelu_forward, x, up, empty(2 * channels)),
+        "GELU product backward": partial(kernels.gelu_linear_backward, wide, down, x),
+    }
+    gate_products = {
+        "gate product forward": partial(kernels.gate_linear_forward, x, vector, square, bias),
+        "gate product backward": partial(kernels.gate_linear_backward, x, vector, square, x),
+    }
+    fused = dtype == torch.bfloat16 and channels <= WIDEST
     return {
         "norm forward": partial(kernels.norm_forward, x, x, *modulated),
         "norm backward": partial(kernels.norm_backward, x, statistic, statistic, vector, vector, x, vector, x, x, True),
@@ -54,6 +69,8 @@ def calls(channels: int, side: int, batch: int, dtype: torch.dtype) -> dict[str,
         "depthwise backward": partial(kernels.depthwise_backward, x, weight, bias, x, vector),
         "text forward": partial(kernels.text_forward, x, tokens, SIDE),
         "text backward": partial(kernels.text_backward, x, tokens, x, SIDE, (False, True)),
+        **(gelu_products if fused else {}),
+        **(gate_products if fused and side**2 % PIXELS == 0 else {}),
     }
 
 
@@ -63,6 +80,8 @@ def trips(launch: Launch) -> tuple[int, ...]:
     match launch.name.strip("_").split("_"):
         case ["norm" | "scale" | "gelu", _]:
             return (-(-min(a["chunk_pixels"], a["pixels"]) // a["ROWS"]),)
+        case ["linear", "gelu"] | ["gelu", "linear", _] | ["gate", "linear", *_]:
+            return (-(-a["K"] // a["INNER"]),)
         case ["depthwise", "backward"]:
             return (a["rows_each"] + 2,)
         case ["depthwise", _]:

@@ -13,6 +13,7 @@ from dico_t2i.ops import (
     channel_gate,
     conv3x3,
     depthwise3x3_gelu_pool,
+    gate_linear,
     gated_residual,
     gelu_linear,
     norm_linear,
@@ -56,23 +57,17 @@ class Residual(NamedTuple):
         return residual_norm_modulate(self.x, self.branch, self.gate, shift, scale, self.bias)
 
     def linear(self, layer: nn.Linear, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The sum, a layer of its ``norm_modulate``, and the layer's bias as in ``linear``."""
+        """The sum, a layer of its ``norm_modulate``, and the layer's bias.
+
+        The operator that takes the layer's result must give the bias its gradient. That gradient is the sum of the
+        result's gradient over pixels, so the operator that computes the one has the other at no cost. A layer with an
+        adapter keeps its bias to itself: None.
+        """
         if type(layer) is not nn.Linear:
             x, normed = self.norm(shift, scale)
             return x, layer(normed), None
         parameters = (layer.weight, layer.bias.detach(), shift, scale)
         return *norm_linear(self.x, *parameters, self.branch, self.gate, self.bias), layer.bias
-
-
-def linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """layer(x), and its bias. The operator that takes the result must give the bias its gradient.
-
-    That gradient is the sum of the result's gradient over pixels, so the operator that computes the one has the other
-    at no cost. A layer with an adapter keeps its bias to itself: None.
-    """
-    if type(layer) is not nn.Linear:
-        return layer(x), None
-    return F.linear(x, layer.weight, layer.bias.detach()), layer.bias
 
 
 class ConvModule(nn.Module):
@@ -89,8 +84,10 @@ class ConvModule(nn.Module):
         assert self.depthwise.bias is not None
         x, hidden, bias = residual.linear(self.expand, shift, scale)
         hidden, pooled = depthwise3x3_gelu_pool(hidden, self.depthwise.weight, self.depthwise.bias, bias)
-        branch, bias = linear(self.project, channel_gate(hidden, self.attention(pooled)))
-        return Residual(x, branch, gate, bias)
+        logits, layer = self.attention(pooled), self.project
+        if type(layer) is not nn.Linear:
+            return Residual(x, layer(channel_gate(hidden, logits)), gate)
+        return Residual(x, gate_linear(hidden, logits, layer.weight, layer.bias.detach()), gate, layer.bias)
 
 
 class FeedForward(nn.Module):

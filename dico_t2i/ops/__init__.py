@@ -4,7 +4,7 @@ import torch
 
 from dico_t2i.ops.convolution import causal_conv, conv3x3, depthwise_conv, pixel_shuffle, pixel_unshuffle
 from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
-from dico_t2i.ops.linear import PRODUCTS, gelu_linear, norm_linear, norm_linear_gelu, norm_text_dwconv
+from dico_t2i.ops.linear import PRODUCTS, gate_linear, gelu_linear, norm_linear, norm_linear_gelu, norm_text_dwconv
 from dico_t2i.ops.linear_attention import gated_linear_attention
 from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
 from dico_t2i.ops.scale import channel_gate, channel_scale, gated_residual
@@ -23,6 +23,7 @@ __all__ = [
     "conv3x3",
     "depthwise3x3_gelu_pool",
     "depthwise_conv",
+    "gate_linear",
     "gated_linear_attention",
     "gated_residual",
     "gelu_linear",

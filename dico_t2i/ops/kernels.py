@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dico_t2i.ops.kernels_gelu import FUSED, slope, tail
+from dico_t2i.ops.kernels_products import gate_linear_backward as gate_linear_backward
+from dico_t2i.ops.kernels_products import gate_linear_forward as gate_linear_forward
 from dico_t2i.ops.kernels_products import gelu_linear_backward as gelu_linear_backward
 from dico_t2i.ops.kernels_products import linear_gelu_forward as linear_gelu_forward
 from dico_t2i.ops.plain import NORM_EPS

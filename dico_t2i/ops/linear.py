@@ -1,8 +1,8 @@
-"""Linear layers and text convolutions together with the norm or the GELU before them.
+"""Linear layers and text convolutions together with the norm, the GELU or the gate before them.
 
 The output of that norm or GELU is not kept for the backward pass. It is made again there, in the same pass over memory
-as the gradient of its input, and then serves the gradient of the weights. On a GPU, GELU and its gradient
-are made inside the products of layers that are narrow enough for memory to matter.
+as the gradient of its input, and then serves the gradient of the weights. On a GPU, GELU, the
+gate and their gradients are made inside the products of layers that are narrow enough for memory to matter.
 """
 
 from typing import Any
@@ -15,9 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
-from dico_t2i.ops.scale import bias_gradient
+from dico_t2i.ops.scale import bias_gradient, channel_gate
 
 WIDEST = 1024  # inputs of a layer; beyond, the product takes longer than memory, and torch's is faster than ours
+PIXELS = 128  # of a program of ours, which must be of one sample for a gate
 
 
 def norm_linear(
@@ -78,6 +79,18 @@ def gelu_linear(
     dtype = working_dtype(x)
     activated = F.gelu(x.detach()) if activated is None else activated
     return _GeluLinear.apply(x, x_bias, activated, weight.to(dtype), bias.to(dtype))
+
+
+def gate_linear(x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of x times the sigmoid of logits: x (N, H, W, C), logits (N, C), weight (D, C) -> (N, H, W, D).
+
+    Inside a product, backward keeps x, and otherwise what ``channel_gate`` keeps.
+    """
+    dtype = working_dtype(x)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if not _fused(x, weight, max(weight.shape)) or x.shape[1] * x.shape[2] % PIXELS:
+        return F.linear(channel_gate(x, logits), weight, bias)
+    return _GateLinear.apply(x, logits, weight, bias)
 
 
 LINEAR, GELU = 0, -1  # in place of a side: a linear layer; one of which GELU is wanted, too
@@ -174,6 +187,27 @@ class _GeluLinear(torch.autograd.Function):
         )
 
 
+class _GateLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        factor = torch.sigmoid(logits)
+        ctx.save_for_backward(x, factor, weight)
+        return torch.ops.dico_t2i.gate_linear(x, factor, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, factor, weight = ctx.saved_tensors
+        _, _, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_x, total, gated = torch.ops.dico_t2i.gate_linear_backward(x, factor, weight, grad)
+        return (
+            grad_x,
+            total * factor * (1 - factor),
+            _gradient_of_weight(LINEAR, gated, weight, grad) if needs_weight else None,
+            grad.flatten(0, -2).sum(0) if needs_bias else None,
+        )
+
+
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if _fused(x, weight, x.shape[-1]):
         return torch.ops.dico_t2i.linear_gelu(x, weight, bias)
@@ -242,17 +276,45 @@ def _(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _gelu_backward_shapes(x)
 
 
+@torch.library.custom_op("dico_t2i::gate_linear", mutates_args=())
+def _gate_then_product(x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return backend(x).gate_linear_forward(x.contiguous(), factor, weight.contiguous(), bias)
+
+
+@torch.library.custom_op("dico_t2i::gate_linear_backward", mutates_args=())
+def _gate_then_product_backward(
+    x: Tensor, factor: Tensor, weight: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and factor, and x times factor."""
+    return backend(x).gate_linear_backward(x.contiguous(), factor, weight.contiguous(), grad.contiguous())
+
+
+@_gate_then_product.register_fake
+def _(x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_gate_then_product_backward.register_fake
+def _(x: Tensor, factor: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), factor.new_empty(factor.shape), x.new_empty(x.shape)
+
+
+_OPERATORS = torch.ops.dico_t2i
 # The operators that are matrix products, as torch.library knows them.
-PRODUCTS = (torch.ops.dico_t2i.linear_gelu, torch.ops.dico_t2i.gelu_linear_backward)
+PRODUCTS = (
+    *(_OPERATORS.linear_gelu, _OPERATORS.gelu_linear_backward),
+    *(_OPERATORS.gate_linear, _OPERATORS.gate_linear_backward),
+)
 
 
-@register_flop_formula(torch.ops.dico_t2i.linear_gelu)
-def _flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+def _count(operator: Any, weight: int) -> None:
+    """Count the products of an operator, whose argument of this number, from 0, is the weight, two-dimensional."""
+
+    def flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        return 2 * torch.Size(shapes[0]).numel() * shapes[weight][0]  # x has as many channels as the weight columns
+
+    register_flop_formula(operator)(flops)
 
 
-@register_flop_formula(torch.ops.dico_t2i.gelu_linear_backward)
-def _backward_flops(
-    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+for _operator, _weight in zip(PRODUCTS, (1, 1, 2, 2), strict=True):
+    _count(_operator, _weight)

@@ -94,6 +94,17 @@ def gelu_linear_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tenso
     return gelu_backward(x, grad @ weight)
 
 
+def gate_linear_forward(x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of x times a factor for each sample and channel."""
+    return torch.nn.functional.linear(scale_forward(x, factor, None), weight, bias)
+
+
+def gate_linear_backward(x: Tensor, factor: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and factor, from that of such a layer, and x times factor."""
+    grad_x, grad_factor, _ = scale_backward(x, factor, grad @ weight)
+    return grad_x, grad_factor, scale_forward(x, factor, None)
+
+
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.nn.functional.gelu(_depthwise(x, weight, bias))
     return out, out.mean((1, 2))

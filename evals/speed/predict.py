@@ -7,9 +7,9 @@ is not in the prediction: the launches, the host, and waiting inside kernels.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dico_t2i.models import NetworkConfig
-from dico_t2i.ops import kernels
+from dico_t2i.ops import PRODUCTS, kernels
 from dico_t2i.plan.cost import optimizer_traffic
 from dico_t2i.plan.trace import Call, Pass
 from evals import gpu_code
@@ -29,21 +29,19 @@ from evals.speed.networks import Setting, TrainingStep, network_of, trace_step
 
 UPDATE = "AdamW and the average"
 SMALL = 1e-3  # of the time of a step: operators that take less are one line of a table
-GELU = "dico_t2i::gelu_backward"
 COLUMNS = ("operator", "calls", "TFLOP", "GB", "issue, ms")
-# The operators whose kernels are compiled -> their names in gpu_code.calls. A norm or factor with less around it is
-# counted as the one with all parts, which has more bytes: of a step of DiCo-XL 11 ms on an H200 are too much for this.
-_COMPILED = {
-    "dico_t2i::norm_modulate": "norm forward",
-    "dico_t2i::residual_norm_modulate": "norm forward",
-    "dico_t2i::norm_modulate_backward": "norm backward",
-    "dico_t2i::scale": "factor forward",
-    "dico_t2i::scale_backward": "factor backward",
-    "dico_t2i::depthwise": "depthwise forward",
-    "dico_t2i::depthwise_backward": "depthwise backward",
-    "dico_t2i::text_dwconv": "text forward",
-    "dico_t2i::text_dwconv_backward": "text backward",
-}
+_SIDE = 9  # of the kernels that the text makes
+COMPILED = frozenset(
+    f"dico_t2i::{name}"
+    for name in (
+        *("norm_modulate", "residual_norm_modulate", "norm_modulate_backward", "scale", "scale_backward"),
+        *("gelu_backward", "linear_gelu", "gelu_linear_backward", "gate_linear", "gate_linear_backward"),
+        *("depthwise", "depthwise_backward", "text_dwconv", "text_dwconv_backward"),
+    )
+)
+
+
+_PRODUCTS = {operator._qualified_op_name for operator in PRODUCTS}
 
 
 @dataclass
@@ -95,10 +93,9 @@ def _add(row: Row, call: Call, count: int, work: tuple[float, float], gpus: Sequ
     row.traffic += count * traffic
     for gpu in gpus:
         machine = MACHINES[gpu]
-        if call.operator in (*_COMPILED, GELU):
-            seconds, issue = _compiled(call, machine)
-        else:
-            seconds, issue = max(flops / machine.products, traffic / machine.bandwidth), 0.0
+        of_products = 0.0 if call.operator in COMPILED - _PRODUCTS else flops / machine.products
+        seconds, issue = _compiled(call, machine) if call.operator in COMPILED else (traffic / machine.bandwidth, 0.0)
+        seconds = max(seconds, of_products)
         row.predicted_s[gpu] += count * seconds
         if gpu == gpus[-1]:
             row.issue_s += count * issue
@@ -117,17 +114,41 @@ def _launches(call: Call, capability: int) -> tuple[Launch, ...]:
     return tuple(launches(_kernels(call), capability))
 
 
-def _kernels(call: Call) -> Callable[[], object]:
-    """A function that starts the kernels of a call, of tensors without data."""
-    if call.operator == GELU:  # of images, and of tokens
-        x = torch.empty(call.shapes[0], dtype=torch.bfloat16, device="meta")
-        return lambda: kernels.gelu_backward(x, x)
-    images = [shape for shape in call.shapes if len(shape) == 4]
-    N, side, _, C = max(images, key=lambda shape: shape[1])  # a convolution's weight has 1 there
-    name = _COMPILED[call.operator]
-    if name == "text backward" and len(images) == 1:
-        name = "text forward"  # the gradient of x is one; that of the tokens needs x as well
-    return gpu_code.calls(C, side, N, torch.bfloat16)[name]
+def _kernels(call: Call) -> partial[object]:
+    """The function that starts the kernels of a call, with tensors without data. The tensors that are there say which.
+
+    A norm's backward is taken to write its output again, as all but the last one of a network do.
+    """
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in call.shapes]
+    images, vectors = ([tensor for tensor in tensors if tensor.ndim == ndim] for ndim in (4, 2))
+    match call.operator.removeprefix("dico_t2i::"):
+        case "norm_modulate" | "residual_norm_modulate":
+            gate = vectors.pop() if len(vectors) % 2 else None
+            branch = images[1] if len(images) > 1 else None
+            return partial(kernels.norm_forward, images[0], branch, gate, *(vectors or (None, None)))
+        case "norm_modulate_backward":
+            source, *others, grad = images
+            gate = vectors.pop() if len(vectors) % 2 else None
+            branch = None if gate is None else others.pop()
+            statistic = torch.empty(source.shape[:3], dtype=torch.float32, device="meta")
+            modulation = vectors or (None, None)
+            residual = others.pop() if others else None
+            kept = (source, statistic, statistic, *modulation, branch, gate)
+            return partial(kernels.norm_backward, *kept, residual, grad, True)
+        case "scale":
+            return partial(kernels.scale_forward, images[0], vectors[0], images[1] if len(images) > 1 else None)
+        case "depthwise":
+            return partial(kernels.depthwise_forward, *tensors[:3])
+        case "text_dwconv":
+            return partial(kernels.text_forward, *tensors[:2], _SIDE, *tensors[2:])
+        case "text_dwconv_backward" if len(tensors) == 2:  # that of x, by the same kernel; the other one needs x
+            return partial(kernels.text_forward, *reversed(tensors), _SIDE)
+        case "text_dwconv_backward":
+            return partial(kernels.text_backward, *tensors, _SIDE, (False, True))
+        case "linear_gelu" | "gate_linear" as name:
+            return partial(getattr(kernels, f"{name}_forward"), *tensors)
+        case name:
+            return partial(getattr(kernels, name), *tensors)
 
 
 def measure_step(config: NetworkConfig, batch: int, size: int, device: torch.device, rows: Sequence[Row]) -> float:

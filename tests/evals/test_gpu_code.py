@@ -9,6 +9,7 @@ from evals.speed.machine_code import MACHINES, Code, Instruction, Loop
 from evals.speed.measure import SHAPES
 
 ELEMENTWISE = ("norm", "scale", "gelu", "depthwise")
+PRODUCTS = ("linear_gelu", "gelu_linear_backward", "gate_linear", "gate_linear_backward")
 TIGHTEST = 1.2  # issue over bytes
 
 
@@ -23,12 +24,13 @@ def cases(long):
 def test_kernels_are_limited_by_memory_and_text_by_its_multiply_adds(long):
     for shapes, dtype, gpu in cases(long):
         found = list(rows([""], shapes, 256, dtype, MACHINES[gpu]))
-        assert len(found) == len(shapes) * (5 + 3 + 2 + 1)
+        fused = sum(2 * (channels <= 1024) + 2 * (side > 8) for channels, side in shapes)
+        assert len(found) == len(shapes) * (5 + 3 + 2 + 1) + (fused if dtype == torch.bfloat16 else 0)
         for row in found:
             assert row.stack == 0, row
             assert row.warps >= 8, row
             assert len(list(row.cells())) == len(COLUMNS)
-            if row.kernel.startswith(ELEMENTWISE):
+            if row.kernel.startswith(ELEMENTWISE) and row.kernel not in PRODUCTS:
                 assert row.ratio <= TIGHTEST, row
             if row.kernel.startswith(("norm", "scale", "gelu")):
                 assert 16 in row.loads, row
@@ -41,7 +43,7 @@ def test_kernels_are_limited_by_memory_and_text_by_its_multiply_adds(long):
 def test_all_functions_of_the_kernels_are_called():
     from dico_t2i.ops import kernels
 
-    called = {partial.func.__name__ for partial in calls(32, 8, 2, torch.bfloat16).values()}
+    called = {partial.func.__name__ for partial in calls(32, 16, 2, torch.bfloat16).values()}
     public = {name for name, value in vars(kernels).items() if not name.startswith("_") and callable(value)}
     assert {name for name in public if name.endswith(("_forward", "_backward"))} == called
 

@@ -27,7 +27,7 @@ def test_all_work_is_in_the_rows(rows):
     traced, parameters = trace_step("ours", Setting(CONFIG, 2, 8, META))
     assert sum(row.flops for row in rows) == traced.products.sum() + traced.others.sum()
     assert sum(row.traffic for row in rows) == traced.traffic.sum() + 40 * parameters
-    compiled = [row for row in rows if row.operator in (*predict._COMPILED, predict.GELU)]
+    compiled = [row for row in rows if row.operator in predict.COMPILED]
     assert {row.operator for row in rows if row.operator.startswith("dico_t2i")} == {r.operator for r in compiled}
     assert all(row.predicted_s["A100"] == pytest.approx(2e-3 * row.calls) for row in compiled)
     product = next(row for row in rows if row.operator == "aten::mm")
@@ -43,8 +43,24 @@ def test_a_call_becomes_its_kernels():
         ("dico_t2i::text_dwconv_backward", (tokens, x), "text_forward"),
         ("dico_t2i::text_dwconv_backward", (x, tokens, x), "text_backward"),
         ("dico_t2i::depthwise", (x, (16, 1, 3, 3)), "depthwise_forward"),
+        ("dico_t2i::linear_gelu", (x, (32, 16), (32,)), "linear_gelu_forward"),
     ):
         assert predict._kernels(Call(name, shapes)).func.__name__ == kernel
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_norm_is_counted_with_the_parts_that_it_has(gated, modulated, added):
+    from dico_t2i.plan.trace import Call
+
+    x, vector, statistic = (2, 8, 8, 16), (2, 16), (2, 8, 8)
+    shapes = (x, statistic, statistic, *(vector,) * (2 * modulated), *((x, vector) if gated else ()), *(x,) * added, x)
+    call = predict._kernels(Call("dico_t2i::norm_modulate_backward", shapes))
+    *_, shift, _, branch, gate, residual, grad, again = call.args
+    there = [part is not None for part in (shift, branch, gate, residual, grad)]
+    assert there == [modulated, gated, gated, added, True]
+    assert again
 
 
 def test_measured_times_find_their_rows(rows):

@@ -97,6 +97,10 @@ def product_errors(module: ModuleType, pixels: int, inputs: int, outputs: int) -
     run = partial(compared, module, found=(found := {}))
     run("linear_gelu_forward", draw(1, pixels, inputs), draw(outputs, inputs), draw(outputs))
     run("gelu_linear_backward", draw(1, pixels, outputs), draw(inputs, outputs), draw(1, pixels, inputs))
+    of_two = (2, 1, 128)  # samples and pixels
+    run("gate_linear_forward", draw(*of_two, inputs), draw(2, inputs), draw(outputs, inputs), draw(outputs))
+    gate = (draw(*of_two, outputs), draw(2, outputs), draw(inputs, outputs))
+    run("gate_linear_backward", *gate, draw(*of_two, inputs))
     return found
 
 

@@ -83,6 +83,10 @@ def channel_gate(x: Tensor, logits: Tensor) -> Tensor:
     return channel_scale(x, torch.sigmoid(logits))
 
 
+def gate_linear(x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(channel_gate(x, logits), weight, bias)
+
+
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, branch_bias: Tensor | None = None) -> Tensor:
     return scale_forward(branch.to(x.dtype).contiguous(), gate, x.contiguous())
 
