@@ -143,7 +143,8 @@ def _launch(kernel: object, M: int, N: int, K: int, *arguments: Tensor | int) ->
     inner = 64 if K % 64 == 0 else 32
     kernel[(triton.cdiv(M, TILE) * triton.cdiv(N, TILE),)](  # type: ignore[index]
         *arguments, M, N, K,
-        EVEN=K % inner == 0, TILE=TILE, INNER=inner, num_warps=WARPS, num_stages=STAGES[inner], maxnreg=REGISTERS, **FUSED,
+        EVEN=K % inner == 0, TILE=TILE, INNER=inner,
+        num_warps=WARPS, num_stages=STAGES[inner], maxnreg=REGISTERS, **FUSED,
     )  # fmt: skip
 
 
