@@ -139,8 +139,9 @@ def _gate_linear_backward(
         tl.store(sums + row * N + columns, tl.sum(parts[p] * value, 0), columns < N)
 
 
-def _launch(kernel: object, M: int, N: int, K: int, *arguments: Tensor | int) -> None:
-    inner = 64 if K % 64 == 0 else 32
+def _launch(kernel: object, M: int, N: int, K: int, *arguments: Tensor | int, widest: int = 64) -> None:
+    """widest: the most channels of a step."""
+    inner = widest if K % widest == 0 else 32
     kernel[(triton.cdiv(M, TILE) * triton.cdiv(N, TILE),)](  # type: ignore[index]
         *arguments, M, N, K,
         EVEN=K % inner == 0, TILE=TILE, INNER=inner,
@@ -171,7 +172,9 @@ def gate_linear_forward(x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor)
     """x (S, H, W, K) times factor (S, K), then a linear layer of weight (N, K) and bias (N,); TILE divides H * W."""
     (N, K), (_, H, W, _) = weight.shape, x.shape
     out = x.new_empty(*x.shape[:-1], N)
-    _launch(_gate_linear, x.numel() // K, N, K, x, factor.contiguous(), weight, bias, out, H * W)
+    _launch(
+        _gate_linear, x.numel() // K, N, K, x, factor.contiguous(), weight, bias, out, H * W, widest=32
+    )  # registers
     return out
 
 
