@@ -50,11 +50,11 @@ def calls(channels: int, side: int, batch: int, dtype: torch.dtype) -> dict[str,
     modulated = (vector, vector, vector)
     up, down = empty(2 * channels, channels), empty(channels, 2 * channels)
     square = empty(channels, channels)
-    gelu_products = {
+    gelu_products: dict[str, Callable[[], Any]] = {
         "GELU product forward": partial(kernels.linear_gelu_forward, x, up, empty(2 * channels)),
         "GELU product backward": partial(kernels.gelu_linear_backward, wide, down, x),
     }
-    gate_products = {
+    gate_products: dict[str, Callable[[], Any]] = {
         "gate product forward": partial(kernels.gate_linear_forward, x, vector, square, bias),
         "gate product backward": partial(kernels.gate_linear_backward, x, vector, square, x),
     }
