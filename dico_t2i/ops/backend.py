@@ -1,6 +1,7 @@
 """Chooses the implementation of the operators for a tensor.
 
-Three modules have the same functions: ``plain`` (torch), ``native`` (C, on the CPU) and ``kernels`` (Triton, on GPUs).
+Three modules have the same functions: ``plain`` (torch), ``native`` (C, on the CPU) and ``kernels`` (Triton, on GPUs);
+those of products, which are used on GPUs alone, are not in ``native``.
 The recurrences along tokens are in ``plain_scans``, ``native_scans`` and ``kernels_scans``. The functions take
 contiguous tensors in any floating dtype, (N, H, W, C) and (N, C) or tokens (N, L, ...), and sum in float32. Each
 gradient has the dtype of its input. An argument that is None leaves out that part of the operator, and its gradient is

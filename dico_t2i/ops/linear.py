@@ -17,7 +17,7 @@ from dico_t2i.ops.backend import backend, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
 from dico_t2i.ops.scale import bias_gradient, channel_gate
 
-WIDEST = 1024  # inputs of a layer; beyond, the product takes longer than memory, and torch's is faster than ours
+WIDEST = 1024  # inputs of a layer; beyond, memory takes little of the time, and a product must be as fast as torch's
 PIXELS = 128  # of a program of ours, which must be of one sample for a gate
 
 

@@ -80,6 +80,11 @@ def norm_text_dwconv(x: Tensor, branch: Tensor, gate: Tensor, context: Tensor, k
     return residual + text_dwconv(normed.permute(0, 3, 1, 2), context, kernel).permute(0, 2, 3, 1)
 
 
+def gate_linear(x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (N, H, W, C), logits (N, C), weight (D, C), bias (D,) -> (N, H, W, D)."""
+    return channel_gate(x, logits) @ weight.T + bias
+
+
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (N, H, W, C), weight (D, C), bias (D,) -> (N, H, W, D)."""
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2))) @ weight.T + bias

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dico_t2i import ops
 from dico_t2i.models.blocks import Block, TextConvolution, TextProjection
-from dico_t2i.ops import backend, native, plain, reference
+from dico_t2i.ops import backend, linear, native, plain, reference
 from tests.ops.cases import errors, text_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,7 @@ WHOLE = [
     ("norm_linear", "xmdvvy"),
     ("norm_linear", "xmdvvyv"),
     ("gelu_linear", "xmd"),
+    ("gate_linear", "xvmd"),
     ("norm_text_dwconv", "xyvt"),
 ]
 
@@ -66,6 +67,30 @@ def test_values_and_gradients_are_the_references(name, kind):
         both.append((*out, *torch.autograd.grad(loss, inputs)))
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gelu_linear", "xmd"), ("gate_linear", "xvmd")])
+def test_values_and_gradients_inside_products(monkeypatch, name, kind):
+    """Where a GPU in bf16 takes them: the rules of the gradients, and torch in place of the kernels."""
+    monkeypatch.setattr(linear, "_fused", lambda *_: True)
+    monkeypatch.setattr(linear, "PIXELS", 1)
+    test_values_and_gradients_are_the_references(name, kind)
+
+
+def test_a_layer_gives_gelu_as_well(monkeypatch):
+    """For the next layer, with the gradients of one after the other."""
+    x, weight, bias = made("xmd")
+    loss = []
+    for inside in (False, True):
+        monkeypatch.setattr(linear, "_fused", lambda *_, inside=inside: inside)
+        _, hidden, activated = ops.norm_linear_gelu(x, weight, bias)
+        loss.append(ops.gelu_linear(hidden, weight.T, x[0, 0, 0], None, activated).sin().sum())
+    normed = reference.norm_linear(x, weight, bias)[1]
+    loss.append(reference.gelu_linear(normed, weight.T, x[0, 0, 0]).sin().sum())
+    gradients = [torch.autograd.grad(each, (x, weight, bias)) for each in loss]
+    for found in gradients[:2]:
+        for a, b in zip(found, gradients[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 LATE = {
