@@ -7,7 +7,7 @@ is not in the prediction: the launches, the host, and waiting inside kernels.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import NamedTuple
@@ -125,7 +125,7 @@ def _kernels(call: Call) -> partial[object]:
         case "norm_modulate" | "residual_norm_modulate":
             gate = vectors.pop() if len(vectors) % 2 else None
             branch = images[1] if len(images) > 1 else None
-            return partial(kernels.norm_forward, images[0], branch, gate, *(vectors or (None, None)))
+            return _later(kernels.norm_forward, images[0], branch, gate, *(vectors or (None, None)))
         case "norm_modulate_backward":
             source, *others, grad = images
             gate = vectors.pop() if len(vectors) % 2 else None
@@ -134,21 +134,25 @@ def _kernels(call: Call) -> partial[object]:
             modulation = vectors or (None, None)
             residual = others.pop() if others else None
             kept = (source, statistic, statistic, *modulation, branch, gate)
-            return partial(kernels.norm_backward, *kept, residual, grad, True)
+            return _later(kernels.norm_backward, *kept, residual, grad, True)
         case "scale":
-            return partial(kernels.scale_forward, images[0], vectors[0], images[1] if len(images) > 1 else None)
+            return _later(kernels.scale_forward, images[0], vectors[0], images[1] if len(images) > 1 else None)
         case "depthwise":
-            return partial(kernels.depthwise_forward, *tensors[:3])
+            return _later(kernels.depthwise_forward, *tensors[:3])
         case "text_dwconv":
-            return partial(kernels.text_forward, *tensors[:2], _SIDE, *tensors[2:])
+            return _later(kernels.text_forward, *tensors[:2], _SIDE, *tensors[2:])
         case "text_dwconv_backward" if len(tensors) == 2:  # that of x, by the same kernel; the other one needs x
-            return partial(kernels.text_forward, *reversed(tensors), _SIDE)
+            return _later(kernels.text_forward, *reversed(tensors), _SIDE)
         case "text_dwconv_backward":
-            return partial(kernels.text_backward, *tensors, _SIDE, (False, True))
+            return _later(kernels.text_backward, *tensors, _SIDE, (False, True))
         case "linear_gelu" | "gate_linear" as name:
-            return partial(getattr(kernels, f"{name}_forward"), *tensors)
+            return _later(getattr(kernels, f"{name}_forward"), *tensors)
         case name:
-            return partial(getattr(kernels, name), *tensors)
+            return _later(getattr(kernels, name), *tensors)
+
+
+def _later(function: Callable[..., object], *arguments: object) -> partial[object]:
+    return partial(function, *arguments)
 
 
 def measure_step(config: NetworkConfig, batch: int, size: int, device: torch.device, rows: Sequence[Row]) -> float:
