@@ -67,9 +67,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wants = ctx.needs_input_grad[:2]
+    *wants, _, wants_base = ctx.needs_input_grad
     grads = torch.ops.dico_t2i.text_dwconv_backward(*ctx.saved_tensors, grad, ctx.kernel, *wants)
-    return (*(gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True)), None, grad)
+    given = (gradient if wanted else None for gradient, wanted in zip(grads, wants, strict=True))
+    return (*given, None, grad if wants_base else None)
 
 
 _text.register_autograd(_differentiate, setup_context=_keep)
