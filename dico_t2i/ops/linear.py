@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dico_t2i.ops.backend import backend, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
+from dico_t2i.ops.operator import operator
 from dico_t2i.ops.scale import bias_gradient
 
 
@@ -150,7 +151,7 @@ def _gradient_of_weight(kernel: int, x: Tensor, weight: Tensor, grad: Tensor) ->
     return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
-@torch.library.custom_op("dico_t2i::gelu_backward", mutates_args=())
+@operator("gelu_backward")
 def _gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return backend(x).gelu_backward(x.contiguous(), grad.contiguous())
 
