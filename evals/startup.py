@@ -24,13 +24,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import positive, run, script_parser
 from dico_t2i.config import load_config
 from dico_t2i.runs.log import json_lines
 
-IMPORTED = ("numpy", "torch", "deepspeed", "dico_t2i.training.trainer", "tokenizers", "transformers.models.clip")
-IMPORTED += ("torch._dynamo", "diffusers.models.autoencoders.autoencoder_kl")
+IMPORTED = (
+    *("numpy", "torch", "deepspeed", "dico_t2i.training.trainer", "tokenizers"),  # what a rank imports, and then
+    *("torch._dynamo", "transformers.models.clip.modeling_clip", "diffusers.models.autoencoders.autoencoder_kl"),
+)
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 1800
 MB = 1 << 10  # /proc counts in kB

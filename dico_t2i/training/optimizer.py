@@ -39,10 +39,10 @@ class AdamWEMA(torch.optim.AdamW):
         self.deferred = False  # keep the answer of veto on the device instead of waiting for it
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        unwrap(super().add_param_group.__func__)(self, param_group)
+        unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        unwrap(super().zero_grad.__func__)(self, set_to_none)
+        unwrap(torch.optim.AdamW.zero_grad)(self, set_to_none)
 
     def state_names(self, weight: Tensor) -> tuple[str, ...]:
         """The names of the tensors in a weight's state: moments and averages."""
@@ -90,7 +90,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _update(self, weights: Sequence[Tensor]) -> None:
         """Update the weights, all of which have gradients."""
-        unwrap(super().step.__func__)(self)
+        unwrap(torch.optim.AdamW.step)(self)
 
 
 class Matrix(NamedTuple):

@@ -210,15 +210,15 @@ def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     bpe = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": False, "unk_token": _END}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **bpe))
+    backend: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **bpe))
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (_START, _END)])
-    ends = [(token, backend.token_to_id(token)) for token in (_END, _START)]
-    backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    end, start = ((token, backend.token_to_id(token)) for token in (_END, _START))
+    backend.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return backend
 
 

@@ -5,7 +5,7 @@ that class also imports torch's compiler, torchvision and scipy: two thousand mo
 first step. Exported folders still have the class of transformers (``as_transformers``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -51,22 +51,13 @@ class ClipTextTower(nn.Module):
         if settings.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act: {settings.hidden_act!r} is none of CLIP's: {', '.join(_ACTIVATIONS)}")
         self.settings = settings
-        self.embeddings = nn.ModuleDict(
-            {
-                "token_embedding": nn.Embedding(settings.vocab_size, settings.hidden_size),
-                "position_embedding": nn.Embedding(settings.max_position_embeddings, settings.hidden_size),
-            }
-        )
-        layers = nn.ModuleList(_Layer(settings) for _ in range(settings.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.embeddings, self.encoder = _Embeddings(settings), _Encoder(settings)
         self.final_layer_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         projection = nn.Linear(settings.hidden_size, settings.projection_dim, bias=False) if projected else None
         self.text_projection = projection
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[: ids.shape[1]]
-        for layer in self.encoder["layers"]:
-            x = layer(x)
+        x = self.encoder(self.embeddings(ids))
         x = self.final_layer_norm(x)
         pooled = x[torch.arange(len(x), device=x.device), (ids == END).int().argmax(dim=-1)]
         return x, pooled if self.text_projection is None else self.text_projection(pooled)
@@ -84,6 +75,27 @@ class ClipTextTower(nn.Module):
             state = {name if name in model.state_dict() else f"text_model.{name}": w for name, w in state.items()}
         model.to(self.final_layer_norm.weight.dtype).load_state_dict(state)
         return model.eval()
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, settings: ClipSettings) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        self.position_embedding = nn.Embedding(settings.max_position_embeddings, settings.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, settings: ClipSettings) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(settings) for _ in range(settings.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class _Layer(nn.Module):
@@ -121,14 +133,14 @@ class _FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, activation: str) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
