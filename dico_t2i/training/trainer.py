@@ -450,7 +450,7 @@ class Trainer:
         self.report.event(self.step, "rollback", message)
 
     def _hung(self, step: int, message: str) -> None:
-        self.report.event(step, "hang", message)
+        self.session.event(step, "hang", message)  # the report of a rank that failed itself is closed
 
     def _preview(self) -> None:
         encoders = (self.parts.inputs.autoencoder, self.parts.inputs.conditioner)

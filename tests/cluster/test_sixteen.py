@@ -8,20 +8,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from cluster.state import complete_checkpoints, read_state
+from cluster.state import complete_checkpoints, holder, read_state
 from dico_t2i.runs.log import json_lines
 from tests.cluster.conftest import started
 from tests.cluster.workplace import Workplace, job_id, state_of, until
-from tests.forkserver import run as run_forked
-from tests.training.conftest import launch
 
 BATCH, EVERY = 48, 5  # 48 is divisible by 16, 12 and 8 ranks, and by 4, 3 and 2
 RECORD = """
@@ -39,7 +37,7 @@ class Sixteen(Workplace):
 
     def __init__(self, folder: Path, data: Path, python: Path, nodes: int, steps: int) -> None:
         super().__init__(folder, data, python)
-        self.nodes, self.steps = nodes, steps
+        self.nodes, self.steps, self.python = nodes, steps, python
         (folder / "record").mkdir()
         (folder / "given").mkdir()
         (folder / "record" / "sitecustomize.py").write_text(RECORD)
@@ -49,6 +47,22 @@ class Sixteen(Workplace):
         tree["train"] |= {"global_batch": BATCH, "micro_batch": BATCH, "duration": {"steps": steps}}
         tree["checkpoint"] = {"every": {"steps": EVERY}}
         self.config.write_text(yaml.safe_dump(tree))
+
+    def call(self, script: str, *arguments: str, code: int = 0, **environment: str) -> str:
+        """As in a workplace, by the Python of the jobs."""
+        answer = self.start(script, *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        output, _ = answer.communicate(timeout=600)
+        assert answer.returncode == code, output
+        return output
+
+    def start(self, script: str, *arguments: str, **streams: Any) -> subprocess.Popen:
+        """Start a script of cluster/."""
+        return subprocess.Popen(
+            [str(self.python), str(self.root / "cluster" / script), *arguments], cwd=self.folder, **streams
+        )
+
+    def launch(self, *arguments: str, code: int = 0) -> str:
+        return super().launch(f"train.duration.steps={self.steps}", *arguments, code=code)
 
     @property
     def run(self) -> Path:
@@ -92,10 +106,10 @@ class Sixteen(Workplace):
         """What one process that is left alone is given, by step."""
         folder = self.folder / "alone"
         folder.mkdir()
-        command = [sys.executable, "-m", "tests.faults.rank", str(folder), "0", "train", "--config", str(self.config)]
+        command = [str(self.python), "-m", "tests.faults.rank", str(folder), "0", "train", "--config", str(self.config)]
         place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-        done = run_forked(
-            [*command, "--runs", str(folder), "name=alone"],
+        done = subprocess.run(
+            [*command, "--runs", str(folder), "name=alone", f"train.duration.steps={self.steps}"],
             env={**os.environ, **place},
             cwd=self.root,
             capture_output=True,
@@ -115,11 +129,8 @@ class Sixteen(Workplace):
         }
 
     def assert_bit_equal(self) -> None:
-        """Assert the losses and weights of a run on as many ranks that nothing disturbed."""
-        command = ("-m", "dico_t2i", "train", "--config", str(self.config), "--runs", str(self.runs), "name=whole")
-        process = launch(self.nodes, *command)
-        output, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, output
+        """Assert the losses and weights of a run on as many nodes that nothing disturbed."""
+        self.ended(job_id(self.launch("name=whole")), "COMPLETED")
         losses = dict(self._losses("whole"))
         assert all(losses[step] == loss for step, loss in self._losses("tiny"))
         whole, disturbed = self._weights("whole"), self._weights("tiny")
@@ -192,13 +203,14 @@ def test_a_run_broken_in_every_way_ends_bit_equal(nodes, place, size):
     os.kill(supervisor_on(nodes, "n1"), signal.SIGKILL)
     until(lambda: state_of(job) not in ("RUNNING", "COMPLETING"), "the end of the job without supervisor", 300)
     assert state_of(job) == "FAILED"  # SLURM does not requeue what ends by itself
+    until(lambda: not holder(place.run), "the end of rank 0", 300)
     second = job_id(place.launch())
     place.ended(second, "COMPLETED")
 
     assert read_state(place.run).step == place.steps
     again = place.assert_all_once()
     print(f"steps made again: {again}")
-    assert again <= 4 * EVERY
+    assert again <= 3 * 2 * EVERY
     place.assert_bit_equal()
 
 
@@ -217,10 +229,10 @@ def test_a_daemon_that_dies_alone(nodes, place, size):
 
 def test_a_run_is_requeued_on_fewer_nodes_and_on_more(nodes, place, size):
     """16, 12, 8 and 16 nodes, of one job, changed while it waits; the launcher is killed, too."""
-    watching = subprocess.Popen(
-        [sys.executable, str(place.root / "cluster/launch.py"), "--config", str(place.config), "--follow"],
-        cwd=place.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    steps, nowhere = f"train.duration.steps={place.steps}", subprocess.DEVNULL
+    watching = place.start(
+        "launch.py", "--config", str(place.config), "--follow", steps, stdout=nowhere, stderr=nowhere
+    )
     submitted = place.run / "jobs" / "submitted.jsonl"
     until(lambda: submitted.exists() and list(json_lines(submitted)), "the submission", 300)
     job = next(iter(json_lines(submitted)))["job"]
@@ -229,8 +241,9 @@ def test_a_run_is_requeued_on_fewer_nodes_and_on_more(nodes, place, size):
     watching.wait()
     for number, share in enumerate((12, 8, 16) if size == 16 else (3, 4)):
         subprocess.run(["scontrol", "requeuehold", job], check=True)
-        until(lambda: state_of(job) in ("PENDING", "REQUEUE_HOLD"), "the requeue", 300)
-        subprocess.run(["scontrol", "update", f"JobId={job}", f"NumNodes={share}"], check=True)
+        fewer = f"NumCPUs={share} NumTasks={share} NumNodes={share}-{share}".split()
+        update = ["scontrol", "update", f"JobId={job}", *fewer]
+        until(lambda: subprocess.run(update, check=False).returncode == 0, "a change of its nodes")  # noqa: B023
         subprocess.run(["scontrol", "release", job], check=True)
         place.restarted(number + 1)
         place.reached(2)
@@ -240,13 +253,14 @@ def test_a_run_is_requeued_on_fewer_nodes_and_on_more(nodes, place, size):
     assert ranks == ([16, 12, 8, 16] if size == 16 else [4, 3, 4])
     alone = place.losses_of_one()
     for step, loss in place._losses("tiny"):
-        assert abs(loss - alone[step]) <= 1e-5 * alone[step]
+        assert abs(loss - alone[step]) <= 1e-4 * alone[step]
 
 
 @pytest.mark.long
 def test_two_jobs_at_once_on_one_run_folder(nodes, place, size):
     """The launcher refuses the second; a job that comes in all the same ends, and the first one does not notice."""
     half = ["--nodes", str(size // 2)]
+    place.steps = 200
     first = job_id(place.launch(*half))
     place.reached(2)
     assert f"job {first} (RUNNING" in place.launch(*half, code=2)
