@@ -19,12 +19,11 @@ for name in [name for name in sys.modules if refused(name) or "muon" in name]:  
     vars(sys.modules.get(parent, sys)).pop(last, None)
     del sys.modules[name]
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if refused(name):
-            raise RuntimeError(f"a rank imports {name}")
+def refuse(event, arguments):
+    if event == "import" and refused(arguments[0]):
+        raise RuntimeError(f"a rank imports {arguments[0]}")
 
-sys.meta_path.insert(0, Refuse())
+sys.addaudithook(refuse)
 from dico_t2i.cli import main
 main(sys.argv[1:])
 """
