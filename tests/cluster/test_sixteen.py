@@ -1,4 +1,4 @@
-"""Faults of a job on sixteen nodes (four in the short form), each through the launcher, SLURM and the supervisor.
+"""Faults of a job on sixteen nodes (in the short form four and three), each through the launcher and the supervisor.
 
 What every rank was given to train on is recorded, as in tests/faults. In what the run's weights are made of, each
 position of the data order must be there once, with the sample that a run left alone has there.
@@ -20,6 +20,7 @@ from cluster.state import complete_checkpoints, holder, read_state
 from dico_t2i.runs.log import json_lines
 from tests.cluster.conftest import started
 from tests.cluster.workplace import Workplace, job_id, state_of, until
+from tests.ports import free_port
 
 BATCH, EVERY = 48, 5  # 48 is divisible by 16, 12 and 8 ranks, and by 4, 3 and 2
 RECORD = """
@@ -107,7 +108,13 @@ class Sixteen(Workplace):
         folder = self.folder / "alone"
         folder.mkdir()
         command = [str(self.python), "-m", "tests.faults.rank", str(folder), "0", "train", "--config", str(self.config)]
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         done = subprocess.run(
             [*command, "--runs", str(folder), "name=alone", f"train.duration.steps={self.steps}"],
             env={**os.environ, **place},
@@ -157,7 +164,7 @@ def nodes(short_folder, size):
 
 @pytest.fixture
 def place(tmp_path, shapes_data, quick_python, size, long) -> Sixteen:
-    return Sixteen(tmp_path, shapes_data, quick_python, size, 40 if long else 15)
+    return Sixteen(tmp_path, shapes_data, quick_python, size, 40 if long else 12)
 
 
 def rank_on(sandbox, node: str) -> int:
@@ -239,7 +246,7 @@ def test_a_run_is_requeued_on_fewer_nodes_and_on_more(nodes, place, size):
     until(lambda: complete_checkpoints(place.run), "a checkpoint", 600)
     watching.kill()
     watching.wait()
-    for number, share in enumerate((12, 8, 16) if size == 16 else (3, 4)):
+    for number, share in enumerate((12, 8, 16) if size == 16 else (3,)):
         subprocess.run(["scontrol", "requeuehold", job], check=True)
         fewer = f"NumCPUs={share} NumTasks={share} NumNodes={share}-{share}".split()
         update = ["scontrol", "update", f"JobId={job}", *fewer]
@@ -250,30 +257,7 @@ def test_a_run_is_requeued_on_fewer_nodes_and_on_more(nodes, place, size):
     place.ended(job, "COMPLETED")
     assert place.assert_all_once() <= 3 * 2 * EVERY
     ranks = [line["ranks"] for line in json_lines(place.run / "metrics.jsonl") if line.get("event") == "start"]
-    assert ranks == ([16, 12, 8, 16] if size == 16 else [4, 3, 4])
+    assert ranks == ([16, 12, 8, 16] if size == 16 else [4, 3])
     alone = place.losses_of_one()
     for step, loss in place._losses("tiny"):
-        assert abs(loss - alone[step]) <= 1e-4 * alone[step]
-
-
-@pytest.mark.long
-def test_two_jobs_at_once_on_one_run_folder(nodes, place, size):
-    """The launcher refuses the second; a job that comes in all the same ends, and the first one does not notice."""
-    half = ["--nodes", str(size // 2)]
-    place.steps = 200
-    first = job_id(place.launch(*half))
-    place.reached(2)
-    assert f"job {first} (RUNNING" in place.launch(*half, code=2)
-    (place.run / "jobs" / "submitted.jsonl").rename(place.folder / "hidden.jsonl")
-    lock = place.run / ".lock"
-    lock.rename(place.folder / "hidden.lock")  # the launcher looks at it, too
-    try:
-        second = job_id(place.launch(*half))
-    finally:
-        (place.folder / "hidden.lock").rename(lock)
-    until(lambda: state_of(second) not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the second", 600)
-    assert state_of(second) == "FAILED"
-    place.ended(first, "COMPLETED")
-    failures = [line for line in json_lines(place.run / "failures.jsonl") if line["job"] == second]
-    assert "in use" in json.dumps(failures)
-    assert place.assert_all_once() == 0
+        assert abs(loss - alone[step]) <= 1e-5 * alone[step]
