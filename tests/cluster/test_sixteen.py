@@ -4,7 +4,6 @@ What every rank was given to train on is recorded, as in tests/faults. In what t
 position of the data order must be there once, with the sample that a run left alone has there.
 """
 
-import json
 import os
 import signal
 import subprocess
