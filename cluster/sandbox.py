@@ -143,6 +143,18 @@ class Sandbox:
         if not _within(_NODE_S, lambda: self._pid(name) is not None):
             raise SandboxError(f"{name}: slurmd ended immediately, see {self.folder}/log/{name}.log")
 
+    def kill_controller(self) -> None:
+        """Kill the controller; jobs continue, but SLURM's commands get no answer."""
+        _end([self._pid("slurmctld")], signal.SIGKILL)
+
+    def start_controller(self) -> None:
+        """Start the controller; it continues with the jobs that it knew."""
+        self._daemon("slurmctld", "-f", str(self.conf))
+
+    def job_processes(self, node: str) -> list[int]:
+        """The processes of jobs that run on a node, SLURM's own among them."""
+        return self._steps(node)
+
     def command(self, *command: str) -> str:
         """The output of one of SLURM's commands, whether it succeeds or not."""
         return subprocess.run(command, capture_output=True, text=True, env=self._environment(), check=False).stdout
@@ -183,7 +195,7 @@ class Sandbox:
         files |= {"socket": "run/munge.socket", "pid-file": "run/munged.pid", "seed-file": "run/munge.seed"}
         # --force: munge would refuse a folder that other users cannot enter
         self._daemon("munged", "--force", *(f"--{option}={self.folder / path}" for option, path in files.items()))
-        self._daemon("slurmctld", "-f", str(self.conf))
+        self.start_controller()
         for number in range(1, self.nodes + 1):
             self.start_node(f"n{number}")
         if not _within(_START_S, self._ready):

@@ -54,7 +54,10 @@ class Supervisor:
         self.folder = self.run_folder / "jobs" / self.id
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(job.config)
-        self.cluster = load_config(self.folder / "config.yaml").cluster
+        cluster = load_config(self.folder / "config.yaml").cluster
+        # A job that waits may have been given another number of nodes (scontrol update NumNodes=...).
+        nodes = int(os.environ["SLURM_JOB_NUM_NODES"]) if self.slurm else cluster.nodes
+        self.cluster = cluster.model_copy(update={"nodes": nodes})
         self.start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.ranks: list[subprocess.Popen[bytes]] = []
 

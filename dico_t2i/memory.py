@@ -12,10 +12,13 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory for later allocations. For processes whose tensors are in host memory.
 
     By default glibc returns large blocks to the system. A training step, which allocates the same sizes again, then
-    waits while the system fills every page with zeros. With a different C library this function does nothing.
+    waits while the system fills every page with zeros. What is free at the call is returned first: it was used to get
+    ready. With a different C library this function does nothing.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     if mallopt is not None:
+        libc.malloc_trim(0)
         mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
         mallopt(_M_MMAP_MAX, 0)
 

@@ -95,6 +95,8 @@ class NetworkConfig(Section):
             return data
         data = dict(data)
         variant = data.pop("variant")
+        if variant is None:  # a size of its own, in a file that extends one with a variant
+            return data
         if variant not in cls.variants:
             known = ", ".join(cls.variants) or "it has none: give hidden_size and the other sizes"
             raise ValueError(f"variant: {variant!r} is not a variant of this kind ({known})")

@@ -164,7 +164,7 @@ def load_transformers(model: Any, folder: Path, weights: Path, unused: str | Non
         )
     if unused:
         report = {"missing_keys": [key for key in report["missing_keys"] if not key.startswith(unused)]}
-    _check_whole(weights, report)
+    check_whole(weights, report)
     return module
 
 
@@ -177,11 +177,11 @@ def load_diffusers(model: Any, name: str | Path, dtype: torch.dtype, **options: 
         output_loading_info=True,
         **options,
     )
-    _check_whole(name, report)
+    check_whole(name, report)
     return network.eval().requires_grad_(False)
 
 
-def _check_whole(weights: str | Path, report: Mapping[str, Iterable[str]]) -> None:
+def check_whole(weights: str | Path, report: Mapping[str, Iterable[str]]) -> None:
     """Raise ValueError if weights are missing, which both libraries would leave at random values."""
     if report["missing_keys"]:
         raise ValueError(f"{weights}: lacks {', '.join(sorted(report['missing_keys'])[:5])}")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend
+from dico_t2i.ops.operator import operator
 
 
 def depthwise3x3_gelu_pool(
@@ -27,13 +28,13 @@ def depthwise3x3_gelu_pool(
     return torch.ops.dico_t2i.depthwise(x, weight, bias, x_bias)
 
 
-@torch.library.custom_op("dico_t2i::depthwise", mutates_args=())
+@operator("depthwise")
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x_bias is used by the gradients alone."""
     return backend(x).depthwise_forward(x.contiguous(), weight, bias)
 
 
-@torch.library.custom_op("dico_t2i::depthwise_backward", mutates_args=())
+@operator("depthwise_backward")
 def _depthwise_backward(
     x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, grad_mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

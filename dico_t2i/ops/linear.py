@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
+from dico_t2i.ops.operator import operator
 from dico_t2i.ops.scale import bias_gradient, channel_gate
 
 WIDEST = 1024  # inputs of a layer; beyond, memory takes little of the time, and a product must be as fast as torch's
@@ -238,7 +239,7 @@ def _gradient_of_weight(kernel: int, x: Tensor, weight: Tensor, grad: Tensor) ->
     return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
-@torch.library.custom_op("dico_t2i::gelu_backward", mutates_args=())
+@operator("gelu_backward")
 def _gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return backend(x).gelu_backward(x.contiguous(), grad.contiguous())
 
@@ -253,13 +254,13 @@ def _gelu_backward_shapes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), total, x.new_empty(x.shape)
 
 
-@torch.library.custom_op("dico_t2i::linear_gelu", mutates_args=())
+@operator("linear_gelu")
 def _product_then_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """A linear layer, and GELU of it."""
     return backend(x).linear_gelu_forward(x.contiguous(), weight.contiguous(), bias)
 
 
-@torch.library.custom_op("dico_t2i::gelu_linear_backward", mutates_args=())
+@operator("gelu_linear_backward")
 def _product_then_gelu_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What ``gelu_backward`` returns for x and grad @ weight."""
     return backend(x).gelu_linear_backward(x.contiguous(), weight.contiguous(), grad.contiguous())
@@ -276,12 +277,12 @@ def _(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _gelu_backward_shapes(x)
 
 
-@torch.library.custom_op("dico_t2i::gate_linear", mutates_args=())
+@operator("gate_linear")
 def _gate_then_product(x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return backend(x).gate_linear_forward(x.contiguous(), factor, weight.contiguous(), bias)
 
 
-@torch.library.custom_op("dico_t2i::gate_linear_backward", mutates_args=())
+@operator("gate_linear_backward")
 def _gate_then_product_backward(
     x: Tensor, factor: Tensor, weight: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

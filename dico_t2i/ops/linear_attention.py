@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import present, scan_backend
+from dico_t2i.ops.operator import operator
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,12 +27,12 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tu
     return torch.ops.dico_t2i.gated_linear_attention(q, k, v, gates)
 
 
-@torch.library.custom_op("dico_t2i::gated_linear_attention", mutates_args=())
+@operator("gated_linear_attention")
 def _gla(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     return scan_backend(v).gla_forward(*(tensor.contiguous() for tensor in (q, k, v, gates)))
 
 
-@torch.library.custom_op("dico_t2i::gated_linear_attention_backward", mutates_args=())
+@operator("gated_linear_attention_backward")
 def _gla_backward(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Tensor, grad: Tensor, grad_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dico_t2i.ops.backend import backend, present
+from dico_t2i.ops.operator import operator
 from dico_t2i.ops.scale import bias_gradient
 
 
@@ -73,13 +74,13 @@ def check_norm(
         )
 
 
-@torch.library.custom_op("dico_t2i::norm_modulate", mutates_args=())
+@operator("norm_modulate")
 def _norm(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _, out, mean, rstd = backend(x).norm_forward(x.contiguous(), None, None, shift, scale)
     return out, mean, rstd
 
 
-@torch.library.custom_op("dico_t2i::residual_norm_modulate", mutates_args=())
+@operator("residual_norm_modulate")
 def _residual_norm(
     x: Tensor,
     branch: Tensor,
@@ -92,7 +93,7 @@ def _residual_norm(
     return backend(x).norm_forward(x.contiguous(), branch.contiguous(), gate, shift, scale)
 
 
-@torch.library.custom_op("dico_t2i::norm_modulate_backward", mutates_args=())
+@operator("norm_modulate_backward")
 def _norm_backward(
     source: Tensor,
     mean: Tensor,

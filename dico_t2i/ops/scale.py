@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dico_t2i.ops.backend import backend
+from dico_t2i.ops.operator import operator
 
 
 def channel_scale(x: Tensor, scale: Tensor) -> Tensor:
@@ -62,13 +63,13 @@ class _ChannelGate(torch.autograd.Function):
         return grad_x, total * (1 - factor)
 
 
-@torch.library.custom_op("dico_t2i::scale", mutates_args=())
+@operator("scale")
 def _scale(x: Tensor, scale: Tensor, base: Tensor | None, x_bias: Tensor | None) -> Tensor:
     """x_bias is used by the gradients alone."""
     return backend(x).scale_forward(x.contiguous(), scale, None if base is None else base.contiguous())
 
 
-@torch.library.custom_op("dico_t2i::scale_backward", mutates_args=())
+@operator("scale_backward")
 def _scale_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and scale, and the sum of ``grad`` over pixels (N, C) in float32 or more."""
     return backend(x).scale_backward(x.contiguous(), scale, grad.contiguous())

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import scan_backend
+from dico_t2i.ops.operator import operator
 from dico_t2i.ops.plain_scans import SCAN_CHUNK
 
 
@@ -42,7 +43,7 @@ def selective_scan(
     return torch.ops.dico_t2i.selective_scan(*tensors.values(), backwards)[0]
 
 
-@torch.library.custom_op("dico_t2i::selective_scan", mutates_args=())
+@operator("selective_scan")
 def _scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor, backwards: bool
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def _scan(
     return scan_backend(u).scan_forward(*inputs, backwards)
 
 
-@torch.library.custom_op("dico_t2i::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def _scan_backward(
     u: Tensor,
     delta: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, present, working_dtype
+from dico_t2i.ops.operator import operator
 
 
 def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
@@ -32,14 +33,14 @@ def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
     return out.contiguous() if x.is_contiguous() else out
 
 
-@torch.library.custom_op("dico_t2i::text_dwconv", mutates_args=())
+@operator("text_dwconv")
 def _text(x: Tensor, context: Tensor, kernel: int, base: Tensor | None) -> Tensor:
     """With ``base``, the sum of it and the convolution."""
     base = None if base is None else base.contiguous()
     return backend(x).text_forward(x.contiguous(), context.contiguous(), kernel, base)
 
 
-@torch.library.custom_op("dico_t2i::text_dwconv_backward", mutates_args=())
+@operator("text_dwconv_backward")
 def _text_backward(
     x: Tensor | None, context: Tensor, grad: Tensor, kernel: int, wants_x: bool, wants_context: bool
 ) -> tuple[Tensor, Tensor]:

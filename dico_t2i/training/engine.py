@@ -29,10 +29,13 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/dico_
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 # On CPUs DeepSpeed would compile an operator for shared-memory collectives at start-up, which gloo does not need.
 __compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed compiles its own Muon, which nothing here uses, and would import all of torch's compiler for that.
+compiler.compile = lambda: compiler.dummy_decorator
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about every optimizer that it does not know
 
 

@@ -5,6 +5,7 @@ fp32, and are updated exactly when the weights are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ GATHERED = 16  # matrices that all ranks gather at a time
 class AdamWEMA(torch.optim.AdamW):
     """AdamW that updates ema <- ema + (1 - decay) (weight - ema) after each step, for each of several decays.
 
-    The averages start at the initial weights.
+    The averages start at the initial weights. Methods of torch that hide themselves from its compiler, and import all
+    of it for that, are called unwrapped: nothing compiles an optimizer.
     """
 
     def __init__(self, params: Iterable[Any], config: OptimizerConfig) -> None:
@@ -35,6 +37,12 @@ class AdamWEMA(torch.optim.AdamW):
         self.decays = config.ema
         self.veto: Callable[[], Tensor] | None = None  # called before each step: whether to skip it
         self.deferred = False  # keep the answer of veto on the device instead of waiting for it
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        unwrap(torch.optim.AdamW.zero_grad)(self, set_to_none)
 
     def state_names(self, weight: Tensor) -> tuple[str, ...]:
         """The names of the tensors in a weight's state: moments and averages."""
@@ -82,7 +90,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _update(self, weights: Sequence[Tensor]) -> None:
         """Update the weights, all of which have gradients."""
-        super().step()
+        unwrap(torch.optim.AdamW.step)(self)
 
 
 class Matrix(NamedTuple):

@@ -24,6 +24,7 @@ from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder, MixtureOrder
 from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import with_measured
+from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
@@ -160,6 +161,8 @@ class Trainer:
         return 0
 
     def _loop(self) -> int:
+        if self.world.device.type == "cpu":
+            keep_freed_memory()  # from here on, since building the parts allocates what training does not need
         ahead = Ahead(self._fetcher(), self.parts.inputs, self.world.device)
         self.engine.model.train()
         first = self.step
@@ -334,10 +337,11 @@ class Trainer:
         """Report memory after the first step, when everything is allocated."""
         if not self.world.is_main:
             return
+        start_s = process_age_s()
         held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
         expected = expected_memory(self.config, self.world.size)
         message, sizes = memory_report(held, peak, expected), {**held, "peak": peak}
-        self.report.event(self.step, "memory", message, bytes=sizes, start_s=process_age_s())
+        self.report.event(self.step, "memory", message, bytes=sizes, start_s=start_s)
 
     def _data_notes(self) -> Iterator[str]:
         """Notes on which data are left out, and how data sets are mixed."""
@@ -446,7 +450,7 @@ class Trainer:
         self.report.event(self.step, "rollback", message)
 
     def _hung(self, step: int, message: str) -> None:
-        self.report.event(step, "hang", message)
+        self.session.event(step, "hang", message)  # the report of a rank that failed itself is closed
 
     def _preview(self) -> None:
         encoders = (self.parts.inputs.autoencoder, self.parts.inputs.conditioner)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dico_t2i.config import DiTConfig, TextEncoderConfig
 from dico_t2i.encoders import TextEncoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
-from dico_t2i.encoders.text.clip import clip_tokenizer
+from dico_t2i.encoders.text.clip import clip_backend, clip_tokenizer
 from dico_t2i.encoders.text.open_clip import OpenClipTokenizer
 
 START, END = 49406, 49407
@@ -130,6 +130,15 @@ def test_tokenizers_cut_and_pad(make: Any, pad: int) -> None:
     assert tokenize([]).shape == (0, 77)
 
 
+def test_clips_tokenizer_is_that_of_transformers() -> None:
+    from transformers import CLIPTokenizer
+
+    ours = clip_backend().to_str()
+    model = json.loads(ours)["model"]
+    theirs = CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]).backend_tokenizer
+    assert theirs.to_str() == ours
+
+
 def test_tokenizers_agree_up_to_the_end_token() -> None:
     theirs, ours = OpenClipTokenizer()(CAPTIONS), clip_tokenizer()(CAPTIONS)
     lengths = (theirs == END).int().argmax(1)
@@ -157,8 +166,8 @@ def test_transformers_tower_is_the_saved_model(clip: tuple[Path, Any]) -> None:
     assert (encoder.width, encoder.pooled_dim, encoder.seeded) == (WIDTH, PROJECTED, False)
     assert encoder.description.startswith("pretrained text tower")
     expected = model.text_model(input_ids=ids)
-    torch.testing.assert_close(features.tokens, expected.last_hidden_state)
-    torch.testing.assert_close(features.pooled, model.text_projection(expected.pooler_output))
+    assert torch.equal(features.tokens, expected.last_hidden_state)
+    assert torch.equal(features.pooled, model.text_projection(expected.pooler_output))
     norm = model.text_model.final_layer_norm
     normed = (features.tokens - norm.bias) / norm.weight
     assert normed.mean(-1).abs().max() < 1e-5

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
 from dico_t2i.encoders.local import load_transformers, read_json, resolve
-from dico_t2i.encoders.text.clip import END, START, VOCABULARY, clip_backend
+from dico_t2i.encoders.text.clip import clip_backend
+from dico_t2i.encoders.text.clip_tower import END, START, VOCABULARY
 from dico_t2i.encoders.text.features import FeatureSize, TextFeatures, TowerSize
 from dico_t2i.encoders.text.t5 import sources, weight_files
 from dico_t2i.encoders.text.tokenizers import FastTokenizer

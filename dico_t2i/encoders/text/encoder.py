@@ -75,7 +75,8 @@ class TextEncoder:
             raise ValueError(
                 "text_encoder: only a single CLIP of kind: transformers can be written in transformers' format"
             )
-        module: Any = self._towers[0].module
+        clip: Any = self._towers[0].module
+        module = clip.as_transformers()
         with quiet_transformers():
             module.save_pretrained(tower)
         self.tokenize.save(tower)  # here, too, so that this package finds the whole model in one folder

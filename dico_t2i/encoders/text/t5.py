@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
 from dico_t2i.encoders.local import config_hash, load_transformers, read_json, resolve
-from dico_t2i.encoders.text.clip import END, VOCABULARY, clip_backend, known_settings
+from dico_t2i.encoders.text.clip import clip_backend, known_settings
+from dico_t2i.encoders.text.clip_tower import END, VOCABULARY
 from dico_t2i.encoders.text.features import FeatureSize, TextFeatures, TowerSize
 from dico_t2i.encoders.text.tokenizers import FastTokenizer
 from dico_t2i.encoders.text.tower import Tower

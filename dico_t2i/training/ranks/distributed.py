@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dico_t2i.memory import keep_freed_memory
 from dico_t2i.training.ranks.node import compile_in_turn, follow_nccl, keep_kernels_here
 
 T = TypeVar("T")
@@ -72,8 +71,6 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     if not dist.is_initialized():
         _check_address(env["MASTER_ADDR"], env["MASTER_PORT"])
         follow_nccl()

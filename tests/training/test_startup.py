@@ -1,0 +1,49 @@
+"""A rank starts quickly and in little memory, because until its first step it imports nothing that it does not use."""
+
+import os
+import sys
+
+from tests import forkserver
+
+# The compiler of torch, and what imports it; libraries of models that a run has only files of; what is used elsewhere.
+NEVER = ("torch._dynamo", "torch._inductor", "sympy", "networkx", "transformers", "torchvision", "scipy")
+NEVER += ("diffusers", "open_clip", "pandas", "matplotlib", "wandb", "submitit")
+
+LEAN = """
+import sys
+import torch
+
+torch.manual_seed = torch.random.manual_seed  # the compiler, which a fork has already, wraps it
+never = sys.argv.pop(1).split(",")
+refused = lambda name: any(name == top or name.startswith(top + ".") for top in never)
+for name in [name for name in sys.modules if refused(name) or "muon" in name]:  # a fork has them already
+    parent, _, last = name.rpartition(".")
+    vars(sys.modules.get(parent, sys)).pop(last, None)
+    del sys.modules[name]
+
+def refuse(event, arguments):
+    if event == "import" and refused(arguments[0]):
+        raise RuntimeError(f"a rank imports {arguments[0]}")
+
+sys.addaudithook(refuse)
+from dico_t2i.cli import main
+from dico_t2i.training.trainer import Trainer
+
+report = Trainer._report_memory  # after the first step; on rank 0 it traces the network
+
+def reported(trainer):
+    never.clear()
+    report(trainer)
+
+Trainer._report_memory = reported
+main(sys.argv[1:])
+"""
+
+
+def test_a_rank_imports_neither_the_compiler_nor_libraries_of_models(runs):
+    """With a text encoder of transformers' kind and a data worker."""
+    command = [sys.executable, "-c", LEAN, ",".join(NEVER), *runs.command("lean", "train.duration.steps=2")[2:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = forkserver.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(runs.losses("lean")) == {1, 2}
