@@ -1,21 +1,26 @@
 """Saves a run, reports on its saves, and restores it from a checkpoint."""
 
+import json
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from dico_t2i.config.stages import RunStage
 from dico_t2i.encoders.identity import KEY, Identities
 from dico_t2i.runs import checkpoint as ckpt
-from dico_t2i.runs.folder import STAGE
+from dico_t2i.runs.folder import MANIFEST, STAGE
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.lineage import Lineage
-from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
+from dico_t2i.training.checkpoint_writer import SHARD, CheckpointWriter
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
 from dico_t2i.training.observers.reporter import Reporter
 from dico_t2i.training.prolonging import KEY as DECAY
 from dico_t2i.training.ranks.distributed import any_rank, first_message
+from dico_t2i.training.retention import Retention
 from dico_t2i.training.session import Session
+from dico_t2i.training.upload import Upload
 
 
 class Saver:
@@ -39,9 +44,13 @@ class Saver:
         self.lineage: Lineage = []  # where the weights come from; saved with checkpoints, and restored from them
         self.world, self.engine, self.report, self.data = session.world, engine, report, data
         settings = stage.config.checkpoint
-        retention = Retention(settings.keep_last, keep_every, settings.keep_best)
-        folder, rank, ranks = session.run.checkpoints, self.world.rank, self.world.size
-        self.writer = CheckpointWriter(folder, rank, ranks, retention, settings.background)
+        self.retention = Retention(settings.keep_last, keep_every, settings.keep_best)
+        folder, rank, ranks, shared = session.run.checkpoints, self.world.rank, self.world.size, session.shared
+        self.writer = CheckpointWriter(folder, rank, ranks, self.retention, settings.background, shared)
+        self.copies = session.copies  # where checkpoints are uploaded to
+        self.upload: Upload | None = None  # the last one, until its end was reported
+        self.uploaded_step = 0
+        self._uploads = 0
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.pause_s = 0.0  # how long the last save paused training, in seconds
         self._bytes = 0  # of the current save
@@ -54,7 +63,8 @@ class Saver:
         self.saved_step, self.saved_at = step, time.monotonic()
         if self.world.is_main:
             self.writer.prepare(step)
-        if any_rank([self.failed], self.world.device)[0]:  # also makes the other ranks wait for the folder
+        failed, uploading = any_rank([self.failed, self.uploading], self.world.device)
+        if failed:  # after the call above, which also makes the other ranks wait for the folder
             self._give_up()
             return
         state = {
@@ -69,8 +79,15 @@ class Saver:
             **({} if self.stage.decay_from is None else {DECAY: self.stage.decay_from}),
         }
         borders = frozenset(entry["step"] for entry in self.lineage if entry["what"] == "stage" and entry["step"])
-        self.writer.retention = replace(self.writer.retention, steps=borders | {self.stage.decay_from or 0})
-        self._bytes = self.writer.save(step, self.engine.owned_pieces(), self.engine.shapes, state)
+        self.retention = replace(self.retention, steps=borders | {self.stage.decay_from or 0})
+        if self.copies and not uploading:
+            self.upload = self._new_upload(step, [SHARD.format(self.world.rank)])
+        # A checkpoint is not deleted while it is uploaded.
+        held = frozenset({self.upload.step}) if self.upload else frozenset()
+        self.writer.retention = replace(self.retention, steps=self.retention.steps | held)
+        starting = None if uploading else self.upload
+        pieces, shapes = self.engine.owned_pieces(), self.engine.shapes
+        self._bytes = self.writer.save(step, pieces, shapes, state, starting)
         self.pause_s = time.monotonic() - started
 
     @property
@@ -80,11 +97,20 @@ class Saver:
 
     @property
     def ended(self) -> bool:
-        """Whether a save of this rank has ended and was not reported yet."""
-        return self._bytes > 0 and not self.writer.busy
+        """Whether a save, or the upload of one, has ended on this rank and was not reported yet."""
+        saved = self._bytes > 0 and not self.writer.busy
+        upload = self.upload
+        done = upload is not None and upload.ended.is_set() and (self.world.is_main or bool(upload.problem))
+        return saved or done
+
+    @property
+    def uploading(self) -> bool:
+        """Whether this rank still uploads a checkpoint."""
+        return self.upload is not None and not self.upload.ended.is_set()
 
     def settle(self) -> bool:
-        """Report how the last save ended; False while it still runs; collective."""
+        """Report how the last save and the last upload ended; False while the save still runs; collective."""
+        self._settle_upload()
         failed, busy = any_rank([self.failed, self.writer.busy], self.world.device)
         if failed:
             self._give_up()
@@ -103,20 +129,86 @@ class Saver:
             time.sleep(0.02)
         return self._failures == failures
 
-    def load(self, checkpoint: ckpt.Checkpoint, guard: Guard, begins: bool = False) -> None:
-        """Load a checkpoint; collective. Raises CheckpointError if it belongs to a different model.
+    def finish(self, patience_s: float) -> None:
+        """Upload the newest checkpoint, unless it is, and wait for it for up to ``patience_s`` seconds; collective."""
+        if self.copies is None:
+            return
+        deadline = time.monotonic() + patience_s
+        self._wait_for_upload(deadline)
+        if self.saved_step and self.uploaded_step != self.saved_step and self.writer.shared:
+            self.upload = self._new_upload(self.saved_step, self._own_files())
+            self.upload.start()
+            self._wait_for_upload(deadline)
 
+    def _wait_for_upload(self, deadline: float) -> None:
+        """Wait until no rank uploads, and give up after the deadline; collective."""
+        while self.upload is not None:
+            late, uploading = any_rank([time.monotonic() > deadline, self.uploading], self.world.device)
+            if late and uploading and self.upload is not None and not self.upload.problem:
+                self.upload.problem = "it was not complete when the job had to end"
+            self.settle()
+            time.sleep(0.05)
+
+    def _new_upload(self, step: int, files: Sequence[str]) -> Upload:
+        assert self.copies is not None
+        self._uploads += 1
+        return Upload(self.copies, step, files, self._uploads, self.retention)
+
+    def _own_files(self) -> list[str]:
+        """The files of the newest checkpoint that this rank uploads, whichever ranks wrote them."""
+        manifest = json.loads((self.writer.folder / ckpt.folder_name(self.saved_step) / MANIFEST).read_text())
+        return sorted(manifest["files"])[self.world.rank :: self.world.size]
+
+    def _settle_upload(self) -> None:
+        """Report how the last upload ended; collective."""
+        if self.upload is None:
+            return
+        upload, device = self.upload, self.world.device
+        failed, uploading, complete = any_rank([bool(upload.problem), self.uploading, upload.complete], device)
+        if not failed and uploading:
+            return
+        why = first_message(upload.problem, device)
+        upload.abandoned.set()
+        self.upload = None
+        if complete:
+            self.uploaded_step = upload.step
+            self.report.event(upload.step, "uploaded", f"checkpoint of step {upload.step} is complete at {upload.url}")
+            self._drop_own_parts(upload.step)
+        if not why:
+            return
+        if not complete and not self.writer.shared and self.writer.busy:
+            self.writer.error = ckpt.CheckpointError(why)  # since rank 0 waits for parts that will not come
+        what = "old checkpoints could not be deleted there" if complete else "this checkpoint was not uploaded"
+        self.report.event(
+            upload.step,
+            "upload failed",
+            f"WARNING: {upload.url}: {what}: {why}. Training continues, and the next checkpoint is uploaded again",
+        )
+
+    def _drop_own_parts(self, step: int) -> None:
+        """Delete the parts of earlier checkpoints on a node that does not see rank 0's folder."""
+        if self.writer.shared or self.world.is_main:
+            return
+        for path in ckpt.checkpoint_folders(self.writer.folder):
+            if ckpt.step_of(path) < step and not (path / MANIFEST).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def load(self, checkpoint: ckpt.Checkpoint, guard: Guard, begins: bool = False) -> None:
+        """Load a checkpoint; collective.
+
+        Raises CheckpointError on all ranks if it belongs to a different model, and DamagedError if a file is damaged.
         begins: whether a stage begins with it. Other data are then no surprise, and gradients may have other norms.
         """
         ckpt.check_shapes(checkpoint, self.engine.shapes)
         self.engine.materialize(checkpoint.optimizer_steps)
-        ckpt.fill(checkpoint, self.engine.pieces())
+        self._fill(checkpoint)
         self.engine.publish_weights()
         self.lineage = checkpoint.state.get(LINEAGE, [])
         guard.restore(checkpoint.state.get("guard", {}))
         if begins:
             guard.forget_norms()
         self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
+        self.uploaded_step = checkpoint.step if checkpoint.url else 0
         before = checkpoint.state.get("data", self.data)
         if before != self.data and not begins:
             message = (
@@ -124,7 +216,22 @@ class Saver:
             )
             self.report.event(checkpoint.step, "data", message)
 
+    def _fill(self, checkpoint: ckpt.Checkpoint) -> None:
+        """Read what this rank holds. Raises the same error on all ranks; collective."""
+        problem, damaged = "", False
+        try:
+            ckpt.fill(checkpoint, self.engine.pieces())
+        except ckpt.CheckpointError as error:
+            problem, damaged = str(error), isinstance(error, ckpt.DamagedError)
+        problem = first_message(problem, self.world.device)
+        damaged = any_rank([damaged], self.world.device)[0]
+        if problem:
+            raise (ckpt.DamagedError if damaged else ckpt.CheckpointError)(problem)
+
     def _give_up(self) -> None:
+        if self.upload is not None and self.upload.step == self.saved_step:
+            self.upload.abandoned.set()
+            self.upload = None
         why = first_message(str(self.writer.error or ""), self.world.device)
         self.writer.abandon(self.saved_step)
         self.writer.error = None

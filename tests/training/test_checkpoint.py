@@ -13,7 +13,8 @@ from dico_t2i.runs.checkpoint import (
     read_weights,
     verify,
 )
-from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
+from dico_t2i.training.checkpoint_writer import CheckpointWriter
+from dico_t2i.training.retention import Retention
 
 SHAPES = {"a": torch.Size((3, 4)), "b": torch.Size((5,))}
 
