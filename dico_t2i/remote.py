@@ -55,7 +55,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
         system, path = file_system(url)
         starts = list(range(start, stop, _PART))
         stops = [min(begin + _PART, stop) for begin in starts]
-        return b"".join(system.cat_ranges([path] * len(starts), starts, stops))
+        return b"".join(system.cat_ranges([path] * len(starts), starts, stops, on_error="raise"))
 
 
 def files(url: str) -> dict[str, int]:
@@ -72,16 +72,14 @@ def upload(file: Path, url: str) -> None:
     """Copy a local file to a URL. Raises OSError."""
     with _remote_errors(url):
         system, path = file_system(url)
-        system.makedirs(system._parent(path), exist_ok=True)
-        system.put_file(str(file), path)
+        _in_folder(system, path, lambda: system.put_file(str(file), path))
 
 
 def write(url: str, content: bytes) -> None:
     """Write a file at a URL. Raises OSError."""
     with _remote_errors(url):
         system, path = file_system(url)
-        system.makedirs(system._parent(path), exist_ok=True)
-        system.pipe_file(path, content)
+        _in_folder(system, path, lambda: system.pipe_file(path, content))
 
 
 def remove(url: str) -> None:
@@ -143,6 +141,15 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UrlError(f"{url}: {scheme}:// needs a further package: {remedy}") from None
     except ValueError as error:
         raise UrlError(f"{url}: {error}") from None
+
+
+def _in_folder(system: Any, path: str, write: Callable[[], None]) -> None:
+    """Write a file, after making its folder if that is missing; object stores need none."""
+    try:
+        write()
+    except FileNotFoundError:
+        system.makedirs(system._parent(path), exist_ok=True)
+        write()
 
 
 @contextmanager

@@ -19,8 +19,9 @@ _CACHE = Path("~/.cache/dico_t2i/runs")
 
 
 def run_url(path: str, name: str) -> str:
-    """The URL of a run's copy. path: the value of ``checkpoint.path``."""
-    return f"{path.rstrip('/')}/{name}"
+    """The URL, or the absolute path, of a run's copy. path: the value of ``checkpoint.path``."""
+    place = path.rstrip("/") if remote.is_url(path) else Path(path).expanduser().absolute()
+    return f"{place}/{name}"
 
 
 def complete_steps(files: dict[str, int]) -> list[str]:
@@ -47,13 +48,13 @@ def fetch(run: RunFolder, url: str) -> None:
         _download(f"{url}/checkpoints/{LATEST}", run.checkpoints / LATEST)
 
 
-def opened(place: str) -> Path:
+def opened(place: str | Path) -> Path:
     """The folder of a run or checkpoint; for one at a URL, a folder in the cache with its records and manifests.
 
     Raises ValueError if there is no run at the URL, and OSError.
     """
-    if not remote.is_url(place):
-        return Path(place)
+    if isinstance(place, Path):
+        return place
     url, _, step = place.rstrip("/").partition("/checkpoints/")
     there = remote.files(url)
     if RECORDS[0] not in there:
@@ -80,4 +81,7 @@ def _download_manifest(url: str, folder: Path) -> None:
 
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, remote.read(url))
+    content = remote.read(url)
+    if path.suffix == ".jsonl":  # it may have been copied while a line was written
+        content = content[: content.rfind(b"\n") + 1]
+    write_atomically(path, content)

@@ -45,7 +45,7 @@ class CheckpointWriter:
     def __init__(
         self, folder: Path, rank: int, world: int, retention: Retention, background: bool = True, shared: bool = True
     ) -> None:
-        """shared: whether all ranks see this folder; if not, rank 0 looks for the others' parts where they are uploaded."""
+        """shared: whether all ranks see this folder; if not, rank 0 finds the others' parts by their uploads."""
         self.folder, self.rank, self.world = folder, rank, world
         self.retention, self.background, self.shared = retention, background, shared
         self.error: Exception | None = None  # of the last finished save

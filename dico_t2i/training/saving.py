@@ -1,6 +1,7 @@
 """Saves a run, reports on its saves, and restores it from a checkpoint."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from dico_t2i.training.ranks.distributed import any_rank, first_message
 from dico_t2i.training.retention import Retention
 from dico_t2i.training.session import Session
 from dico_t2i.training.upload import Upload
+
+_PAUSE_S = 0.02  # between two looks at what runs in the background
 
 
 class Saver:
@@ -63,8 +66,7 @@ class Saver:
         self.saved_step, self.saved_at = step, time.monotonic()
         if self.world.is_main:
             self.writer.prepare(step)
-        failed, uploading = any_rank([self.failed, self.uploading], self.world.device)
-        if failed:  # after the call above, which also makes the other ranks wait for the folder
+        if any_rank([self.failed], self.world.device)[0]:  # also makes the other ranks wait for the folder
             self._give_up()
             return
         state = {
@@ -80,14 +82,11 @@ class Saver:
         }
         borders = frozenset(entry["step"] for entry in self.lineage if entry["what"] == "stage" and entry["step"])
         self.retention = replace(self.retention, steps=borders | {self.stage.decay_from or 0})
-        if self.copies and not uploading:
-            self.upload = self._new_upload(step, [SHARD.format(self.world.rank)])
-        # A checkpoint is not deleted while it is uploaded.
-        held = frozenset({self.upload.step}) if self.upload else frozenset()
-        self.writer.retention = replace(self.retention, steps=self.retention.steps | held)
-        starting = None if uploading else self.upload
+        upload = self._next_upload(step)
+        busy = {self.upload.step} if self.upload else set()  # not deleted while it is uploaded
+        self.writer.retention = replace(self.retention, steps=self.retention.steps | busy)
         pieces, shapes = self.engine.owned_pieces(), self.engine.shapes
-        self._bytes = self.writer.save(step, pieces, shapes, state, starting)
+        self._bytes = self.writer.save(step, pieces, shapes, state, upload)
         self.pause_s = time.monotonic() - started
 
     @property
@@ -126,28 +125,50 @@ class Saver:
         """Wait for the current save. False if the newest state is not on disk; collective."""
         failures = self._failures
         while not self.settle():
-            time.sleep(0.02)
+            time.sleep(_PAUSE_S)
         return self._failures == failures
 
-    def finish(self, patience_s: float) -> None:
-        """Upload the newest checkpoint, unless it is, and wait for it for up to ``patience_s`` seconds; collective."""
+    def finish(self, patience_s: float, saved: bool = True) -> None:
+        """Wait for the upload of the newest checkpoint, for up to ``patience_s`` seconds; collective.
+
+        It begins now if the checkpoint before it was still uploaded when it was saved. saved: whether it is on disk.
+        """
         if self.copies is None:
             return
         deadline = time.monotonic() + patience_s
+        tried = self.upload is not None and self.upload.step == self.saved_step
         self._wait_for_upload(deadline)
-        if self.saved_step and self.uploaded_step != self.saved_step and self.writer.shared:
+        if saved and not tried and self.saved_step != self.uploaded_step and self.writer.shared:
             self.upload = self._new_upload(self.saved_step, self._own_files())
             self.upload.start()
             self._wait_for_upload(deadline)
 
-    def _wait_for_upload(self, deadline: float) -> None:
+    def _wait_for_upload(self, deadline: float = math.inf) -> None:
         """Wait until no rank uploads, and give up after the deadline; collective."""
         while self.upload is not None:
-            late, uploading = any_rank([time.monotonic() > deadline, self.uploading], self.world.device)
-            if late and uploading and self.upload is not None and not self.upload.problem:
+            if self.uploading and time.monotonic() > deadline:
                 self.upload.problem = "it was not complete when the job had to end"
-            self.settle()
-            time.sleep(0.05)
+            self._settle_upload()
+            time.sleep(_PAUSE_S)
+
+    def _next_upload(self, step: int) -> Upload | None:
+        """The upload of a checkpoint that is saved now; None if the one before is still uploaded, or for no copies.
+
+        Ranks that do not see each other's files find them by their uploads, and so wait for the one before.
+        """
+        if self.copies is None:
+            return None
+        if not self.writer.shared:
+            self._wait_for_upload()
+        if self.upload is not None:
+            self.report.event(
+                step,
+                "upload",
+                f"checkpoint of step {step} is not uploaded, since that of step {self.upload.step} still is",
+            )
+            return None
+        self.upload = self._new_upload(step, [SHARD.format(self.world.rank)])
+        return self.upload
 
     def _new_upload(self, step: int, files: Sequence[str]) -> Upload:
         assert self.copies is not None

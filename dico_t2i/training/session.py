@@ -19,7 +19,7 @@ from dico_t2i.training.ranks.distributed import World, any_rank, from_main
 from dico_t2i.training.ranks.signals import StopFlag
 from dico_t2i.training.upload import Target
 
-_VISIBLE_S = 5.0  # for a new file of rank 0 to be seen by the other nodes
+_VISIBLE_S = 2.0  # for a new file of rank 0 to be seen by the other nodes
 
 
 class Session:

@@ -513,7 +513,7 @@ class Trainer:
     def _finish(self, code: int) -> int:
         """Wait for the last save. Raises CheckpointError if it failed; no rank leaves before it is committed."""
         saved = self.saver.drain()
-        self._aside(lambda: self.saver.finish(self.config.train.first_step_timeout_s))
+        self._aside(lambda: self.saver.finish(self.config.train.first_step_timeout_s, saved))
         if code == REQUEUE_EXIT_CODE:
             name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
             self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to resume")
