@@ -14,7 +14,14 @@ _CONNECT_S, _SILENCE_S = 30.0, 60.0  # limits for connecting to a web server, an
 _GONE = (404, 410)
 _PASSING = (408, 425, 429)  # statuses below 500 for which a retry may help
 _PART = 4 << 20  # bytes of each of the requests for a long range, which are sent at the same time
-_PACKAGES = {"s3": "dico_t2i[s3]", "s3a": "dico_t2i[s3]", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_PACKAGES = {
+    "s3": "dico_t2i[s3]",
+    "s3a": "dico_t2i[s3]",
+    "gs": "dico_t2i[gs]",
+    "gcs": "dico_t2i[gs]",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 
 Result = TypeVar("Result")
 

@@ -188,7 +188,7 @@ class CheckpointConfig(Section):
     keep_best: Flag = False  # Keeps the checkpoint with the lowest mean loss since the save before it, too.
     background: Flag = True  # Writes checkpoints while training continues.
     # A URL that fsspec can write, such as s3://bucket/runs, or a folder on another disk. Each checkpoint is also copied
-    # to a folder there with the name of the run, in the background; a run that lacks it locally resumes from there.
+    # to a folder there with the name of the run, in the background. A run without its folder resumes from there.
     path: Text | None = None
 
 
