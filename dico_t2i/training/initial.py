@@ -67,6 +67,7 @@ class Initial:
         """
         problem = ""
         try:
+            self.source.verify(world.rank, world.size)
             self.fill(engine.pieces())
         except ckpt.CheckpointError as error:
             problem = str(error)

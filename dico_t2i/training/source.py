@@ -32,9 +32,9 @@ class Source:
 
     name: their place and kind, for messages and the lineage. step: how many steps they were trained for, if that is
     known. before: the state of the checkpoint, or the content of export.json, which has their own lineage.
-    read(name, start, target) fills target (numel,) with the elements of a parameter from ``start`` on; it raises
-    CheckpointError if those of a checkpoint are damaged. hash() is their
-    SHA-256. close() closes the files.
+    read(name, start, target) fills target (numel,) with the elements of a parameter from ``start`` on. hash() is their
+    SHA-256. verify(rank, ranks) raises CheckpointError if a rank's share of the files is damaged. close() closes the
+    files.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Source:
     model: NetworkConfig | None
     read: Callable[[str, int, Tensor], None]
     hash: Callable[[], str]
+    verify: Callable[[int, int], None]
     close: Callable[[], None]
 
 
@@ -74,6 +75,7 @@ def _checkpoint(path: Path, init: InitConfig) -> Source:
         model=config.model,
         read=lambda name, start, target: shards.read(kind, name, start, target),
         hash=lambda: checkpoint.sha256,
+        verify=lambda rank, ranks: ckpt.verify(checkpoint, sorted(checkpoint.files)[rank::ranks]),
         close=shards.close,
     )
 
@@ -96,6 +98,7 @@ def _file(path: Path, init: InitConfig, origin: Mapping[str, Any], model: Networ
         model=model,
         read=lambda name, start, target: tensors.read(key_of[name], start, target),
         hash=lambda: file_hash(path),
+        verify=lambda rank, ranks: None,
         close=tensors.close,
     )
 
