@@ -1,19 +1,15 @@
 """Saves a run, reports on its saves, and restores it from a checkpoint."""
 
-import json
-import math
-import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from dico_t2i.config.stages import RunStage
 from dico_t2i.encoders.identity import KEY, Identities
 from dico_t2i.runs import checkpoint as ckpt
-from dico_t2i.runs.folder import MANIFEST, STAGE
+from dico_t2i.runs.folder import STAGE
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.lineage import Lineage
-from dico_t2i.training.checkpoint_writer import SHARD, CheckpointWriter
+from dico_t2i.training.checkpoint_writer import CheckpointWriter
 from dico_t2i.training.engine import Engine
 from dico_t2i.training.guard import Guard
 from dico_t2i.training.observers.reporter import Reporter
@@ -21,7 +17,7 @@ from dico_t2i.training.prolonging import KEY as DECAY
 from dico_t2i.training.ranks.distributed import any_rank, first_message
 from dico_t2i.training.retention import Retention
 from dico_t2i.training.session import Session
-from dico_t2i.training.upload import Upload
+from dico_t2i.training.uploads import Uploads
 
 _PAUSE_S = 0.02  # between two looks at what runs in the background
 
@@ -50,10 +46,7 @@ class Saver:
         self.retention = Retention(settings.keep_last, keep_every, settings.keep_best)
         folder, rank, ranks, shared = session.run.checkpoints, self.world.rank, self.world.size, session.shared
         self.writer = CheckpointWriter(folder, rank, ranks, self.retention, settings.background, shared)
-        self.copies = session.copies  # where checkpoints are uploaded to
-        self.upload: Upload | None = None  # the last one, until its end was reported
-        self.uploaded_step = 0
-        self._uploads = 0
+        self.uploads = Uploads(session.copies, self.world, report, self.writer) if session.copies else None
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.pause_s = 0.0  # how long the last save paused training, in seconds
         self._bytes = 0  # of the current save
@@ -82,9 +75,9 @@ class Saver:
         }
         borders = frozenset(entry["step"] for entry in self.lineage if entry["what"] == "stage" and entry["step"])
         self.retention = replace(self.retention, steps=borders | {self.stage.decay_from or 0})
-        upload = self._next_upload(step)
-        busy = {self.upload.step} if self.upload else set()  # not deleted while it is uploaded
-        self.writer.retention = replace(self.retention, steps=self.retention.steps | busy)
+        upload = self.uploads.begin(step, self.retention) if self.uploads else None
+        uploading = self.uploads.steps if self.uploads else frozenset()  # not deleted meanwhile
+        self.writer.retention = replace(self.retention, steps=self.retention.steps | uploading)
         pieces, shapes = self.engine.owned_pieces(), self.engine.shapes
         self._bytes = self.writer.save(step, pieces, shapes, state, upload)
         self.pause_s = time.monotonic() - started
@@ -98,18 +91,12 @@ class Saver:
     def ended(self) -> bool:
         """Whether a save, or the upload of one, has ended on this rank and was not reported yet."""
         saved = self._bytes > 0 and not self.writer.busy
-        upload = self.upload
-        done = upload is not None and upload.ended.is_set() and (self.world.is_main or bool(upload.problem))
-        return saved or done
-
-    @property
-    def uploading(self) -> bool:
-        """Whether this rank still uploads a checkpoint."""
-        return self.upload is not None and not self.upload.ended.is_set()
+        return saved or (self.uploads is not None and self.uploads.ended)
 
     def settle(self) -> bool:
         """Report how the last save and the last upload ended; False while the save still runs; collective."""
-        self._settle_upload()
+        if self.uploads:
+            self.uploads.settle()
         failed, busy = any_rank([self.failed, self.writer.busy], self.world.device)
         if failed:
             self._give_up()
@@ -129,90 +116,12 @@ class Saver:
         return self._failures == failures
 
     def finish(self, patience_s: float, saved: bool = True) -> None:
-        """Wait for the upload of the newest checkpoint, for up to ``patience_s`` seconds; collective.
+        """Wait until the newest checkpoint is uploaded, for up to ``patience_s`` seconds; collective.
 
-        It begins now if the checkpoint before it was still uploaded when it was saved. saved: whether it is on disk.
+        saved: whether it is on disk.
         """
-        if self.copies is None:
-            return
-        deadline = time.monotonic() + patience_s
-        tried = self.upload is not None and self.upload.step == self.saved_step
-        self._wait_for_upload(deadline)
-        if saved and not tried and self.saved_step != self.uploaded_step and self.writer.shared:
-            self.upload = self._new_upload(self.saved_step, self._own_files())
-            self.upload.start()
-            self._wait_for_upload(deadline)
-
-    def _wait_for_upload(self, deadline: float = math.inf) -> None:
-        """Wait until no rank uploads, and give up after the deadline; collective."""
-        while self.upload is not None:
-            if self.uploading and time.monotonic() > deadline:
-                self.upload.problem = "it was not complete when the job had to end"
-            self._settle_upload()
-            time.sleep(_PAUSE_S)
-
-    def _next_upload(self, step: int) -> Upload | None:
-        """The upload of a checkpoint that is saved now; None if the one before is still uploaded, or for no copies.
-
-        Ranks that do not see each other's files find them by their uploads, and so wait for the one before.
-        """
-        if self.copies is None:
-            return None
-        if not self.writer.shared:
-            self._wait_for_upload()
-        if self.upload is not None:
-            self.report.event(
-                step,
-                "upload",
-                f"checkpoint of step {step} is not uploaded, since that of step {self.upload.step} still is",
-            )
-            return None
-        self.upload = self._new_upload(step, [SHARD.format(self.world.rank)])
-        return self.upload
-
-    def _new_upload(self, step: int, files: Sequence[str]) -> Upload:
-        assert self.copies is not None
-        self._uploads += 1
-        return Upload(self.copies, step, files, self._uploads, self.retention)
-
-    def _own_files(self) -> list[str]:
-        """The files of the newest checkpoint that this rank uploads, whichever ranks wrote them."""
-        manifest = json.loads((self.writer.folder / ckpt.folder_name(self.saved_step) / MANIFEST).read_text())
-        return sorted(manifest["files"])[self.world.rank :: self.world.size]
-
-    def _settle_upload(self) -> None:
-        """Report how the last upload ended; collective."""
-        if self.upload is None:
-            return
-        upload, device = self.upload, self.world.device
-        failed, uploading, complete = any_rank([bool(upload.problem), self.uploading, upload.complete], device)
-        if not failed and uploading:
-            return
-        why = first_message(upload.problem, device)
-        upload.abandoned.set()
-        self.upload = None
-        if complete:
-            self.uploaded_step = upload.step
-            self.report.event(upload.step, "uploaded", f"checkpoint of step {upload.step} is complete at {upload.url}")
-            self._drop_own_parts(upload.step)
-        if not why:
-            return
-        if not complete and not self.writer.shared and self.writer.busy:
-            self.writer.error = ckpt.CheckpointError(why)  # since rank 0 waits for parts that will not come
-        what = "old checkpoints could not be deleted there" if complete else "this checkpoint was not uploaded"
-        self.report.event(
-            upload.step,
-            "upload failed",
-            f"WARNING: {upload.url}: {what}: {why}. Training continues, and the next checkpoint is uploaded again",
-        )
-
-    def _drop_own_parts(self, step: int) -> None:
-        """Delete the parts of earlier checkpoints on a node that does not see rank 0's folder."""
-        if self.writer.shared or self.world.is_main:
-            return
-        for path in ckpt.checkpoint_folders(self.writer.folder):
-            if ckpt.step_of(path) < step and not (path / MANIFEST).exists():
-                shutil.rmtree(path, ignore_errors=True)
+        if self.uploads:
+            self.uploads.finish(self.saved_step if saved else None, self.retention, patience_s)
 
     def load(self, checkpoint: ckpt.Checkpoint, guard: Guard, begins: bool = False) -> None:
         """Load a checkpoint; collective.
@@ -229,7 +138,8 @@ class Saver:
         if begins:
             guard.forget_norms()
         self.saved_step, self.saved_at = checkpoint.step, time.monotonic()
-        self.uploaded_step = checkpoint.step if checkpoint.url else 0
+        if self.uploads and checkpoint.url:
+            self.uploads.done = checkpoint.step
         before = checkpoint.state.get("data", self.data)
         if before != self.data and not begins:
             message = (
@@ -250,9 +160,8 @@ class Saver:
             raise (ckpt.DamagedError if damaged else ckpt.CheckpointError)(problem)
 
     def _give_up(self) -> None:
-        if self.upload is not None and self.upload.step == self.saved_step:
-            self.upload.abandoned.set()
-            self.upload = None
+        if self.uploads:
+            self.uploads.abandon(self.saved_step)
         why = first_message(str(self.writer.error or ""), self.world.device)
         self.writer.abandon(self.saved_step)
         self.writer.error = None
