@@ -26,7 +26,7 @@ from data_prep.importing.conversion import Unit, add_options, options_of, run_pi
 from data_prep.importing.files import File, walk
 from data_prep.importing.tables import columns, declared_images, stretches
 from dico_t2i.command import run, script_parser
-from dico_t2i.data.remote import file_system, is_url
+from dico_t2i.remote import file_system, is_url
 
 IMAGES = ("image", "img", "picture", "jpg", "png", "webp", *PATHS)
 KINDS = (".parquet", ".arrow")

@@ -25,10 +25,10 @@ from data_prep.importing.filters import Dropped
 from dico_t2i.command import run, script_parser
 from dico_t2i.data.decode import IMAGE_EXTENSIONS
 from dico_t2i.data.errors import ShardError
-from dico_t2i.data.remote import base_name, describe, download, file_system, is_url, patiently, without_query
 from dico_t2i.data.sample import Caption, captions_in
 from dico_t2i.data.shard import ShardIndex, index_shard
 from dico_t2i.data.tar import PACKED
+from dico_t2i.remote import base_name, describe, download, file_system, is_url, patiently, without_query
 from dico_t2i.text_lines import decode_text
 
 RETRIES = 3

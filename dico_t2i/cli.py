@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dico_t2i.command import non_negative, positive, run
+from dico_t2i.command import non_negative, place, positive, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,7 +114,7 @@ def _sampler_name(text: str) -> str:
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
+    parser.add_argument("--checkpoint", required=True, type=place, help="a run, one of its checkpoints, or an export")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a prompt; this option may be repeated")
     what.add_argument("--prompts", type=Path, help="a file with a prompt on each line")
@@ -149,12 +149,14 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 
 def _sample(arguments: argparse.Namespace) -> int:
     from dico_t2i.commands import sample
+    from dico_t2i.runs.copies import opened
 
+    arguments.checkpoint = opened(arguments.checkpoint)
     return sample.run(arguments)
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run or one of its checkpoints")
+    parser.add_argument("--checkpoint", required=True, type=place, help="a run or one of its checkpoints")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     parser.add_argument(
         "--out", required=True, type=Path, help="the folder to write; of an adapter alone, a file (.safetensors)"
@@ -174,7 +176,9 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from dico_t2i.export.adapter import export_adapter, export_merged, is_adapter
     from dico_t2i.export.folder import export
+    from dico_t2i.runs.copies import opened
 
+    arguments.checkpoint = opened(arguments.checkpoint)
     what = arguments.checkpoint, arguments.weights, arguments.out
     if arguments.out.suffix == ".safetensors" and not arguments.adapter:
         export_adapter(*what)
@@ -269,15 +273,15 @@ def _completion(arguments: argparse.Namespace) -> int:
     parser = _parser()
     for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
         for action in command._actions:
-            if action.type is Path:
+            if action.type in (Path, place):
                 action.complete = shtab.FILE
     print(shtab.complete(parser, arguments.shell))
     return 0
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an export")
-    parser.add_argument("--compare", type=Path, help="a second checkpoint, sampled with the same seeds")
+    parser.add_argument("--checkpoint", required=True, type=place, help="a run, one of its checkpoints, or an export")
+    parser.add_argument("--compare", type=place, help="a second checkpoint, sampled with the same seeds")
     parser.add_argument("--weights", help="weight, or an average such as ema_0.9999 (default: the first average)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
@@ -288,9 +292,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     from dico_t2i.commands.demo import check_gradio, serve
 
     check_gradio()
+    from dico_t2i.runs.copies import opened
     from dico_t2i.sampling.pipeline import choose_device
 
-    checkpoints = [path for path in (arguments.checkpoint, arguments.compare) if path]
+    checkpoints = [opened(given) for given in (arguments.checkpoint, arguments.compare) if given]
     serve(checkpoints, arguments.weights, *choose_device(arguments.dtype), arguments.host, arguments.port)
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"command", "files", "memory", "randomness", "text_lines"},
+    {"command", "files", "memory", "randomness", "remote", "text_lines"},
     {"config", "ops"},
     {"data", "diffusion", "models", "runs"},
     {"encoders", "report"},

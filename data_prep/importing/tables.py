@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dico_t2i.data.remote import base_name, file_system, is_url
+from dico_t2i.remote import base_name, file_system, is_url
 from dico_t2i.text_lines import encoding_of
 
 LONGEST_LINE = 1 << 24  # bytes; the rest of a longer line counts as another line, which cannot be parsed

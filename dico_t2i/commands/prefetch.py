@@ -16,11 +16,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dico_t2i.config import Config
-from dico_t2i.data.remote import is_url
 from dico_t2i.encoders import MissingModelError, find_autoencoder, find_vision_encoder
 from dico_t2i.encoders.local import downloads, file_hash, find_weights, is_hub_id, prefetched, weights_place
 from dico_t2i.encoders.text import find_tower, pretrained_source
 from dico_t2i.files import flush, temporary, write_atomically
+from dico_t2i.remote import is_url
 
 MANIFEST = "manifest.json"
 FILES = "files"

@@ -160,6 +160,13 @@ class StageConfig(Section):
             raise ValueError(f"{fixed[0]}: all stages train one network; a stage may only change {free}")
         return changes
 
+    @field_validator("checkpoint")
+    @classmethod
+    def _one_copy(cls, changes: Changes) -> Changes:
+        if "path" in changes:
+            raise ValueError("path: all stages are one run with one copy; set checkpoint.path for the whole run")
+        return changes
+
     @property
     def changes(self) -> Changes:
         """Return the changes of all sections."""
@@ -180,6 +187,9 @@ class CheckpointConfig(Section):
     keep_every: Span | None = None
     keep_best: Flag = False  # Keeps the checkpoint with the lowest mean loss since the save before it, too.
     background: Flag = True  # Writes checkpoints while training continues.
+    # A URL that fsspec can write, such as s3://bucket/runs, or a folder on another disk. Each checkpoint is also copied
+    # to a folder there with the name of the run, in the background. A run without its folder resumes from there.
+    path: Text | None = None
 
 
 class GuardConfig(Section):

@@ -19,11 +19,11 @@ from dico_t2i.config import CacheConfig
 from dico_t2i.data.errors import DataError, ShardError
 from dico_t2i.data.index import DatasetIndex, read_index
 from dico_t2i.data.quarantine import FILE as QUARANTINE
-from dico_t2i.data.remote import download, patiently, read
 from dico_t2i.data.shard import ShardIndex, index_path
 from dico_t2i.data.table import FILE as ARRAYS
 from dico_t2i.data.table import save_table
 from dico_t2i.files import temporary, write_atomically
+from dico_t2i.remote import UrlError, download, patiently, read
 
 GIGABYTE = 10**9
 
@@ -144,5 +144,7 @@ def _read(url: str, retries: int, wait_s: float) -> bytes | None:
         return patiently(lambda: read(url), retries, wait_s)
     except FileNotFoundError:
         return None
+    except UrlError as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{url}: cannot be read: {error}") from None

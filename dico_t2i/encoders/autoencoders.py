@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dico_t2i.config import MEASURED, AutoencoderConfig, ConfigError
 from dico_t2i.data.batches import Batch
-from dico_t2i.data.remote import base_name
 from dico_t2i.encoders import taesd
 from dico_t2i.encoders.local import (
     MissingModelError,
@@ -27,6 +26,7 @@ from dico_t2i.encoders.local import (
     resolve,
 )
 from dico_t2i.randomness import normal
+from dico_t2i.remote import base_name
 
 _FILES = (("config.json",), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
 _NO_NOISE = -30.0  # log-variance

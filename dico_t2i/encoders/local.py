@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from dico_t2i.data.remote import download, is_url
 from dico_t2i.files import temporary
+from dico_t2i.remote import download, is_url
 
 ALLOW_DOWNLOAD = "DICO_ALLOW_DOWNLOAD"
 WEIGHTS_FOLDER = "DICO_WEIGHTS"

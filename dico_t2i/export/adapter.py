@@ -7,7 +7,7 @@ from dico_t2i.encoders.identity import KEY
 from dico_t2i.encoders.local import file_hash
 from dico_t2i.export.folder import check_encoders, check_new, write_folder
 from dico_t2i.models import adapter_origin, merge_adapter, read_adapter, write_adapter
-from dico_t2i.runs.checkpoint import read_weights, verify
+from dico_t2i.runs.checkpoint import read_weights
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.lineage import ancestor
 from dico_t2i.runs.weights import chosen_weights, exported_weights, locate_checkpoint, trained_config
@@ -34,7 +34,6 @@ def export_adapter(path: Path, weights: str | None, out: Path) -> None:
         raise ValueError(f"{path}: it trains all weights and no adapter; give --out a folder, not {out.name}")
     kind = chosen_weights(weights, config, checkpoint)
     tensors = dict(read_weights(checkpoint, kind))
-    verify(checkpoint)
     lineage = checkpoint.state[LINEAGE]
     origin = {"run": config.name, "step": checkpoint.step, "weights": kind, LINEAGE: lineage}
     write_adapter(out, tensors, config.adapter, origin)
@@ -51,8 +50,6 @@ def export_merged(
     check_new(out)
     source = find_trained(path, weights)
     check_encoders(source.config, encoders)
-    if exported_weights(path) is None:
-        verify(locate_checkpoint(path)[1])
     state, lineage = source.read(), list(source.record.get(LINEAGE, ()))
     if source.config.adapter:
         lineage.append(ancestor("adapter", str(source.path), source.hash(), source.step))

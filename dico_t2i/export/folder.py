@@ -24,7 +24,7 @@ from dico_t2i.encoders.identity import KEY, Identities, check_identities, identi
 from dico_t2i.encoders.text import TextEncoder, load_text_encoder
 from dico_t2i.export.card import model_card, one_clip
 from dico_t2i.export.inline import standalone
-from dico_t2i.runs.checkpoint import read_weights, verify
+from dico_t2i.runs.checkpoint import read_weights
 from dico_t2i.runs.evaluations import read_evaluations
 from dico_t2i.runs.lineage import KEY as LINEAGE
 from dico_t2i.runs.log import last_report
@@ -64,7 +64,6 @@ def export(path: Path, weights: str | None, out: Path, encoders: bool = True) ->
     check_encoders(config, encoders)
     kind = chosen_weights(weights, config, checkpoint)
     parameters = read_weights(checkpoint, kind)
-    verify(checkpoint)
     origin = {"run": config.name, "step": checkpoint.step, "images": checkpoint.position, "weights": kind}
     origin[LINEAGE] = checkpoint.state.get(LINEAGE, [])
     metrics = last_report(run / "metrics.jsonl", checkpoint.step)

@@ -5,11 +5,11 @@
         shard-00000.safetensors   the pieces of rank 0: "<kind>:<parameter>:<start>" -> (numel,) fp32
         shard-00000.json          the size and hash of that file, written after it
         manifest.json             written last, by rank 0; makes the checkpoint valid
+        uploaded                  with checkpoint.path: the URL of its complete copy, from which missing files are read
       latest                      the name of the newest complete checkpoint, replaced atomically; for people and tools,
                                   since a resume tries the folders themselves, newest first
 
-Any number of ranks with any ZeRO stage reads the ranges that it needs. A save copies the pieces to host memory and
-writes them in a thread while training continues.
+Any number of ranks with any ZeRO stage reads the ranges that it needs, and compares their checksums as it reads.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from dico_t2i.remote import files as remote_files
 from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.kinds import WEIGHT
+from dico_t2i.runs.shard_file import WINDOW, CheckpointError, DamagedError, FileEntry, ShardFile
 
 VERSION = 1
 
@@ -34,7 +35,7 @@ PROJECTOR = "alignment"  # parameters below this name train with the network, bu
 
 
 LATEST = "latest"
-
+UPLOADED = "uploaded"
 
 _MANIFEST_KEYS = {"version", "step", "position", "optimizer_steps", "world", "shapes", "kinds", "files"}
 
@@ -56,10 +57,6 @@ class Piece:
         return Piece(self.name, self.start + start, {k: v[start:stop] for k, v in self.tensors.items()})
 
 
-class CheckpointError(ValueError):
-    """Raised for a checkpoint that cannot be used; the message names the file and the reason."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose manifest has been read."""
@@ -72,9 +69,10 @@ class Checkpoint:
     world: int
     shapes: dict[str, tuple[int, ...]]
     kinds: tuple[str, ...]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     pieces: dict[str, list[tuple[str, int, int]]] = field(repr=False)  # name -> (file, start, numel)
     sha256: str  # of the manifest, which has the hashes of all files
+    url: str | None = None  # the folder of its complete copy
 
     @property
     def network_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,11 +82,25 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a manifest. Raises CheckpointError if it is missing, damaged, or from a newer version of this package."""
+    return parse_checkpoint(path, *read_manifest(path))
+
+
+def read_manifest(path: Path) -> tuple[str, str | None]:
+    """The text of a manifest, and the URL of the checkpoint's copy. Raises CheckpointError if it cannot be read."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        digest = manifest.pop("sha256")
+        text = (path / MANIFEST).read_text()
+        return text, (path / UPLOADED).read_text().strip() if (path / UPLOADED).exists() else None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST}, so this checkpoint was never completed") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST}: not readable: {error!r}") from None
+
+
+def parse_checkpoint(path: Path, text: str, url: str | None = None) -> Checkpoint:
+    """The checkpoint that the text of a manifest describes. Raises CheckpointError as ``open_checkpoint`` does."""
+    try:
+        manifest = json.loads(text)
+        digest = manifest.pop("sha256")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: not readable: {error!r}") from None
     if digest != manifest_hash(manifest):
@@ -108,23 +120,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
         world=manifest["world"],
         shapes={name: tuple(shape) for name, shape in manifest["shapes"].items()},
         kinds=tuple(manifest["kinds"]),
-        files={file: {"size": e["size"], "sha256": e["sha256"]} for file, e in manifest["files"].items()},
+        files={
+            file: FileEntry(entry["size"], entry["sha256"], entry["pieces"], entry.get("crc32"))
+            for file, entry in manifest["files"].items()
+        },
         pieces=dict(pieces),
         sha256=digest,
+        url=url,
     )
+
+
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """Raise DamagedError that names the first file that is missing, or has another size, on disk and in the copy."""
+    elsewhere: dict[str, int] | None = None
+    for file, entry in checkpoint.files.items():
+        path = checkpoint.path / file
+        found = path.stat().st_size if path.exists() else None
+        if found != entry.size and checkpoint.url:
+            elsewhere = remote_files(checkpoint.url) if elsewhere is None else elsewhere
+            found = elsewhere.get(file, found)
+        if found is None:
+            raise DamagedError(f"{path}: missing")
+        if found != entry.size:
+            raise DamagedError(f"{path}: {found} bytes, should be {entry.size}")
 
 
 def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
     """Compare sizes and hashes of some or all files. Raises CheckpointError that names the first different file."""
-    for file in checkpoint.files if files is None else files:
-        expected, path = checkpoint.files[file], checkpoint.path / file
-        if not path.exists():
-            raise CheckpointError(f"{path}: missing")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{path}: {size} bytes, should be {expected['size']}")
-        if _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: content does not match its hash")
+    with Shards(checkpoint) as shards:
+        for file in checkpoint.files if files is None else files:
+            shards.file(file).verify()
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -145,11 +170,11 @@ def ever_saved(folder: Path) -> bool:
     return (folder / LATEST).exists()
 
 
-def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
-    """Read the range of each piece from the checkpoint.
+def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> int:
+    """Read the range of each piece from the checkpoint, and return how many bytes were read.
 
-    Raises CheckpointError if a parameter, a range or a kind is missing. An average that the checkpoint does not have
-    starts from its weights.
+    Raises CheckpointError if a parameter, a range or a kind is missing, or is not what was written. An average that the
+    checkpoint does not have starts from its weights.
     """
     with Shards(checkpoint) as shards:
         for piece in pieces:
@@ -158,6 +183,7 @@ def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
             for kind, tensor in piece.tensors.items():
                 source = kind if kind in checkpoint.kinds else WEIGHT
                 shards.read(source, piece.name, piece.start, tensor)
+        return shards.bytes_read
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> None:
@@ -198,7 +224,8 @@ class Shards:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.open: dict[str, Any] = {}
+        self._open: dict[str, ShardFile] = {}
+        self._buffer = memoryview(bytearray(WINDOW))
 
     def __enter__(self) -> "Shards":
         return self
@@ -207,7 +234,14 @@ class Shards:
         self.close()
 
     def close(self) -> None:
-        self.open.clear()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of the open files were read."""
+        return sum(file.bytes_read for file in self._open.values())
 
     def read(self, kind: str, name: str, start: int, target: Tensor) -> None:
         """Fill target (numel,) with the parameter's elements from ``start`` on."""
@@ -215,23 +249,21 @@ class Shards:
         for file, piece_start, numel in self.checkpoint.pieces.get(name, ()):
             begin, end = max(start, piece_start), min(stop, piece_start + numel)
             if begin < end:
-                piece = self._file(file).get_slice(f"{kind}:{name}:{piece_start}")
-                target[begin - start : end - start].copy_(piece[begin - piece_start : end - piece_start])
+                part = target[begin - start : end - start]
+                self.file(file).read(f"{kind}:{name}:{piece_start}", begin - piece_start, part)
                 filled += end - begin
         if filled != target.numel():
             raise CheckpointError(
                 f"{self.checkpoint.path}: {kind} of {name} has {filled} of the {target.numel()} elements from {start}"
             )
 
-    def _file(self, file: str) -> Any:
-        if file not in self.open:
-            self.open[file] = safe_open(self.checkpoint.path / file, framework="pt")
-        return self.open[file]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def file(self, name: str) -> ShardFile:
+        """A file of the checkpoint, which is opened if it is not open yet."""
+        if name not in self._open:
+            url = f"{self.checkpoint.url}/{name}" if self.checkpoint.url else None
+            path = self.checkpoint.path / name
+            self._open[name] = ShardFile(path, url, self.checkpoint.files[name], self._buffer)
+        return self._open[name]
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:

@@ -1,14 +1,13 @@
 """Writes checkpoints in the background, and deletes expired ones.
 
-A save copies the pieces to host memory and writes them in a thread while training continues. ``runs.checkpoint``
-describes the layout on disk.
+A save copies the pieces to host memory and writes them in a thread while training continues. A save that is not in the
+background needs no copy. ``runs.checkpoint`` describes the layout on disk.
 """
 
 import json
 import shutil
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +28,26 @@ from dico_t2i.runs.checkpoint import (
 )
 from dico_t2i.runs.folder import MANIFEST
 from dico_t2i.runs.safetensors_writer import write_safetensors
+from dico_t2i.runs.shard_file import checksums
+from dico_t2i.training.retention import Retention
+from dico_t2i.training.upload import Upload
 
+SHARD = "shard-{:05d}.safetensors"
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints are kept: the last ones, those of every N-th step, and the one with the lowest loss.
+Held = tuple[str, int, dict[str, Tensor]]  # the name and start of a piece, and its tensors
 
-    steps: further steps whose checkpoints are kept: where stages began, and where the learning rate begins to fall.
-    """
-
-    last: int
-    every_steps: int | None = None
-    best: bool = False
-    steps: frozenset[int] = frozenset()
-
-    def expired(self, folder: Path) -> list[Path]:
-        """The complete checkpoints that may be deleted, oldest first."""
-        complete = [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
-        kept = set(complete[-self.last :]) | {path for path in complete if step_of(path) in self.steps}
-        if self.every_steps:
-            kept |= {path for path in complete if step_of(path) % self.every_steps == 0}
-        if self.best:
-            kept.add(min(complete, key=lambda path: json.loads((path / MANIFEST).read_text())["loss"]))
-        return [path for path in complete if path not in kept]
+_POLL_S, _REMOTE_POLL_S = 0.02, 1.0
 
 
 class CheckpointWriter:
     """Saves in the background, one checkpoint at a time. All ranks make the same calls in the same order."""
 
-    def __init__(self, folder: Path, rank: int, world: int, retention: Retention, background: bool = True) -> None:
+    def __init__(
+        self, folder: Path, rank: int, world: int, retention: Retention, background: bool = True, shared: bool = True
+    ) -> None:
+        """shared: whether all ranks see this folder; if not, rank 0 finds the others' parts by their uploads."""
         self.folder, self.rank, self.world = folder, rank, world
-        self.retention, self.background = retention, background
+        self.retention, self.background, self.shared = retention, background, shared
         self.error: Exception | None = None  # of the last finished save
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
@@ -74,21 +62,31 @@ class CheckpointWriter:
         except OSError as error:
             self.error = error
 
-    def save(self, step: int, pieces: Iterable[Piece], shapes: dict[str, torch.Size], state: dict[str, Any]) -> int:
+    def save(
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        shapes: dict[str, torch.Size],
+        state: dict[str, Any],
+        upload: Upload | None = None,
+    ) -> int:
         """Copy the pieces to host memory, start writing them, and return their size in bytes.
 
-        ``state`` goes into the manifest: position, optimizer_steps, and everything else that a resume needs.
+        ``state`` goes into the manifest: position, optimizer_steps, and everything else that a resume needs. upload:
+        started when this rank's part is on disk.
         """
         self.wait()
         self.error = None
-        host = [(p.name, p.start, {kind: _to_host(t) for kind, t in p.tensors.items()}) for p in pieces]
+        keep = _copied if self.background else _unchanged
+        held = [(p.name, p.start, {kind: keep(t) for kind, t in p.tensors.items()}) for p in pieces]
+        size = sum(4 * tensor.numel() for _, _, kinds in held for tensor in kinds.values())
         meta: dict[str, Any] = {"version": VERSION, "step": step, "world": self.world, **state}
         meta["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-        self._thread = threading.Thread(target=self._write, args=(step, host, meta), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, held, meta, upload), daemon=True)
         self._thread.start()
         if not self.background:
             self.wait()
-        return sum(array.nbytes for _, _, arrays in host for array in arrays.values())
+        return size
 
     @property
     def busy(self) -> bool:
@@ -109,52 +107,85 @@ class CheckpointWriter:
         if self.rank == 0:
             shutil.rmtree(self.folder / folder_name(step), ignore_errors=True)
 
-    def _write(self, step: int, host: list[tuple[str, int, dict[str, np.ndarray]]], meta: dict[str, Any]) -> None:
+    def _write(self, step: int, held: list[Held], meta: dict[str, Any], upload: Upload | None) -> None:
         target = self.folder / folder_name(step)
         try:
-            _write_shard(target, self.rank, host)
+            target.mkdir(parents=True, exist_ok=True)  # rank 0 made its own
+            _write_shard(target, self.rank, held)
+            held.clear()
+            if upload:
+                upload.start()
             if self.rank == 0:
-                _commit(target, self.world, meta, self._abandoned)
+                self._commit(target, meta, None if self.shared else upload)
                 write_atomically(self.folder / LATEST, target.name.encode())
                 self._retire(step)
         except Exception as error:
             self.error = error
 
+    def _commit(self, target: Path, meta: dict[str, Any], upload: Upload | None) -> None:
+        """Wait for every rank's shard, then write the manifest."""
+        shards = [SHARD.format(rank) for rank in range(self.world)]
+        while (entries := upload.sidecars(shards) if upload else _sidecars(target, shards)) is None:
+            if self._abandoned.wait(_REMOTE_POLL_S if upload else _POLL_S):
+                raise CheckpointError(f"{target}: a different rank could not write its part")
+        kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
+        manifest = json.loads(json.dumps({**meta, "kinds": kinds, "files": entries}))
+        signed = {**manifest, "sha256": manifest_hash(manifest)}
+        write_atomically(target / MANIFEST, json.dumps(signed).encode())
+
     def _retire(self, newest: int) -> None:
         """Delete expired checkpoints, and the remains of incomplete saves."""
-        for path in self.retention.expired(self.folder):
-            (path / MANIFEST).unlink()  # first, since a partly deleted folder must not count as a checkpoint
-            shutil.rmtree(path)
-        for path in checkpoint_folders(self.folder):
-            if not (path / MANIFEST).exists() and step_of(path) < newest:
-                shutil.rmtree(path)
+        found = {step_of(path): path for path in checkpoint_folders(self.folder)}
+        complete = [step for step, path in found.items() if (path / MANIFEST).exists()]
+        past = [step for step in complete if step <= newest]
+        for step in self.retention.expired(past, lambda step: _loss(found[step])):
+            (found[step] / MANIFEST).unlink()  # first, since a partly deleted folder must not count as a checkpoint
+            shutil.rmtree(found[step])
+        for step in found.keys() - complete:
+            if step < newest:
+                shutil.rmtree(found[step])
 
 
-def _write_shard(target: Path, rank: int, host: list[tuple[str, int, dict[str, np.ndarray]]]) -> None:
-    arrays = {f"{kind}:{name}:{start}": a for name, start, kinds in host for kind, a in kinds.items()}
-    path = target / f"shard-{rank:05d}.safetensors"
-    digest = write_safetensors(path, {key: a.shape for key, a in arrays.items()}, arrays.values())
+def _loss(folder: Path) -> float:
+    return float(json.loads((folder / MANIFEST).read_text())["loss"])
+
+
+def _sidecars(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, Any]] | None:
+    """The content of the sidecars of these shards; None until all are there."""
+    paths = {shard: (folder / shard).with_suffix(".json") for shard in shards}
+    if not all(path.exists() for path in paths.values()):
+        return None
+    return {shard: json.loads(path.read_text()) for shard, path in paths.items()}
+
+
+def _write_shard(target: Path, rank: int, held: list[Held]) -> None:
+    path = target / SHARD.format(rank)
+    sums: dict[str, list[str | None]] = {kind: [None] * len(held) for _, _, kinds in held for kind in kinds}
+    shapes = {f"{kind}:{name}:{start}": tensor.shape for name, start, kinds in held for kind, tensor in kinds.items()}
+    digest = write_safetensors(path, shapes, _arrays(held, sums))
     entry = {
         "size": path.stat().st_size,
         "sha256": digest,
-        "kinds": sorted({kind for _, _, kinds in host for kind in kinds}),
-        "pieces": [[name, start, next(iter(kinds.values())).size] for name, start, kinds in host],
+        "kinds": sorted(sums),
+        "pieces": [[name, start, next(iter(kinds.values())).numel()] for name, start, kinds in held],
+        "crc32": sums,
     }
     write_atomically(path.with_suffix(".json"), json.dumps(entry).encode())
 
 
-def _commit(target: Path, world: int, meta: dict[str, Any], abandoned: threading.Event) -> None:
-    """Wait for every rank's shard, then write the manifest."""
-    sidecars = [target / f"shard-{rank:05d}.json" for rank in range(world)]
-    while not all(path.exists() for path in sidecars):
-        if abandoned.wait(0.02):
-            raise CheckpointError(f"{target}: a different rank could not write its part")
-    entries = {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in sidecars}
-    kinds = sorted({kind for entry in entries.values() for kind in entry.pop("kinds")})
-    manifest = json.loads(json.dumps({**meta, "kinds": kinds, "files": entries}))
-    signed = {**manifest, "sha256": manifest_hash(manifest)}
-    write_atomically(target / MANIFEST, json.dumps(signed).encode())
+def _arrays(held: list[Held], sums: dict[str, list[str | None]]) -> Iterator[np.ndarray]:
+    """Yield each tensor in fp32 in host memory, after adding its checksums to ``sums``."""
+    for number, (_, _, kinds) in enumerate(held):
+        for kind, tensor in kinds.items():
+            array = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+            sums[kind][number] = checksums(array.view(np.uint8).data)
+            yield array
 
 
-def _to_host(tensor: Tensor) -> np.ndarray:
-    return np.array(tensor.detach().float().cpu().numpy(), copy=True)
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in host memory, in fp32."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor.detach()

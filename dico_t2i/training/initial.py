@@ -68,12 +68,12 @@ class Initial:
         problem = ""
         try:
             self.source.verify(world.rank, world.size)
+            self.fill(engine.pieces())
         except ckpt.CheckpointError as error:
             problem = str(error)
         problem = first_message(problem, world.device)
         if problem:
             raise ckpt.CheckpointError(problem)
-        self.fill(engine.pieces())
         self.source.close()
         engine.publish_weights()
         digest = self.source.hash() if world.is_main else ""

@@ -79,7 +79,7 @@ def build_parts(
         inputs.alignment.attach(network)
     engine = Engine(network, config.train, config.optimizer, (micro_batch, accumulation), world, config.cluster)
     order = make_order(config.data, index, config.seed + stage.number, config.train.global_batch)
-    initial = find_initial(config, run, engine.shapes)
+    initial = None if checkpoint else find_initial(config, run, engine.shapes)
     encoders = identities(inputs.autoencoder, text_encoder) if world.is_main else {}
     note = _check_encoders(checkpoint, base, encoders, world)
     report = session.open(stage.run_steps)  # all checks have passed

@@ -28,7 +28,7 @@ from dico_t2i.memory import keep_freed_memory
 from dico_t2i.models import Network
 from dico_t2i.plan.cost import StepCost, product_rate, step_cost
 from dico_t2i.plan.plan import expected_memory
-from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError
+from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError, DamagedError
 from dico_t2i.runs.decisions import save_is_due
 from dico_t2i.runs.folder import STAGE, RunFolder
 from dico_t2i.runs.lineage import ancestor, with_stage
@@ -45,7 +45,7 @@ from dico_t2i.training.parts import WORKING_DTYPE, Parts, build_parts, span_in_s
 from dico_t2i.training.prolonging import prolong
 from dico_t2i.training.ranks.distributed import any_rank, join_world, main_first
 from dico_t2i.training.ranks.watchdog import Watchdog
-from dico_t2i.training.session import Session
+from dico_t2i.training.session import Session, fetch_copy
 
 _SLOWER = 1.2  # bf16 is reported as slow when it takes this many times as long as fp32
 _DATA_SHARE = 0.8  # of the hang timeout, so that the loader, which can name a stalled worker, gives up first
@@ -73,12 +73,16 @@ def train(config: Config, runs: Path, lock_patience_s: float = 0.0, begin: str |
         check_data(own, index)
     config = with_measured(config, indexes[0])
     run = RunFolder(runs, config.name)
+    warning = main_first(lambda: fetch_copy(config, run) if world.is_main else "", world)
     changes = run.changes(config)
     dist.barrier()  # all ranks compare configs before rank 0 writes the new one
     if not world.is_main:
         return _train_stages(Session(config, run, world), indexes, begin)
     with run.locked(lock_patience_s):
-        return _train_stages(Session(config, run, world, changes), indexes, begin)
+        session = Session(config, run, world, changes)
+        if warning:
+            session.event(0, "copy", warning)
+        return _train_stages(session, indexes, begin)
 
 
 def _train_stages(session: Session, indexes: Sequence[DatasetIndex], begin: str | None) -> int:
@@ -89,21 +93,39 @@ def _train_stages(session: Session, indexes: Sequence[DatasetIndex], begin: str 
         prolonged = prolong(session.run.checkpoints, stages[-1], session.world)
         if prolonged:
             session.event(0, "prolong", prolonged)
-        checkpoint = session.newest_checkpoint()
+        trainer, checkpoint = _begin(session, stages, indexes, begin)
         if checkpoint:
             session.note_resume(checkpoint)
         while True:
-            stage = _stage_after(stages, checkpoint, begin)
-            left = [stage, *stages[stage.number + 1 :]]
-            trainer = Trainer(session, left, indexes[stage.number :], checkpoint)
             code = trainer.fit()
-            if code or stage.number + 1 == len(stages):
+            if code or trainer.stage.number + 1 == len(stages):
                 return code
             trainer.engine.close()
             del trainer
-            gc.collect()
-            torch.cuda.empty_cache()
-            checkpoint = session.newest_checkpoint()
+            _collect()
+            trainer, _ = _begin(session, stages, indexes, begin)
+
+
+def _begin(
+    session: Session, stages: Sequence[RunStage], indexes: Sequence[DatasetIndex], begin: str | None
+) -> tuple["Trainer", Checkpoint | None]:
+    """The trainer of the next stage, and the newest undamaged checkpoint, which it has loaded, if there is one."""
+    while True:
+        checkpoint = session.newest_checkpoint()
+        stage = _stage_after(stages, checkpoint, begin)
+        left = [stage, *stages[stage.number + 1 :]]
+        try:
+            return Trainer(session, left, indexes[stage.number :], checkpoint), checkpoint
+        except DamagedError as error:
+            assert checkpoint is not None
+            session.skip(checkpoint, str(error))
+        _collect()
+
+
+def _collect() -> None:
+    """Free the memory of a trainer that is no longer used."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _stage_after(stages: Sequence[RunStage], checkpoint: Checkpoint | None, begin: str | None) -> RunStage:
@@ -131,7 +153,12 @@ class Trainer:
         self.guard, self.saver = self.parts.guard, self.parts.saver
         warmup = self.config.optimizer.warmup
         self.warmup = self._steps(warmup) if warmup else 0
-        self.step, self.position = self._resume(checkpoint)
+        try:
+            self.step, self.position = self._resume(checkpoint)
+        except CheckpointError:
+            self.engine.close()
+            self.parts.profiler.close()
+            raise
 
     def fit(self) -> int:
         """Train until the end of the duration or until a signal, then save. Returns the exit code.
@@ -154,6 +181,7 @@ class Trainer:
 
     def _nothing_to_do(self) -> int:
         """End at once, because the run has reached or passed its duration."""
+        self.saver.finish(self.config.train.first_step_timeout_s)
         total = self.stage.run_steps
         message = f"already at {self.step} of {total} steps, nothing to do; run folder: {self.run.path}"
         self.report.event(self.step, "done", message, total_steps=total)
@@ -434,20 +462,31 @@ class Trainer:
         skipped = self.guard.skipped_in_row
         self.guard.settle()
         self.saver.drain()
-        found = self.session.newest_checkpoint() if rollbacks < self.config.guard.max_rollbacks else None
-        if found is None or found.step < self.stage.first_step:
+        found = self._load_newest() if rollbacks < self.config.guard.max_rollbacks else None
+        if found is None:
             why = "after a rollback" if rollbacks else "and there is no checkpoint to return to"
             raise TrainingError(
                 f"{skipped} steps in a row up to step {step} had no usable gradient, {why}."
                 f" The batches are listed in {self.run.quarantine}; lower optimizer.lr, or check the data"
             )
         self.session.note_resume(found)
-        self._load(found)
         self.step = found.step
         self.guard.state.rollbacks = rollbacks + 1
         self.guard.skipped_in_row = 0
         message = f"back from step {step} to step {self.step}; the data continues from sample {self.position}"
         self.report.event(self.step, "rollback", message)
+
+    def _load_newest(self) -> Checkpoint | None:
+        """Load the newest undamaged checkpoint of this stage; None if there is none."""
+        while True:
+            found = self.session.newest_checkpoint()
+            if found is None or found.step < self.stage.first_step:
+                return None
+            try:
+                self._load(found)
+                return found
+            except DamagedError as error:
+                self.session.skip(found, str(error))
 
     def _hung(self, step: int, message: str) -> None:
         self.session.event(step, "hang", message)  # the report of a rank that failed itself is closed
@@ -478,6 +517,7 @@ class Trainer:
     def _finish(self, code: int) -> int:
         """Wait for the last save. Raises CheckpointError if it failed; no rank leaves before it is committed."""
         saved = self.saver.drain()
+        self._aside(lambda: self.saver.finish(self.config.train.first_step_timeout_s, saved))
         if code == REQUEUE_EXIT_CODE:
             name = self.stop.signal.name if self.stop.signal else "a signal on another rank"
             self.report.event(self.step, "stop", f"{name}: saved at step {self.step}; start again to resume")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dico_t2i.runs.copies import opened
 from dico_t2i.sampling.images import make_grid
 from dico_t2i.training.observers.memory_report import peak_memory_bytes
 from dico_t2i.training.observers.tracking import log_evaluation
@@ -88,7 +89,7 @@ class Evaluation:
     ) -> None:
         """Check everything and compute the reference's features; collective. Raises ValueError."""
         self.args, self.protocol, self.conditions = args, protocol, conditions
-        self.subject = find_subject(args.checkpoint, protocol)
+        self.subject = find_subject(opened(args.checkpoint), protocol)
         self.folder: Path = (args.out or self.subject.folder / "evals").resolve()
         self.world = join(args.threads)
         self.networks = load_networks(protocol.extractor, protocol.scoring, args, weights, self.world.device)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dico_t2i.command import non_negative, positive
+from dico_t2i.command import non_negative, place, positive
 from evals.quality import weights
 from evals.quality.features import INCEPTION, Models
 from evals.quality.metrics import METRICS, networks_of
@@ -51,7 +51,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the checkpoint and the results."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run, one of its checkpoints, or an export")
+    add("--checkpoint", type=place, required=True, help="a run, one of its checkpoints, or an export")
     add("--out", type=Path, help="folder of results (default: evals/ in the run's folder)")
     add("--save", choices=("png", "npz"), help="also keep the images, as PNGs or one npz in ADM's layout")
 

@@ -13,9 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from test_loader import make_sample
 
-from dico_t2i.data.errors import DataError
-from dico_t2i.data.remote import read
 from dico_t2i.data.writer import ShardWriter
+from dico_t2i.remote import UrlError, read
 
 NAME = "me/set"
 LOAD = f"""
@@ -91,5 +90,5 @@ def test_a_data_set_of_the_hub_is_read_through_the_cache(tmp_path):
 
 def test_the_hub_is_not_asked_without_permission(monkeypatch):
     monkeypatch.delenv("DICO_ALLOW_DOWNLOAD", raising=False)
-    with pytest.raises(DataError, match="set DICO_ALLOW_DOWNLOAD=1"):
+    with pytest.raises(UrlError, match="set DICO_ALLOW_DOWNLOAD=1"):
         read(f"hf://datasets/{NAME}/index.json")

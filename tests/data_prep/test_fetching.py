@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep import webdataset_shards
-from dico_t2i.data import remote
+from dico_t2i import remote
 from tests.data_prep.test_counts import pairs, report, write_tar
 from tests.shards import read_samples
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -77,7 +77,15 @@ class OwnDeath:
 class Job:
     """One start of a run."""
 
-    def __init__(self, folder: Path, arguments: list[str], ranks: int, death: OwnDeath | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: list[str],
+        ranks: int,
+        death: OwnDeath | None = None,
+        roots: Sequence[Path] | None = None,
+    ) -> None:
+        """roots: for each rank its own folder of runs, as on nodes without a shared file system."""
         self.folder = folder
         folder.mkdir(parents=True)
         place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -86,6 +94,7 @@ class Job:
         for rank in range(ranks):
             dies_before = str(death.operation if death and death.rank == rank else 0)
             command = [sys.executable, "-m", "tests.faults.rank", str(folder), dies_before, *arguments]
+            command += ["--runs", str(roots[rank])] if roots else []
             own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with (folder / f"rank-{rank}.txt").open("wb") as output:
                 self.ranks.append(Popen(command, cwd=ROOT, env=own, stdout=output, stderr=output))
@@ -168,9 +177,15 @@ class Run:
         tree = {**CONFIG, "name": name, "data": {**CONFIG["data"], "path": str(data)}}
         self.config.write_text(yaml.safe_dump(tree))
 
-    def start(self, *overrides: str, ranks: int = 2, death: OwnDeath | None = None) -> Job:
+    def start(
+        self,
+        *overrides: str,
+        ranks: int = 2,
+        death: OwnDeath | None = None,
+        roots: Sequence[Path] | None = None,
+    ) -> Job:
         arguments = ["train", "--config", str(self.config), "--runs", str(self.root), *self.overrides, *overrides]
-        job = Job(self.root / f"{self.name}.jobs" / f"{len(self.jobs):04d}", arguments, ranks, death)
+        job = Job(self.root / f"{self.name}.jobs" / f"{len(self.jobs):04d}", arguments, ranks, death, roots)
         self.jobs.append(job)
         return job
 

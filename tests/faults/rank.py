@@ -14,11 +14,13 @@ import torch
 import yaml
 
 from dico_t2i.cli import main as dico
+from dico_t2i.training import upload
 from dico_t2i.training.ahead import Ahead
 
 
 def main(folder: Path, operation: int, arguments: list[str]) -> None:
     torch.set_num_threads(1)
+    upload._RETRY_WAIT_S = 0.01
     _record_batches(folder / f"rank-{os.environ['RANK']}.jsonl")
     if operation:
         config = arguments[arguments.index("--config") + 1]

@@ -1,19 +1,25 @@
 import itertools
+import json
 
 import pytest
 import torch
 
+from dico_t2i import remote
 from dico_t2i.runs.checkpoint import (
     CheckpointError,
+    DamagedError,
     Piece,
     candidates,
     check_shapes,
     fill,
+    manifest_hash,
     newest_checkpoint,
     read_weights,
     verify,
 )
-from dico_t2i.training.checkpoint_writer import CheckpointWriter, Retention
+from dico_t2i.runs.shard_file import CHUNK
+from dico_t2i.training.checkpoint_writer import CheckpointWriter
+from dico_t2i.training.retention import Retention
 
 SHAPES = {"a": torch.Size((3, 4)), "b": torch.Size((5,))}
 
@@ -69,6 +75,58 @@ def test_an_average_that_was_not_kept_starts_from_the_weights(tmp_path):
     new["weight"] = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     fill(newest_checkpoint(tmp_path), pieces(new, ()))
     assert torch.equal(new["ema_0.5"]["a"], content["weight"]["a"])
+
+
+def test_a_rank_reads_its_share_and_nothing_else(tmp_path):
+    shape = torch.Size((1 << 20,))
+    state = {kind: torch.randn(shape) for kind in ("weight", "exp_avg", "ema_0.9")}
+    halves = [(0, 1 << 19), (1 << 19, 1 << 20)]
+    writers = [CheckpointWriter(tmp_path, rank, 2, Retention(1), background=bool(rank)) for rank in range(2)]
+    writers[0].prepare(1)
+    for writer, (start, stop) in zip(writers[::-1], halves[::-1], strict=True):
+        piece = Piece("a", start, {kind: whole[start:stop] for kind, whole in state.items()})
+        writer.save(1, [piece], {"a": shape}, {"position": 1, "optimizer_steps": 1})
+        writer.wait()
+    for ranks in (1, 2, 3, 4):
+        for rank in range(ranks):
+            start, stop = (rank * (1 << 20) // ranks, (rank + 1) * (1 << 20) // ranks)
+            mine = {kind: torch.zeros(stop - start) for kind in state}
+            read = fill(newest_checkpoint(tmp_path), [Piece("a", start, mine)])
+            assert all(torch.equal(mine[kind], state[kind][start:stop]) for kind in state)
+            chunks = 0 if ranks != 3 else 2 * 3 * CHUNK  # cuts inside a chunk
+            assert read <= 3 * 4 * (stop - start) + chunks + 2 * 1024
+
+
+def test_a_checkpoint_without_checksums_of_chunks_is_read_and_its_damage_found(tmp_path):
+    content = weights(0)
+    save(tmp_path, content, 1)
+    path = tmp_path / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"], manifest["files"]["shard-00000.safetensors"]["crc32"]
+    path.write_text(json.dumps({**manifest, "sha256": manifest_hash(manifest)}))
+    assert torch.equal(dict(read_weights(newest_checkpoint(tmp_path), "weight"))["a"], content["weight"]["a"])
+    shard = path.with_name("shard-00000.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(DamagedError, match="content does not match its hash"):
+        dict(read_weights(newest_checkpoint(tmp_path), "weight"))
+
+
+def test_a_damaged_file_is_read_from_its_copy(tmp_path):
+    content = weights(0)
+    save(tmp_path / "here", content, 1)
+    folder = tmp_path / "here" / "step-00000001"
+    for file in folder.iterdir():
+        remote.upload(file, f"memory://copies/{folder.name}/{file.name}")
+    (folder / "uploaded").write_text(f"memory://copies/{folder.name}")
+    for damage in (b"", (folder / "shard-00000.safetensors").read_bytes()[:-1] + b"!"):
+        (folder / "shard-00000.safetensors").write_bytes(damage)
+        checkpoint = newest_checkpoint(tmp_path / "here")
+        verify(checkpoint)
+        for kind in content:
+            assert torch.equal(dict(read_weights(checkpoint, kind))["b"], content[kind]["b"])
+    remote.remove(f"memory://copies/{folder.name}/shard-00000.safetensors")
+    with pytest.raises(DamagedError, match=r"here.*hash; memory://copies.*: missing"):
+        dict(read_weights(checkpoint, "ema_0.9"))
 
 
 def test_another_model_or_kind_is_named(tmp_path):

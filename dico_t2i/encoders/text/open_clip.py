@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
-from dico_t2i.data.remote import base_name, is_url
 from dico_t2i.encoders.local import MissingModelError, config_hash, read_json, reading, resolve
 from dico_t2i.encoders.text.clip import TOKENS, VOCABULARY, check_size, clip_size, open_clip_folder, seeded_size
 from dico_t2i.encoders.text.features import TextFeatures, TowerSize
 from dico_t2i.encoders.text.tower import Tower
+from dico_t2i.remote import base_name, is_url
 
 __all__ = ["features", "files", "load", "seeded", "seeded_size", "size", "source"]
 

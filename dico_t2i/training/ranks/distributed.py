@@ -173,6 +173,18 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
+def from_main(text: str, device: torch.device) -> str:
+    """Rank 0's text, on all ranks; collective."""
+    content = bytearray(text.encode())
+    length = torch.tensor([len(content)], device=device)
+    dist.broadcast(length, 0)
+    shared = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0 and content:
+        shared.copy_(torch.frombuffer(content, dtype=torch.uint8))
+    dist.broadcast(shared, 0)
+    return bytes(shared.cpu().numpy()).decode()
+
+
 def first_message(text: str, device: torch.device) -> str:
     """The text of the first rank whose text is not empty, cut to 1,000 bytes; collective."""
     length = 1000

@@ -1,4 +1,4 @@
-"""Downloads files from URLs, and keeps the server's status in the errors."""
+"""Reads and writes files at URLs through fsspec, and keeps the server's status in the errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from dico_t2i.data.errors import DataError
-
 _CONNECT_S, _SILENCE_S = 30.0, 60.0  # limits for connecting to a web server, and for its silence during a download
 _GONE = (404, 410)
 _PASSING = (408, 425, 429)  # statuses below 500 for which a retry may help
+_PART = 4 << 20  # bytes of each of the requests for a long range, which are sent at the same time
+_PACKAGES = {
+    "s3": "dico_t2i[s3]",
+    "s3a": "dico_t2i[s3]",
+    "gs": "dico_t2i[gs]",
+    "gcs": "dico_t2i[gs]",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 
 Result = TypeVar("Result")
+
+
+class UrlError(ValueError):
+    """Raised for a URL that cannot be used here; the message says what to do."""
 
 
 class RefusedError(OSError):
@@ -43,6 +54,48 @@ def read(url: str) -> bytes:
         system, path = file_system(url)
         content: bytes = system.cat_file(path)
         return content
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """The bytes of a file from ``start`` to ``stop``. Raises OSError as ``read`` does."""
+    with _remote_errors(url):
+        system, path = file_system(url)
+        starts = list(range(start, stop, _PART))
+        stops = [min(begin + _PART, stop) for begin in starts]
+        return b"".join(system.cat_ranges([path] * len(starts), starts, stops, on_error="raise"))
+
+
+def files(url: str) -> dict[str, int]:
+    """The sizes of all files below a folder, by their path in it; empty without such a folder. Raises OSError."""
+    with _remote_errors(url):
+        system, path = file_system(url)
+        system.invalidate_cache()
+        found: dict[str, Any] = system.find(path, detail=True)
+        root = path.rstrip("/") + "/"
+        return {name.removeprefix(root): about["size"] for name, about in found.items()}
+
+
+def upload(file: Path, url: str) -> None:
+    """Copy a local file to a URL. Raises OSError."""
+    with _remote_errors(url):
+        system, path = file_system(url)
+        _in_folder(system, path, lambda: system.put_file(str(file), path))
+
+
+def write(url: str, content: bytes) -> None:
+    """Write a file at a URL. Raises OSError."""
+    with _remote_errors(url):
+        system, path = file_system(url)
+        _in_folder(system, path, lambda: system.pipe_file(path, content))
+
+
+def remove(url: str) -> None:
+    """Delete a file, or a folder with all its files; nothing happens if there is none. Raises OSError."""
+    with _remote_errors(url):
+        system, path = file_system(url)
+        system.invalidate_cache()
+        if system.exists(path):
+            system.rm(path, recursive=True)
 
 
 def download(url: str, to: Path) -> None:
@@ -76,9 +129,9 @@ def patiently(work: Callable[[], Result], retries: int, wait_s: float) -> Result
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it. Raises DataError if a package is missing."""
+    """fsspec's file system of a URL, and the path in it. Raises UrlError if a package is missing."""
     if url.startswith("hf://") and os.environ.get("DICO_ALLOW_DOWNLOAD") != "1":
-        raise DataError(f"{url}: set DICO_ALLOW_DOWNLOAD=1 to let this machine use the Hugging Face hub")
+        raise UrlError(f"{url}: set DICO_ALLOW_DOWNLOAD=1 to let this machine use the Hugging Face hub")
     import fsspec
 
     options: dict[str, Any] = {}
@@ -91,10 +144,19 @@ def file_system(url: str) -> tuple[Any, str]:
         return fsspec.url_to_fs(url, **options)
     except ImportError as error:
         scheme = urlsplit(url).scheme
-        remedy = "pip install dico_t2i[s3]" if scheme in ("s3", "s3a") else str(error)
-        raise DataError(f"{url}: {scheme}:// needs a further package: {remedy}") from None
+        remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
+        raise UrlError(f"{url}: {scheme}:// needs a further package: {remedy}") from None
     except ValueError as error:
-        raise DataError(f"{url}: {error}") from None
+        raise UrlError(f"{url}: {error}") from None
+
+
+def _in_folder(system: Any, path: str, write: Callable[[], None]) -> None:
+    """Write a file, after making its folder if that is missing; object stores need none."""
+    try:
+        write()
+    except FileNotFoundError:
+        system.makedirs(system._parent(path), exist_ok=True)
+        write()
 
 
 @contextmanager
@@ -104,7 +166,7 @@ def _remote_errors(url: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise RefusedError(f"{without_query(url)}: refused: {error}") from None
-    except (OSError, DataError) as error:
+    except (OSError, UrlError) as error:
         if getattr(error, "status", None) is None:
             raise
         raise _of_status(url, error) from None
