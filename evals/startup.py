@@ -1,6 +1,6 @@
 """Measures what a rank costs until it has made its first step: seconds, CPU seconds and memory.
 
-    python evals/startup.py --config configs/dico_s_t2i.yaml --ranks 2 data.path=... train.precision=fp32
+    python evals/startup.py --config configs/dico_s_t2i.yaml --ranks 2 data.path=data/shapes train.precision=fp32
     python evals/startup.py --imports
 
 The ranks are processes of ``dico train`` on this machine, and are stopped after a few steps. "Own" memory is what a

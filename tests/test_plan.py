@@ -60,7 +60,9 @@ def run(module: str, config: Config, folder: Path, *arguments: str) -> dict:
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
-def test_memory_is_within_ten_percent_of_the_engines(tmp_path, text, overrides):
+def test_memory_is_within_ten_percent_of_the_engines(tmp_path, monkeypatch, text, overrides):
+    """On a CPU; there, GELU and the gate are not inside products, as the plan of a GPU takes them to be."""
+    monkeypatch.setattr("dico_t2i.ops.linear.WIDEST", 0)
     path = write(tmp_path, text)
     config = load_config(path, [f"train.{key}={value}" for key, value in overrides.items()])
     plan = make_plan(config)
