@@ -136,6 +136,8 @@ class DiCoConfig(NetworkConfig):
     text_fusion: Literal["dwc", "cross_attention"] = "dwc"
     # For dwc: where the MLP that makes the kernels is, in each block or once for each stage.
     text_projection: Literal["block", "stage"] = "block"
+    # The number of convolutions along the text, by which each token learns about its neighbours.
+    text_layers: NonNegative = 0
     # The number of learned queries that gather the words of a text; a summary of what they gather is added to the
     # timestep embedding. 0 is for no summary.
     text_summary: NonNegative = 0
@@ -180,7 +182,8 @@ class DiCoConfig(NetworkConfig):
             )
         if not dwc:
             self._refuse_keys_of_dwc()
-        if self.text_mask and dwc and not pooled and not self.text_inputs and not self.text_summary:
+        masks = pooled or self.text_inputs or self.text_layers or self.text_summary
+        if self.text_mask and dwc and not masks:
             raise ValueError(
                 "text_mask: it has no effect on kernels that are made directly from the tokens; leave it out"
             )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SINUSOID_DIM = 256
+REACH = 9  # tokens that a convolution along the text sees
 HEAD_WIDTH = 16  # in the attention of a text's summary
 QUERY_STD = 2.0  # of its logits at first, with tokens of unit variance: every head begins with a few kinds of words
 
@@ -53,29 +54,53 @@ def padding_bias(tokens: Tensor) -> Tensor:
 
 
 class TextInput(nn.Module):
-    """Prepares the encoders' tokens for the blocks: brings them to one width and pools them to the taps of the kernels.
+    """Prepares the encoders' tokens for the blocks: one width, a look at their neighbours, and as many as taps.
 
     sizes: the number of tokens and the width of each encoder, in the order of the sequence; narrower tokens are padded
     with zeros to the widest. width: the width to which a linear layer for each encoder maps its tokens; None leaves
-    them unchanged. taps: the number of tokens after pooling; None turns pooling off. masked: treat tokens of zeros as
-    padding.
+    them unchanged. layers: the number of convolutions along the text. taps: the number of tokens after pooling; None
+    turns pooling off. masked: treat tokens of zeros as padding.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[int]], width: int | None, taps: int | None, masked: bool) -> None:
+    def __init__(
+        self, sizes: Sequence[Sequence[int]], width: int | None, layers: int, taps: int | None, masked: bool
+    ) -> None:
         super().__init__()
         self.sizes, self.masked = sizes, masked
-        widest = max(dim for _, dim in sizes)
+        tokens_width = width or max(dim for _, dim in sizes)
         self.projections = nn.ModuleList(nn.Linear(dim, width) for _, dim in sizes) if width else None
-        self.pooling = TextPooling([count for count, _ in sizes], width or widest, taps, masked) if taps else None
+        self.layers = nn.ModuleList(TextLayer(tokens_width) for _ in range(layers))
+        self.pooling = TextPooling([count for count, _ in sizes], tokens_width, taps, masked) if taps else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, widest) -> (N, taps or T, width); padding stays zero."""
+        real = is_token(tokens) if self.masked else None
         if self.projections is not None:
             parts = tokens.split([count for count, _ in self.sizes], dim=1)
             sizes = zip(self.projections, parts, self.sizes, strict=True)
-            projected = torch.cat([project(part[..., :dim]) for project, part, (_, dim) in sizes], dim=1)
-            tokens = projected * is_token(tokens) if self.masked else projected
+            tokens = torch.cat([project(part[..., :dim]) for project, part, (_, dim) in sizes], dim=1)
+            tokens = tokens if real is None else tokens * real
+        for layer in self.layers:
+            tokens = layer(tokens) if real is None else layer(tokens) * real
         return tokens if self.pooling is None else self.pooling(tokens)
+
+
+class TextLayer(nn.Module):
+    """Tells each token about its neighbours: x + linear(GELU(depthwise convolution along the text(norm(x)))).
+
+    The convolution sees 9 tokens: a word's own phrase, and the next one. It is the same for every place of a text, so
+    that words that belong together are found wherever they are.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.along = nn.Conv2d(width, width, (1, REACH), padding=(0, REACH // 2), groups=width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, width) -> the same."""
+        columns = _normalized(x).transpose(1, 2).unsqueeze(2)  # (N, width, 1, T): its memory is channels-last already
+        return x + self.project(F.gelu(self.along(columns).squeeze(2).transpose(1, 2)))
 
 
 class TextPooling(nn.Module):

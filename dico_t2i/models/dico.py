@@ -226,10 +226,11 @@ def _text_branch(config: DiCoConfig, width: int) -> nn.Module | None:
 def _text_input(config: DiCoConfig) -> TextInput | None:
     """The layer before the blocks, or None where they take the tokens of one encoder unchanged."""
     taps = config.text_kernel**2 if config.text_pooling == "attention" else None
-    if config.condition == "class" or not (config.text_inputs or taps):
+    if config.condition == "class" or not (config.text_inputs or config.text_layers or taps):
         return None
     sizes = config.text_inputs or ((config.text_tokens, config.text_dim),)
-    return TextInput(sizes, config.text_width if config.text_inputs else None, taps, config.text_mask)
+    width = config.text_width if config.text_inputs else None
+    return TextInput(sizes, width, config.text_layers, taps, config.text_mask)
 
 
 def _text_summary(config: DiCoConfig) -> TextSummary | None:

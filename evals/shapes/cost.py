@@ -1,7 +1,7 @@
 """Measures the CPU time of a training step of several networks in turns, which holds while other programs run."""
 
-import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +16,7 @@ WARM_UP = 2  # steps of each before measuring: they make the optimizer's state
 
 
 def step_seconds(configs: Sequence[Config], rounds: int) -> list[float]:
-    """The seconds of user CPU time of one training step of each config on one thread: medians over the rounds."""
+    """The seconds of CPU time of one training step of each config on one thread: medians over the rounds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -53,6 +53,6 @@ def training_step(config: Config) -> Callable[[], None]:
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    started = os.times().user
+    started = time.process_time()
     run()
-    return os.times().user - started
+    return time.process_time() - started

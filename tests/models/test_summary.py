@@ -1,4 +1,4 @@
-"""The learned summary of a text, and networks that add it to the embedding of the timestep."""
+"""The learned summary of a text, the convolutions along it, and networks with both."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from dico_t2i.models import DiCo, DiCoConfig, count_macs
-from dico_t2i.models.conditioning import TextSummary
+from dico_t2i.models.conditioning import TextInput, TextSummary
 from tests.models.test_dico import SMALL, randomized
 
 SUMMARY = {"condition": "text", "text_dim": 12, "text_summary": 5, "text_summary_width": 8}
@@ -16,6 +16,8 @@ NETWORKS = {
     "kernels of a stage": {"text_projection": "stage", "text_mask": True},
     "cross-attention": {"text_fusion": "cross_attention", "text_mask": True},
     "long texts": {"text_tokens": 120, "text_pooling": "attention"},
+    "layers": {"text_layers": 2},
+    "layers without padding": {"text_layers": 1, "text_mask": True},
 }
 
 
@@ -55,6 +57,26 @@ def test_a_summary_is_its_formula_and_its_gradients_those_of_finite_differences(
     assert torch.autograd.gradcheck(lambda tokens, *_: module(tokens), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_layer_is_its_formula_and_its_gradients_those_of_finite_differences(masked):
+    torch.manual_seed(0)
+    module = TextInput(((11, 6),), width=None, layers=1, taps=None, masked=masked).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randn(2, 11, 6, dtype=torch.float64)
+    tokens[0, 7:] = 0
+    (layer,) = module.layers
+    around = torch.nn.functional.pad(normalized(tokens), (0, 0, 4, 4))
+    taps = layer.along.weight[:, 0, 0]  # (width, 9)
+    seen = torch.stack([(around[:, i : i + 9] * taps.T).sum(1) for i in range(11)], 1) + layer.along.bias
+    expected = tokens + layer.project(torch.nn.functional.gelu(seen))
+    if masked:
+        expected[0, 7:] = 0
+    torch.testing.assert_close(module(tokens), expected)
+    inputs = (tokens.requires_grad_(not masked), *module.parameters())
+    assert torch.autograd.gradcheck(lambda tokens, *_: module(tokens), inputs, fast_mode=True)
+
+
 def normalized(x):
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
 
@@ -77,6 +99,14 @@ def test_work_is_counted():
     query = 2 * 77 * 256 + 256**2
     assert two - one == query
     assert one - none == 77 * 768 * 512 + query + 256 * (128 + 256 + 512)
+
+
+def test_the_work_of_a_layer_is_counted():
+    """Nine taps of each channel and a linear layer, for each of 77 tokens."""
+    none, one = (
+        count_macs(DiCoConfig(variant="DiCo-S", condition="text", text_layers=n), (1, 4, 32, 32)) for n in (0, 1)
+    )
+    assert one - none == 77 * (9 * 768 + 768**2)
 
 
 def test_a_width_without_a_summary_is_named():

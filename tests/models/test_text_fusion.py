@@ -134,7 +134,7 @@ def test_pooling_starts_as_the_text_in_its_order(side):
 def test_each_encoder_has_its_own_layer():
     """A narrower encoder's padding up to the widest is not looked at; padded tokens stay zeros."""
     torch.manual_seed(0)
-    module = TextInput(((4, 3), (5, 7)), 6, None, masked=True)
+    module = TextInput(((4, 3), (5, 7)), width=6, layers=0, taps=None, masked=True)
     tokens = torch.randn(2, 9, 7)
     tokens[:, :4, 3:], tokens[:, 7:] = 0, 0
     out = module(tokens)
