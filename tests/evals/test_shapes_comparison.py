@@ -26,10 +26,10 @@ def test_runs_are_trained_sampled_and_summed_up(tmp_path, monkeypatch, capsys, f
     tables = json.loads(out.read_text())
     (row,) = tables["steps"]
     assert row["parameters"] == pytest.approx(1.25e6, rel=0.01)
-    assert 0.5 < row["val_loss"]["mean"] < 1.5
+    assert 0.5 < row["val_loss"]["mean"] < 2
     assert row["val_loss"]["values"] == [row["val_loss"]["mean"]]
     assert row["val_loss"]["interval"] == 0
-    assert 0.5 < row["val_loss_t62"]["mean"] < 1.5
+    assert 0.5 < row["val_loss_t62"]["mean"] < 2
     assert {"all", "binding", "relation", "order"} <= row.keys()
     assert "mmdit" in capsys.readouterr().out
 
@@ -40,7 +40,7 @@ def test_equal_time_is_that_of_the_first_network():
         assert seconds > 0, config.name
     changes = shapes_comparison.equal_time(configs, [0.2, 0.4, 0.1])
     steps = [load_config(ROOT / "configs/shapes/dico.yaml", change).train.duration.steps for change in changes]
-    assert steps == [900, 450, 1800]
+    assert steps == [2400, 1200, 4800]
     staged = load_config(ROOT / "configs/shapes/stages/two_stages.yaml")
     with pytest.raises(ValueError, match="shapes_two_stages has stages"):
         shapes_comparison.equal_time([staged], [0.2])
