@@ -70,6 +70,15 @@ def find_triton() -> bool:
     return True
 
 
+@cache
+def has_wide_products() -> bool:
+    """Whether the GPU multiplies from shared memory (``wgmma``, compute capability 9 or more).
+
+    On older ones, operands take registers, and those of a product with GELU or a gate inside would go to memory.
+    """
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 def working_dtype(x: Tensor) -> torch.dtype:
     """autocast's dtype if it is enabled, so that forward and backward use the same one, else that of x."""
     device = x.device.type

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dico_t2i.ops.backend import backend, working_dtype
+from dico_t2i.ops.backend import backend, has_wide_products, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
 from dico_t2i.ops.operator import operator
 from dico_t2i.ops.scale import bias_gradient, channel_gate
@@ -217,14 +217,14 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 
 def _fused(x: Tensor, weight: Tensor, inputs: int) -> bool:
-    """Whether GELU becomes a part of the product: on a GPU, in bf16, with few inputs and loads of 16 bytes.
+    """Whether GELU becomes a part of the product: on a Hopper GPU, in bf16, with few inputs and loads of 16 bytes.
 
-    The meta device, on which ``dico plan`` traces a step, stands for a GPU.
+    The meta device, on which ``dico plan`` traces a step, stands for such a GPU.
     """
     aligned = all(size % 16 == 0 for size in weight.shape)
-    return (
-        x.device.type in ("cuda", "meta") and x.dtype == weight.dtype == torch.bfloat16 and aligned and inputs <= WIDEST
-    )
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or not aligned or inputs > WIDEST:
+        return False
+    return x.is_meta or (x.is_cuda and has_wide_products())
 
 
 def _gradient_of_input(kernel: int, weight: Tensor, grad: Tensor) -> Tensor:

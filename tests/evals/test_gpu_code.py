@@ -27,6 +27,8 @@ def test_kernels_are_limited_by_memory_and_text_by_its_multiply_adds(long):
         fused = sum(2 * (channels <= 1024) + 2 * (side > 8) for channels, side in shapes)
         assert len(found) == len(shapes) * (5 + 3 + 2 + 1) + (fused if dtype == torch.bfloat16 else 0)
         for row in found:
+            if row.kernel in PRODUCTS and MACHINES[gpu].capability < 90:
+                continue  # not used there (``has_wide_products``)
             assert row.stack == 0, row
             assert row.warps >= 8, row
             assert len(list(row.cells())) == len(COLUMNS)

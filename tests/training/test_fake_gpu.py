@@ -88,6 +88,7 @@ def gpu(monkeypatch):
     jit = pytest.importorskip("triton.runtime.jit")
     monkeypatch.delenv(backend.OPERATORS, raising=False)
     monkeypatch.setattr(backend, "find_triton", lambda: True)
+    monkeypatch.setattr("dico_t2i.ops.linear.has_wide_products", lambda: True)
 
     @contextmanager
     def watched():
