@@ -75,8 +75,9 @@ def has_wide_products() -> bool:
     """Whether the GPU multiplies from shared memory (``wgmma``, compute capability 9 or more).
 
     On older ones, operands take registers, and those of a product with GELU or a gate inside would go to memory.
+    Without a GPU, tensors on one are fake, and stand for such a GPU.
     """
-    return torch.cuda.get_device_capability() >= (9, 0)
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
