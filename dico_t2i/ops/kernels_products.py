@@ -172,9 +172,8 @@ def gate_linear_forward(x: Tensor, factor: Tensor, weight: Tensor, bias: Tensor)
     """x (S, H, W, K) times factor (S, K), then a linear layer of weight (N, K) and bias (N,); TILE divides H * W."""
     (N, K), (_, H, W, _) = weight.shape, x.shape
     out = x.new_empty(*x.shape[:-1], N)
-    _launch(
-        _gate_linear, x.numel() // K, N, K, x, factor.contiguous(), weight, bias, out, H * W, widest=32
-    )  # registers
+    arguments = (x, factor.contiguous(), weight, bias, out, H * W)
+    _launch(_gate_linear, x.numel() // K, N, K, *arguments, widest=32)  # with 64, registers would go to memory
     return out
 
 

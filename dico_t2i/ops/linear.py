@@ -1,7 +1,7 @@
 """Linear layers and text convolutions together with the norm, the GELU or the gate before them.
 
 The output of that norm or GELU is not kept for the backward pass. It is made again there, in the same pass over memory
-as the gradient of its input, and then serves the gradient of the weights. On a GPU, GELU, the
+as the gradient of its input, and then serves the gradient of the weights. On a GPU of compute capability 9, GELU, the
 gate and their gradients are made inside the products of layers that are narrow enough for memory to matter.
 """
 
