@@ -89,12 +89,16 @@ def test_the_optimizers_step_can_take_the_most(tmp_path, stage):
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
 def test_the_memory_of_two_ranks(tmp_path, stage):
-    """With two buffers of gradients: one is filled while the other is sent."""
+    """With two buffers of gradients: one is filled while the other is sent.
+
+    A CPU holds more than the plan, which is one for GPUs: the gradient of GELU is computed from fp32 copies (9 % of all
+    here), and on a busy machine another bucket of gradients (4 %) waits until the other rank has sent its own.
+    """
     changes = [f"train.zero_stage={stage}", "cluster.tasks_per_node=2", "train.micro_batch=4"]
     config = load_config(write(tmp_path), changes)
     memory = make_plan(config).estimate.memory
     measured = run("tests.plan_memory", config, tmp_path)["peak"]
-    assert abs((memory.tensors - memory.encoders) / measured - 1) < 0.1
+    assert -0.15 < (memory.tensors - memory.encoders) / measured - 1 < 0.02
 
 
 def test_what_is_sent_in_a_step(tmp_path):
