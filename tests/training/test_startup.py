@@ -1,4 +1,4 @@
-"""A rank starts quickly and in little memory, because until its first step it imports nothing that it does not use."""
+"""A rank starts quickly and trains in little memory, because it imports nothing that it does not use."""
 
 import os
 import sys
@@ -26,17 +26,19 @@ def refuse(event, arguments):
         raise RuntimeError(f"a rank imports {arguments[0]}")
 
 sys.addaudithook(refuse)
+from dico_t2i import memory
 from dico_t2i.cli import main
-from dico_t2i.training.trainer import Trainer
+from dico_t2i.plan import cost
 
-report = Trainer._report_memory  # after the first step; on rank 0 it traces the network
+cost._trace.cache_clear()  # the fork server has traced the network
+send = memory._send
 
-def reported(trainer):
+def sent(*arguments):
     never.clear()
-    report(trainer)
+    send(*arguments)
 
-Trainer._report_memory = reported
-main(sys.argv[1:])
+memory._send = sent  # which runs in a fork, where rank 0 traces the network
+sys.exit(main(sys.argv[1:]))
 """
 
 
