@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import threading
@@ -95,10 +94,8 @@ def set_up_worker(parent: int, worker: int) -> None:
     """Make a worker ignore signals, except for the SIGTERM that the training process sends when it ends.
 
     A scheduler signals all processes of a job, but the training process still needs data to finish its step and save.
-    A worker also ends if the training process has died. Its garbage collector leaves alone what it shares with that
-    process: looking at an object writes to its page, which then is copied.
+    A worker also ends if the training process has died.
     """
-    gc.freeze()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # SIGTERM has been blocked in all threads since the fork, so that only the waiting thread receives it.
