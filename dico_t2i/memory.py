@@ -1,4 +1,4 @@
-"""Sets how the process allocates and keeps memory."""
+"""Sets how the process allocates and keeps memory, and does in a fork what would leave much of it behind."""
 
 import ctypes
 import multiprocessing
