@@ -109,7 +109,7 @@ def imports() -> Iterator[list[Any]]:
     answer = subprocess.run(
         [sys.executable, "-c", _IMPORT, *IMPORTED], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return (json.loads(line) for line in answer.stdout.splitlines() if line.startswith("["))
+    return (json.loads(line) for line in answer.stdout.splitlines() if line.startswith('["'))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

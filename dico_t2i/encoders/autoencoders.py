@@ -16,6 +16,7 @@ from torch import Tensor
 from dico_t2i.config import MEASURED, AutoencoderConfig, ConfigError
 from dico_t2i.data.batches import Batch
 from dico_t2i.encoders import taesd
+from dico_t2i.encoders.kl import KlNetwork, KlSettings, read_network
 from dico_t2i.encoders.local import (
     MissingModelError,
     config_hash,
@@ -187,7 +188,7 @@ class PixelAutoencoder(Autoencoder):
 
 
 class DiffusersAutoencoder(Autoencoder):
-    """An autoencoder of diffusers, loaded from a folder in diffusers' format."""
+    """An autoencoder from a folder in diffusers' format; by default it is computed by diffusers as well."""
 
     class_name: str
 
@@ -210,7 +211,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     def save(self, folder: Path) -> None:
         """Write the model to its own folder, in the format that it was read from."""
-        self._model.save_pretrained(folder)
+        self._of_diffusers(self.dtype).save_pretrained(folder)
 
     def _load(self, dtype: torch.dtype) -> Any:
         saved_as = read_json(self._settings_file).get("_class_name")
@@ -218,6 +219,13 @@ class DiffusersAutoencoder(Autoencoder):
             raise ValueError(
                 f"autoencoder.kind: {self._kind} needs {self.class_name}, but {self._settings_file} has {saved_as}"
             )
+        return self._read(dtype)
+
+    def _read(self, dtype: torch.dtype) -> Any:
+        """The network with its weights, frozen."""
+        return self._of_diffusers(dtype)
+
+    def _of_diffusers(self, dtype: torch.dtype) -> Any:
         import diffusers
 
         with reading(self._weights_file):
@@ -242,8 +250,17 @@ class KlAutoencoder(DiffusersAutoencoder):
 
     class_name = "AutoencoderKL"
 
+    def _read(self, dtype: torch.dtype) -> Any:
+        settings = KlSettings.of(read_json(self._settings_file))
+        return read_network(settings, self._weights_file, dtype) if settings else self._of_diffusers(dtype)
+
     def _encode(self, images: Tensor) -> Tensor:
+        if isinstance(self._model, KlNetwork):
+            return self._model.encode(images)
         return self._model.encode(images).latent_dist.parameters
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._model.decode(latents) if isinstance(self._model, KlNetwork) else super()._decode(latents)
 
 
 class TinyAutoencoder(DiffusersAutoencoder):

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dico_t2i.config import AdapterConfig, NetworkConfig
 from dico_t2i.models.adapter import add_adapter
 from dico_t2i.models.build import build_network
-from dico_t2i.ops import SCANS
+from dico_t2i.ops import SCANS, flop_formulas
 
 
 def count_parameters(config: NetworkConfig) -> int:
@@ -68,6 +67,9 @@ def count_scan_macs(config: NetworkConfig, input_shape: Sequence[int]) -> int:
 
 @cache
 def _macs_by_operator(config: NetworkConfig, input_shape: tuple[int, ...]) -> dict[Any, int]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flop_formulas()
     with torch.device("meta"):
         model, inputs = build_network(config), example_inputs(config, input_shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():

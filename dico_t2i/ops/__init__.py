@@ -7,6 +7,7 @@ from dico_t2i.ops.depthwise import depthwise3x3_gelu_pool
 from dico_t2i.ops.linear import PRODUCTS, gate_linear, gelu_linear, norm_linear, norm_linear_gelu, norm_text_dwconv
 from dico_t2i.ops.linear_attention import gated_linear_attention
 from dico_t2i.ops.norm import norm_modulate, residual_norm_modulate
+from dico_t2i.ops.operator import flop_formulas
 from dico_t2i.ops.scale import channel_gate, channel_scale, gated_residual
 from dico_t2i.ops.selective_scan import selective_scan
 from dico_t2i.ops.text_dwconv import text_dwconv
@@ -23,6 +24,7 @@ __all__ = [
     "conv3x3",
     "depthwise3x3_gelu_pool",
     "depthwise_conv",
+    "flop_formulas",
     "gate_linear",
     "gated_linear_attention",
     "gated_residual",

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend
-from dico_t2i.ops.operator import operator
+from dico_t2i.ops.operator import flop_formula, operator
 
 
 def depthwise3x3_gelu_pool(
@@ -70,12 +69,12 @@ def _differentiate(ctx: Any, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor | 
 _depthwise.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.dico_t2i.depthwise)
+@flop_formula(torch.ops.dico_t2i.depthwise)
 def _flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * 9 * torch.Size(x_shape).numel()
 
 
-@register_flop_formula(torch.ops.dico_t2i.depthwise_backward)
+@flop_formula(torch.ops.dico_t2i.depthwise_backward)
 def _backward_flops(x_shape: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
     """FLOPs of both gradients. As is usual, the recomputed convolution is not counted."""
     return 2 * _flops(x_shape)

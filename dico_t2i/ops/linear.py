@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, has_wide_products, working_dtype
 from dico_t2i.ops.norm import check_norm, norm_gradients
-from dico_t2i.ops.operator import operator
+from dico_t2i.ops.operator import flop_formula, operator
 from dico_t2i.ops.scale import bias_gradient, channel_gate
 
 WIDEST = 1024  # inputs of a layer; beyond, memory takes little of the time, and a product must be as fast as torch's
@@ -314,7 +313,7 @@ def _count(operator: Any, weight: int) -> None:
     def flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
         return 2 * torch.Size(shapes[0]).numel() * shapes[weight][0]  # x has as many channels as the weight columns
 
-    register_flop_formula(operator)(flops)
+    flop_formula(operator)(flops)
 
 
 for _operator, _weight in zip(PRODUCTS, (1, 1, 2, 2), strict=True):

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import present, scan_backend
-from dico_t2i.ops.operator import operator
+from dico_t2i.ops.operator import flop_formula, operator
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,12 +66,12 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> 
 _gla.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.dico_t2i.gated_linear_attention)
+@flop_formula(torch.ops.dico_t2i.gated_linear_attention)
 def _flops(q_shape: tuple[int, ...], k_shape: Any, v_shape: tuple[int, ...], *_: Any, out_shape: Any = None) -> int:
     """As a recurrence: each number of a state is multiplied by its gate, added to, and read, once a token."""
     return 2 * 3 * torch.Size(q_shape).numel() * v_shape[-1]
 
 
-@register_flop_formula(torch.ops.dico_t2i.gated_linear_attention_backward)
+@flop_formula(torch.ops.dico_t2i.gated_linear_attention_backward)
 def _backward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, out_shape: Any = None) -> int:
     return 2 * _flops(q_shape, k_shape, v_shape)

@@ -4,13 +4,15 @@
 thousand modules and 150 MB in each rank, which training without ``train.compile`` does not need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
 _LIBRARY = torch.library.Library("dico_t2i", "FRAGMENT")
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # what each operator, by its full name, runs
+_FORMULAS: dict[Any, Callable[..., int]] = {}
 
 
 class Operator:
@@ -35,3 +37,26 @@ class Operator:
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function, which must not change its arguments, an operator."""
     return lambda function: Operator(name, function)
+
+
+def flop_formula(target: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register how many floating-point operations an operator takes: a function of its arguments' shapes."""
+
+    def register(formula: Callable[..., int]) -> Callable[..., int]:
+        _FORMULAS[target] = formula
+        return formula
+
+    return register
+
+
+@cache
+def flop_formulas() -> Mapping[Any, Callable[..., int]]:
+    """The formulas of torch's operators and of this package's, also for torch's ``FlopCounterMode`` from then on.
+
+    The module that has torch's imports Triton, which a rank on CPUs does not need.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for target, formula in _FORMULAS.items():
+        register_flop_formula(target)(formula)
+    return flop_registry

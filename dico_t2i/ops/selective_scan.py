@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import scan_backend
-from dico_t2i.ops.operator import operator
+from dico_t2i.ops.operator import flop_formula, operator
 from dico_t2i.ops.plain_scans import SCAN_CHUNK
 
 
@@ -99,12 +98,12 @@ def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]
 _scan.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.dico_t2i.selective_scan)
+@flop_formula(torch.ops.dico_t2i.selective_scan)
 def _flops(u_shape: tuple[int, ...], delta_shape: Any, A_shape: tuple[int, ...], *_: Any, out_shape: Any = None) -> int:
     """Each number of a state fades, is added to, and is read, once a token; all else is elementwise."""
     return 2 * 3 * torch.Size(u_shape).numel() * A_shape[-1]
 
 
-@register_flop_formula(torch.ops.dico_t2i.selective_scan_backward)
+@flop_formula(torch.ops.dico_t2i.selective_scan_backward)
 def _backward_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *_: Any, out_shape: Any = None) -> int:
     return 2 * _flops(u_shape, delta_shape, A_shape)

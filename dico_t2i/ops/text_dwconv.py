@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dico_t2i.ops.backend import backend, present, working_dtype
-from dico_t2i.ops.operator import operator
+from dico_t2i.ops.operator import flop_formula, operator
 
 
 def text_dwconv(x: Tensor, context: Tensor, kernel: int = 9) -> Tensor:
@@ -77,12 +76,12 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _text.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.dico_t2i.text_dwconv)
+@flop_formula(torch.ops.dico_t2i.text_dwconv)
 def _flops(x_shape: tuple[int, ...], context_shape: Any, kernel: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * kernel**2 * torch.Size(x_shape).numel()
 
 
-@register_flop_formula(torch.ops.dico_t2i.text_dwconv_backward)
+@flop_formula(torch.ops.dico_t2i.text_dwconv_backward)
 def _backward_flops(
     x_shape: Any, context_shape: Any, grad_shape: Any, kernel: int, wants_x: bool, wants_context: bool, **_: Any
 ) -> int:

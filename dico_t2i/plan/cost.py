@@ -19,41 +19,35 @@ PLAIN_SHARE = 1 / 16  # assumed rate of fp32 and of depthwise convolutions, rela
 
 @dataclass(frozen=True)
 class StepCost:
-    """The counted cost of one rank's step, and the measured peak rate of its device.
+    """The counted cost of one rank's step.
 
     flops: two for each multiply-accumulate of matrix products and convolutions, forward and backward; recomputation
     that saves memory does not count. traffic: the bytes that the operations of the network and of the optimizer read
-    and write. peak: the measured operations per second of one large matrix product; on a CPU in bf16 or fp32,
-    whichever is faster.
+    and write.
     """
 
     flops: float
     traffic: float
-    peak: float
 
-    def rates(self, step_s: float) -> dict[str, float]:
-        """The utilization and rates of a step that took ``step_s`` seconds, for metrics.jsonl."""
+    def rates(self, step_s: float, peak: float) -> dict[str, float]:
+        """The utilization and rates of a step that took ``step_s`` seconds, for metrics.jsonl. peak: ``peak_rate``."""
         return {
-            "flops_utilization": self.flops / step_s / self.peak,
+            "flops_utilization": self.flops / step_s / peak,
             "flops_per_s": self.flops / step_s,
             "bytes_per_s": self.traffic / step_s,
         }
 
 
-def step_cost(config: Config, ranks: int, parameters: int, device: torch.device) -> StepCost:
-    """Count the cost of a step without the frozen encoders, and measure the device. This takes a few seconds."""
+def step_cost(config: Config, ranks: int, parameters: int) -> StepCost:
+    """Count the cost of a step without the frozen encoders. This takes a few seconds."""
     micro, passes = config.batching(ranks)
     keeping = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint_stages": ()})})
     useful, done = traced_pass(keeping, micro), traced_pass(config, micro)
     share = 1 / ranks if config.train.zero_stage > 0 else 1.0
     update = share * optimizer_traffic(parameters, len(config.optimizer.ema))
-    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    # A CPU's bf16 product may be far slower than what the network does beside it: the faster one is what it can do.
-    fallbacks = {torch.float32} if device.type == "cpu" else set()
     return StepCost(
         flops=passes * float(useful.products.sum() + useful.others.sum()),
         traffic=passes * float(done.traffic.sum()) + update,
-        peak=max(product_rate(device, dtype) for dtype in {precision, *fallbacks}),
     )
 
 
@@ -80,6 +74,14 @@ def seconds(config: Config, traced: Pass) -> np.ndarray:
     products, plain = rates(config)
     work = traced.products / products + traced.others / plain
     return np.maximum(work, traced.traffic / (1e9 * config.cluster.hardware.memory_gb_s))
+
+
+def peak_rate(config: Config, device: torch.device) -> float:
+    """The ``product_rate`` of a device in the precision of training; on a CPU in bf16 or fp32, whichever is faster."""
+    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    # A CPU's bf16 product may be far slower than what the network does beside it: the faster one is what it can do.
+    fallbacks = {torch.float32} if device.type == "cpu" else set()
+    return max(product_rate(device, dtype) for dtype in {precision, *fallbacks})
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

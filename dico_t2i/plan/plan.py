@@ -25,7 +25,7 @@ from dico_t2i.encoders.text import TowerSize, text_sizes
 from dico_t2i.models import count_macs, count_parameters, count_scan_macs, count_trained, trained_sizes
 from dico_t2i.plan.buffers import UNDIVIDED, bucket_size, gradient_bytes, overlaps
 from dico_t2i.plan.communication import GATHERED, KEPT, Communication, buckets, communication, divided
-from dico_t2i.plan.cost import optimizer_traffic, rates, seconds, traced_pass
+from dico_t2i.plan.cost import StepCost, optimizer_traffic, rates, seconds, step_cost, traced_pass
 from dico_t2i.plan.trace import Pass
 
 CONTEXT_BYTES = 2e9  # assumed for CUDA, NCCL and the libraries' workspaces
@@ -163,8 +163,12 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
-    """The bytes of a rank by part for a number of ranks, which training reports beside the measured ones."""
+def expected_step(config: Config, ranks: int, parameters: int) -> tuple[Mapping[str, float], StepCost]:
+    """The bytes of a rank by part, which training reports beside the measured ones, and the cost of its step."""
+    return _expected_memory(config, ranks), step_cost(config, ranks, parameters)
+
+
+def _expected_memory(config: Config, ranks: int) -> Mapping[str, float]:
     tasks = {} if config.cluster.ranks == ranks else {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": ranks}
     here = config.model_copy(update={"cluster": config.cluster.model_copy(update=tasks)})
     memory = asdict(estimate(here).memory)

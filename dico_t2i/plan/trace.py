@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
-from dico_t2i.ops import PRODUCTS, linear
+from dico_t2i.ops import PRODUCTS, flop_formulas, linear
 
 aten = torch.ops.aten
 
@@ -208,8 +207,8 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]:
         flops, grouped = 2 * out.numel() * args[1][0].numel(), args[8] > 1
     elif func is aten.convolution_backward.default:
         flops, grouped = 2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]), args[9] > 1
-    elif func._overloadpacket in flop_registry:
-        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+    elif func._overloadpacket in flop_formulas():
+        flops = flop_formulas()[func._overloadpacket](*args, **kwargs, out_val=out)
         grouped = func.namespace == "dico_t2i" and func._overloadpacket not in PRODUCTS
     else:
         return 0, 0

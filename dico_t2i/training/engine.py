@@ -7,7 +7,9 @@ parameter. Checkpoints and gathering use pieces, and so do not depend on the sta
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -36,6 +38,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 __compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed compiles its own Muon, which nothing here uses, and would import all of torch's compiler for that.
 compiler.compile = lambda: compiler.dummy_decorator
+# Its operators for experts, which nothing here uses, would import Triton, also where there is no GPU.
+if "triton" not in sys.modules:
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    import_module("deepspeed.ops.triton_ops")
+    del sys.modules["triton"]
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about every optimizer that it does not know
 
 

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from dico_t2i.data.loader import Share, make_loader
 from dico_t2i.data.order import BucketOrder, MixtureOrder
 from dico_t2i.data.sources import load_data
 from dico_t2i.encoders import with_measured
-from dico_t2i.memory import keep_freed_memory
+from dico_t2i.memory import in_fork, keep_freed_memory
 from dico_t2i.models import Network
-from dico_t2i.plan.cost import StepCost, product_rate, step_cost
-from dico_t2i.plan.plan import expected_memory
+from dico_t2i.plan.cost import StepCost, peak_rate, product_rate
+from dico_t2i.plan.plan import expected_step
 from dico_t2i.runs.checkpoint import Checkpoint, CheckpointError, DamagedError
 from dico_t2i.runs.decisions import save_is_due
 from dico_t2i.runs.folder import STAGE, RunFolder
@@ -305,7 +305,7 @@ class Trainer:
             "images": self.position,
             "epoch": self._own_position / len(self.index),
             "save_pause_s": self.saver.pause_s,
-            **(self.cost.rates(step_s) if self.world.is_main else {}),
+            **(self.expected[1].rates(step_s, self.peak) if self.world.is_main else {}),
             "peak_memory_gb": peak_memory_bytes(self.world.device) / 1e9,
             "eta_s": (self.stage.last_step - self.step) * step_s,
         }
@@ -357,9 +357,20 @@ class Trainer:
             self.report.event(self.step, "precision", f"WARNING: {message}; set train.precision=fp32")
 
     @cached_property
-    def cost(self) -> StepCost:
+    def peak(self) -> float:
+        """The operations per second that the device can do."""
+        return peak_rate(self.config, self.world.device)
+
+    @cached_property
+    def expected(self) -> tuple[Mapping[str, float], StepCost]:
+        """Memory by part and cost of a step, as ``dico plan`` counts them.
+
+        Counting imports torch's compiler: about 100 MB, which ranks on CPUs, often many in little memory, leave in a
+        fork. In the fork of a process that has used a GPU autograd refuses to work.
+        """
         parameters = sum(shape.numel() for shape in self.engine.shapes.values())
-        return step_cost(self.config, self.world.size, parameters, self.world.device)
+        arguments = self.config, self.world.size, parameters
+        return in_fork(expected_step, *arguments) if self.world.device.type == "cpu" else expected_step(*arguments)
 
     def _report_memory(self) -> None:
         """Report memory after the first step, when everything is allocated."""
@@ -367,8 +378,7 @@ class Trainer:
             return
         start_s = process_age_s()
         held, peak = self.engine.held_bytes(), peak_memory_bytes(self.world.device)
-        expected = expected_memory(self.config, self.world.size)
-        message, sizes = memory_report(held, peak, expected), {**held, "peak": peak}
+        message, sizes = memory_report(held, peak, self.expected[0]), {**held, "peak": peak}
         self.report.event(self.step, "memory", message, bytes=sizes, start_s=start_s)
 
     def _data_notes(self) -> Iterator[str]:

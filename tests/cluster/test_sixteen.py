@@ -188,6 +188,7 @@ def test_a_run_broken_in_every_way_ends_bit_equal(nodes, place, size):
     """Kills of a rank, of a controller, of a node that comes back late, and of the supervisor."""
     job = job_id(place.launch())
     place.reached(EVERY + 2)
+    assert f"job {job} (RUNNING" in place.launch(code=2)  # a second job is refused
     os.kill(rank_on(nodes, f"n{size - 1}"), signal.SIGKILL)
     place.restarted(1)  # by the supervisor
     failures = list(json_lines(place.run / "failures.jsonl"))
@@ -231,6 +232,24 @@ def test_a_daemon_that_dies_alone(nodes, place, size):
     place.ended(job, "COMPLETED")
     assert place.assert_all_once() <= 2 * EVERY
     place.assert_bit_equal()
+
+
+@pytest.mark.long
+def test_of_two_jobs_on_one_run_folder_one_trains(nodes, place, size):
+    """The launcher refuses the second job; if it does not know of the first, one of both does not get the lock."""
+    half = ("--nodes", str(size // 2))
+    first = job_id(place.launch("cluster.sbatch={begin: now+1hour}", *half))
+    assert f"job {first} (PENDING" in place.launch(*half, code=2)
+    submitted = place.run / "jobs" / "submitted.jsonl"
+    submitted.rename(submitted.with_suffix(".away"))
+    second = job_id(place.launch(*half))
+    subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)
+    jobs = (first, second)
+    until(lambda: {"COMPLETED", "FAILED"} == set(map(state_of, jobs)), "the end of both", 600)
+    failed = next(job for job in jobs if state_of(job) == "FAILED")
+    assert "in use by another job (process" in (place.run / "jobs" / f"{failed}_0_log.out").read_text()
+    assert read_state(place.run).step == place.steps
+    assert place.assert_all_once() == 0
 
 
 def test_a_run_is_requeued_on_fewer_nodes_and_on_more(nodes, place, size):

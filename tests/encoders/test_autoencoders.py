@@ -1,6 +1,7 @@
 """Autoencoders saved on the spot in diffusers' own formats, and read back by the real code."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,15 @@ def images(count: int = 3, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def save_kl(folder: Path, widths: tuple[int, ...] = (4, 4, 4, 4)) -> Any:
+def save_kl(folder: Path, widths: tuple[int, ...] = (4, 4, 4, 4), **settings: Any) -> Any:
     from diffusers import AutoencoderKL
 
+    torch.manual_seed(0)
     model = AutoencoderKL(
         block_out_channels=widths,
         down_block_types=["DownEncoderBlock2D"] * len(widths),
         up_block_types=["UpDecoderBlock2D"] * len(widths),
-        norm_num_groups=2,
-        layers_per_block=1,
-        latent_channels=4,
+        **{"norm_num_groups": 2, "layers_per_block": 1, "latent_channels": 4, **settings},
     )
     model.save_pretrained(folder)
     return model.eval()
@@ -78,6 +78,38 @@ def test_kl_is_the_saved_model(kl: tuple[Path, Any]) -> None:
     torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise) * 0.18215)
     expected = (127.5 * model.decode(latents / 0.18215).sample + 128).clamp(0, 255).to(torch.uint8)
     assert (autoencoder.decode(latents).int() - expected.int()).abs().max() <= 1  # a rounding apart
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False},
+        {"latent_channels": 2, "layers_per_block": 2, "in_channels": 3},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_is_that_of_diffusers_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Without importing diffusers, with widths and other settings that differ."""
+    model = save_kl(tmp_path, (4, 8, 8, 16), **settings)
+    pixels, latents = images(), normal(3, model.config.latent_channels, 4, 4)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    autoencoder = load_autoencoder(AutoencoderConfig(path=str(tmp_path), scale=1.0), "cpu", dtype)
+    model.to(dtype)
+    expected = model.encode((pixels.float() / 127.5 - 1).to(dtype)).latent_dist.parameters
+    assert torch.equal(autoencoder.moments(pixels), expected.float())
+    assert torch.equal(autoencoder._decode(latents.to(dtype)), model.decode(latents.to(dtype)).sample)
+
+
+@torch.no_grad()
+def test_kl_with_other_blocks_is_computed_by_diffusers(tmp_path: Path) -> None:
+    model = save_kl(tmp_path, act_fn="gelu")
+    expected = model.encode(images().float() / 127.5 - 1).latent_dist.parameters
+    autoencoder, latents = load(tmp_path), normal(3, 4, 4, 4)
+    torch.testing.assert_close(autoencoder.moments(images()), expected)
+    torch.testing.assert_close(autoencoder._decode(latents), model.decode(latents).sample)
 
 
 @torch.no_grad()

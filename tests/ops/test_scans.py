@@ -167,6 +167,7 @@ def test_their_own_work_is_counted():
         attention = [torch.empty(2, 5, 3, width, requires_grad=True) for width in (4, 4, 6, 4)]
         scan = [x.to("meta").requires_grad_() for x in scan_inputs((2, 35, 3, 4), 0, torch.float32)]
     for operator, inputs, states in ((ops.gated_linear_attention, attention, 24), (ops.selective_scan, scan, 4)):
+        ops.flop_formulas()
         with FlopCounterMode(display=False) as counter:
             out = operator(*inputs)
             out = out if isinstance(out, torch.Tensor) else out[0]

@@ -21,22 +21,22 @@ def config(**model):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_is_told_its_share_of_the_batch(ranks):
     parameters = count_parameters(DiCoConfig(**MODEL))
-    cost = step_cost(config(), ranks, parameters, CPU)
+    cost = step_cost(config(), ranks, parameters)
     macs = count_macs(DiCoConfig(**MODEL), (16 // ranks, 4, 16, 16))
     assert 2.8 < cost.flops / (2 * macs) < 3.1  # forward, and twice as much backward, less the input's gradient
-    alone = step_cost(config(), 1, parameters, CPU)
+    alone = step_cost(config(), 1, parameters)
     assert alone.flops == ranks * cost.flops
     assert alone.traffic == ranks * cost.traffic
 
 
 def test_what_is_recomputed_is_not_useful_but_is_read_and_written():
-    keeping, recomputing = (step_cost(config(**k), 1, 1, CPU) for k in ({}, {"checkpoint_stages": ["encoder1"]}))
+    keeping, recomputing = (step_cost(config(**k), 1, 1) for k in ({}, {"checkpoint_stages": ["encoder1"]}))
     assert recomputing.flops == keeping.flops
     assert recomputing.traffic > keeping.traffic
 
 
 def test_rates():
-    rates = StepCost(flops=3e9, traffic=8e9, peak=1e10).rates(0.5)
+    rates = StepCost(flops=3e9, traffic=8e9).rates(0.5, peak=1e10)
     assert rates == {"flops_utilization": 0.6, "flops_per_s": 6e9, "bytes_per_s": 1.6e10}
     assert product_rate(CPU, torch.float32) > 1e8
 

@@ -1,13 +1,17 @@
-"""A rank starts quickly and in little memory, because until its first step it imports nothing that it does not use."""
+"""A rank starts quickly and trains in little memory, because it imports nothing that it does not use."""
 
+import ast
 import os
 import sys
+from pathlib import Path
 
 from tests import forkserver
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # The compiler of torch, and what imports it; libraries of models that a run has only files of; what is used elsewhere.
 NEVER = ("torch._dynamo", "torch._inductor", "sympy", "networkx", "transformers", "torchvision", "scipy")
-NEVER += ("diffusers", "open_clip", "pandas", "matplotlib", "wandb", "submitit")
+NEVER += ("diffusers", "open_clip", "pandas", "matplotlib", "wandb", "submitit", "triton", "torch.utils.flop_counter")
 
 LEAN = """
 import sys
@@ -26,17 +30,19 @@ def refuse(event, arguments):
         raise RuntimeError(f"a rank imports {arguments[0]}")
 
 sys.addaudithook(refuse)
+from dico_t2i import memory
 from dico_t2i.cli import main
-from dico_t2i.training.trainer import Trainer
+from dico_t2i.plan import cost
 
-report = Trainer._report_memory  # after the first step; on rank 0 it traces the network
+cost._trace.cache_clear()  # the fork server has traced the network
+send = memory._send
 
-def reported(trainer):
+def sent(*arguments):
     never.clear()
-    report(trainer)
+    send(*arguments)
 
-Trainer._report_memory = reported
-main(sys.argv[1:])
+memory._send = sent  # which runs in a fork, where rank 0 traces the network
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -47,3 +53,24 @@ def test_a_rank_imports_neither_the_compiler_nor_libraries_of_models(runs):
     done = forkserver.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(runs.losses("lean")) == {1, 2}
+
+
+def test_no_module_of_a_rank_imports_them_when_it_is_imported():
+    """A fork has the modules already, so that it would not notice."""
+    wanted, seen = {"dico_t2i.cli", "dico_t2i.training.trainer"}, set()
+    while wanted:
+        seen.add(name := wanted.pop())
+        places = (ROOT / name.replace(".", "/")).with_suffix(".py"), ROOT / name.replace(".", "/") / "__init__.py"
+        for path in filter(Path.exists, places):
+            wanted |= set(_imported(ast.parse(path.read_text()))) - seen
+    assert "dico_t2i.models.cost" in seen
+    assert {name for name in seen if any(f"{name}.".startswith(f"{never}.") for never in NEVER)} == set()
+
+
+def _imported(module):
+    for node in module.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
