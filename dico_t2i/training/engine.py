@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -41,7 +42,8 @@ compiler.compile = lambda: compiler.dummy_decorator
 # Its operators for experts, which nothing here uses, would import Triton, also where there is no GPU.
 if "triton" not in sys.modules:
     sys.modules["triton"] = None  # type: ignore[assignment]
-    import_module("deepspeed.ops.triton_ops")
+    with suppress(ImportError):  # a version of DeepSpeed without them
+        import_module("deepspeed.ops.triton_ops")
     del sys.modules["triton"]
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about every optimizer that it does not know
 
