@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--train", type=Path, default=Path("data/cifar10"), help="shards of the training split (data/cifar10)")
     add("--test", type=Path, default=Path("data/cifar10_test"), help="shards of the test split (data/cifar10_test)")
     add("--classifier", type=Path, default=Path("weights/cifar10.safetensors"), help="the classifier that judges")
+    add("--loss-samples", type=positive, default=1024, help="samples for the held-out loss (default: 1024)")
     add("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to all configs")
     add("--out", type=Path, help="JSON file for the numbers")
@@ -171,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs[file] = [
             Run(file, args.runs / name, (*args.set, *more, f"name={name}", f"seed={seed}")) for seed, name in names
         ]
-    plan = Plan(Judging(args.train, args.test, args.classifier), args.pictures, args.free)
+    judging = Judging(args.train, args.test, args.classifier, args.loss_samples)
+    plan = Plan(judging, args.pictures, args.free)
     in_turns = [each for of_seed in zip(*runs.values(), strict=True) for each in of_seed]  # the first seed of all first
     carry_out_all(plan, in_turns, args.jobs)
     rows = [

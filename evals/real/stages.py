@@ -18,17 +18,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Judging:
-    """What pictures of classes are judged with: image shards of both splits, and the file of the classifier."""
+    """What pictures of classes are judged with: image shards of both splits, and the file of the classifier.
+
+    loss_samples: samples that the loss is measured on.
+    """
 
     train: Path
     test: Path
     classifier: Path
+    loss_samples: int = 1024
 
     def stage(self, run: Path, *, free: bool) -> Stage:
         """Judges the samples of a run, and those of words that were never trained if there are any (``free``)."""
         command = ["evals/judge_classes.py", "--images", str(run / "samples"), "--checkpoint", str(run)]
         command += ["--train", str(self.train), "--test", str(self.test), "--classifier", str(self.classifier)]
-        command += ["--free", str(run / "free")] if free else []
+        command += ["--loss-samples", str(self.loss_samples), *(["--free", str(run / "free")] if free else [])]
         result = run / "judged.json"
         return Stage("judge", [*command, "--out", str(result)], result)
 
