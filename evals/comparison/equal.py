@@ -28,11 +28,14 @@ def equal_changes(equal: Equal, files: Sequence[Path], overrides: Sequence[str],
 def equal_time(configs: Sequence[Config], seconds: Sequence[float]) -> list[list[str]]:
     """The changes with which each config takes as long as the first one does.
 
-    seconds: of one step of each config. Raises ValueError for a config with stages or without a number of steps.
+    seconds: of one step of each config. Raises ValueError for a config with stages or alignment, whose time is not
+    measured, or without a number of steps.
     """
     for config in configs:
-        if config.stages or not config.train.duration.steps:
-            raise ValueError(f"--equal time: {config.name} has stages, or no train.duration.steps; use --equal steps")
+        if config.stages or config.alignment or not config.train.duration.steps:
+            raise ValueError(
+                f"--equal time: {config.name} has stages, alignment, or no train.duration.steps; use --equal steps"
+            )
     budget = (configs[0].train.duration.steps or 0) * seconds[0]
     changes = []
     for config, each in zip(configs, seconds, strict=True):
