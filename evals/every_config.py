@@ -70,6 +70,7 @@ def small(config: Config, data: Path, steps: int) -> Config:
     tree["sampler"]["steps"] = 5
     if "alignment" in tree:
         encoder = {**tree["alignment"]["encoder"], "weights": "seeded", "seeded": TOWER, "image_size": 56}
+        encoder["kind"] = encoder["kind"].replace("tiny", "timm")  # which has a seeded form
         tree["alignment"] |= {"block": "stages.middle.0", "hidden": WIDTH, "encoder": encoder}
     return parse_config(tree, config.name)
 

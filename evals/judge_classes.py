@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import positive, run, script_parser
+from dico_t2i.files import write_atomically
 from dico_t2i.sampling.images import make_grid
 from evals.prompt_accuracy import load_samples
 from evals.quality.distances import gaussian_of
@@ -44,12 +45,12 @@ def samples(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor, list[st
 
 def cached_features(classifier: Classifier, images: Images, folder: Path) -> tuple[Tensor, Tensor]:
     """The classes and features of a real split, which are kept in a folder."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     file = folder / f"features-{digest([classifier.sha256, images.content, len(images.labels)])}.safetensors"
     if not file.exists():
         classes, features = classifier(images.images)
-        save_file({"classes": classes, "features": features}, file)
+        write_atomically(file, save({"classes": classes, "features": features}))  # others may judge at the same time
     kept = load_file(file)
     return kept["classes"], kept["features"]
 

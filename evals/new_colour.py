@@ -41,8 +41,9 @@ from data_prep.shapes_scene import (
 from dico_t2i.command import run, script_parser
 from dico_t2i.config import load_config
 from dico_t2i.data.writer import ShardWriter
+from evals.comparison.programs import python
 from evals.prompt_accuracy import PROPERTIES, accuracy
-from evals.shapes.programs import python, samples
+from evals.shapes.programs import samples
 
 CONFIG = Path("configs/quickstart_brown.yaml")
 NAME, BROWN = "brown", (120, 70, 20)

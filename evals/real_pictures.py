@@ -21,28 +21,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' folders are not installed
 from dico_t2i.command import positive, run, script_parser
 from evals.real.page import write_page
-from evals.real.prompts import (
-    CIFAR10_TEMPLATES,
-    EMOJI_TEMPLATES,
-    FREE_TEMPLATES,
-    SYNONYMS,
-    class_prompts,
-    held_out_prompts,
-)
+from evals.real.prompts import CIFAR10_TEMPLATES, EMOJI_TEMPLATES, held_out_prompts
+from evals.real.stages import Judging, Stage, sample_classes, sample_prompts, write_class_prompts, write_prompts
 
 SETS = ("cifar10_t2i", "cifar10_latent_t2i", "cifar10_class", "emoji_t2i")
 PREPARED = Path("data")
 CLASSIFIER = Path("weights/cifar10.safetensors")
 HOLD_OUT = ("--hold-out", "code=0.1", "--hold-out-one-of", "style=flat,3d", "--background", "white")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command, and the file whose existence shows that it is done; None if the command decides itself."""
-
-    name: str
-    command: list[str]
-    result: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +58,11 @@ class Plan:
         yield Stage(
             "train", ["-m", "dico_t2i", "train", "--config", f"configs/real/{self.name}.yaml", *self._changes()]
         )
-        yield self._sample("samples", self.pictures)
+        by_class = self.name == "cifar10_class"
+        yield sample_classes(self.run, self.pictures) if by_class else sample_prompts(self.run, "samples")
         if self._has_free:
-            yield self._sample("free", self.free)
-        yield Stage("judge", self._judge(), self.run / "judged.json")
+            yield sample_prompts(self.run, "free")
+        yield self._judge()
 
     def _changes(self) -> list[str]:
         return [*([f"autoencoder.path={self.source / 'taef2'}"] if self.latents else []), *self.overrides]
@@ -115,33 +101,21 @@ class Plan:
     def _has_free(self) -> bool:
         return not self.emoji and self.name != "cifar10_class"
 
-    def _sample(self, name: str, count: int) -> Stage:
-        command = ["-m", "dico_t2i", "sample", "--checkpoint", str(self.run), "--out", str(self.run / name)]
-        if self.name == "cifar10_class":
-            asked = ["--labels", *map(str, range(10)), "--per-prompt", str(max(1, count // 10))]
-        else:
-            asked = ["--prompts", str(self.run / f"{name}.txt")]
-        return Stage(name, [*command, *asked, "--batch", "50"], self.run / name / "grid.png")
-
     def write_prompts(self) -> None:
         """Write the prompts that will be sampled; those of held-out emoji are captions of their shards."""
         if self.emoji:
-            prompts = {"samples": held_out_prompts(PREPARED / "emoji_held_out", self.pictures)}
+            write_prompts(self.run / "samples.txt", held_out_prompts(PREPARED / "emoji_held_out", self.pictures))
         else:
-            free = class_prompts(self.free, list(SYNONYMS.values()), FREE_TEMPLATES)
-            prompts = {"samples": class_prompts(self.pictures, list(SYNONYMS)), "free": free}
-        for name, lines in prompts.items():
-            (self.run / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_class_prompts(self.run, self.pictures, self.free)
 
-    def _judge(self) -> list[str]:
-        places = ["--images", str(self.run / "samples"), "--checkpoint", str(self.run)]
-        out = ["--out", str(self.run / "judged.json")]
-        if self.emoji:
-            shards = ["--data", str(PREPARED / "emoji"), "--held-out", str(PREPARED / "emoji_held_out")]
-            return ["evals/judge_emoji.py", *places, *shards, *out]
-        shards = ["--train", str(PREPARED / "cifar10"), "--test", str(PREPARED / "cifar10_test")]
-        free = ["--free", str(self.run / "free")] if self._has_free else []
-        return ["evals/judge_classes.py", *places, *shards, "--classifier", str(CLASSIFIER), *free, *out]
+    def _judge(self) -> Stage:
+        if not self.emoji:
+            judging = Judging(PREPARED / "cifar10", PREPARED / "cifar10_test", CLASSIFIER)
+            return judging.stage(self.run, free=self._has_free)
+        result = self.run / "judged.json"
+        places = ["--images", str(self.run / "samples"), "--checkpoint", str(self.run), "--out", str(result)]
+        shards = ["--data", str(PREPARED / "emoji"), "--held-out", str(PREPARED / "emoji_held_out")]
+        return Stage("judge", ["evals/judge_emoji.py", *places, *shards], result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -100,13 +100,20 @@ class TextEncoderConfig(TextTowerConfig):
 class VisionEncoderConfig(Section):
     """A frozen image encoder that gives features of image patches."""
 
-    kind: Literal["transformers", "timm"] = "transformers"  # The library that the encoder comes from.
+    # The library that the encoder comes from; tiny is the encoder of a tiny autoencoder in TAESD's own files.
+    kind: Literal["transformers", "timm", "tiny"] = "transformers"
     model: Text = "facebook/dinov2-base"  # A local folder, the URL of a folder, or a hub id.
     # pretrained loads weights; seeded makes random frozen weights, for machines that have none.
     weights: Literal["pretrained", "seeded"] = "pretrained"
     # Height and width in pixels that images are resized to; REPA takes 224 for images of 256 and 448 for 512.
     image_size: Positive = 224
     seeded: SeededTower = SeededTower()  # The size of the encoder with weights: seeded; its patches have 14x14 pixels.
+
+    @model_validator(mode="after")
+    def _tiny_is_pretrained(self) -> VisionEncoderConfig:
+        if self.kind == "tiny" and self.weights == "seeded":
+            raise ValueError("weights: kind: tiny has no seeded form; give model, or another kind")
+        return self
 
 
 class AlignmentConfig(Section):

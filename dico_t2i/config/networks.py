@@ -290,13 +290,13 @@ class SizedTransformerConfig(TransformerConfig, SizedConfig):
 
 
 class UViTConfig(SizedTransformerConfig):
-    """U-ViT with text tokens in the sequence (Bao et al. 2023)."""
+    """U-ViT with text tokens, or one token for the class, in the sequence (Bao et al. 2023)."""
 
     variants = UVIT_VARIANTS
     learned_positions = True
 
     kind: Literal["uvit"] = "uvit"  # Selects this network.
-    condition: Literal["text"] = "text"  # This U-ViT takes text only.
+    condition: Literal["class", "text"] = "text"  # What the network is conditioned on: class labels or text.
     pooled_text: Literal[False] = False  # U-ViT takes no pooled text.
     mlp_ratio: PositiveFloat = 4.0  # The hidden width of the feed-forward, as a multiple of hidden_size.
 

@@ -1,4 +1,4 @@
-"""Frozen image encoders that give features of image patches: ViTs and CNNs of transformers or timm.
+"""Frozen image encoders that give features of image patches: ViTs and CNNs of transformers or timm, TAESD's encoders.
 
 Preprocessing is the encoder's own except for the size: images are already squares and are resized to ``image_size``.
 """
@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dico_t2i.config import VisionEncoderConfig
+from dico_t2i.encoders import taesd
 from dico_t2i.encoders.local import load_transformers, read_json, reading, resolve
 
 _FILES = {
     "transformers": (("config.json",), ("model.safetensors", "pytorch_model.bin"), ("preprocessor_config.json",)),
     "timm": (("config.json",), ("model.safetensors",)),
+    "tiny": taesd.FILES[:1],
 }
 _PATCH = 14  # pixels of a patch of a seeded encoder
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's mean and standard deviation of pixels
@@ -87,7 +89,7 @@ def load_vision_encoder(
     if config.weights == "seeded":
         net = _seeded(config)
     else:
-        net = _of_timm(config) if config.kind == "timm" else _of_transformers(config)
+        net = {"transformers": _of_transformers, "timm": _of_timm, "tiny": _of_tiny}[config.kind](config)
     return VisionEncoder(config, net, torch.device(device), dtype)
 
 
@@ -141,6 +143,13 @@ def _of_timm(config: VisionEncoderConfig) -> _Net:
 def _timm_net(module: Any, mean: tuple[float, ...], std: tuple[float, ...], description: str) -> _Net:
     rows = module.patch_embed.grid_size[0] if hasattr(module, "num_prefix_tokens") else 0
     return _Net(module, module.forward_features, module.num_features, rows, mean, std, description)
+
+
+def _of_tiny(config: VisionEncoderConfig) -> _Net:
+    """The latents themselves, of images in 0..1, one position for 8x8 pixels."""
+    (file,) = find_vision_encoder(config)
+    module, width, _ = taesd.read_encoder(file)
+    return _Net(module, module, width, 0, (0.0,) * 3, (1.0,) * 3, f"pretrained {config.model} (tiny autoencoder)")
 
 
 def _seeded(config: VisionEncoderConfig) -> _Net:

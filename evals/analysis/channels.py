@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dico_t2i.models import Network
 from dico_t2i.models.blocks import Residual
 
 ALIVE = 0.1  # a channel whose score is below this share of the mean score counts as dead
+MIXERS = (
+    "conv",
+    "attention",
+    "attn",
+    "attn1",
+    "mixer",
+)  # the names of DiCo's spatial layer, and of its peers' in a block
 
 
 class ChannelStatistics:
@@ -93,12 +101,14 @@ def _mean_correlation(covariance: Tensor) -> float:
     return float((correlation.sum() - channels) / (channels * (channels - 1)))
 
 
-def last_mixer(network: nn.Module) -> str:
-    """The path of a DiCo's last mixer. Raises ValueError for a network that is not a DiCo."""
-    names = [name for name, _ in network.named_modules() if name.endswith(".conv") and name.startswith("stages.")]
-    if not names:
-        raise ValueError("--module: this network has no blocks of DiCo; name the module to analyse")
-    return names[-1]
+def last_mixer(network: Network) -> str:
+    """The path of the spatial layer, or of the attention, in a network's last block. Raises ValueError without one."""
+    *_, block = (None, *network.residual_blocks())
+    for path, module in network.named_modules():
+        name = next((name for name in MIXERS if module is block and hasattr(module, name)), None)
+        if name:
+            return f"{path}.{name}"
+    raise ValueError(f"--module: the last block of this network has none of {', '.join(MIXERS)}; name the module")
 
 
 def watch(network: nn.Module, path: str, statistics: ChannelStatistics) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dico_t2i.config import VisionEncoderConfig
 from dico_t2i.encoders import MissingModelError, VisionEncoder, load_vision_encoder
+from tests.encoders.test_autoencoders import save_chain
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SIZE = 28
@@ -118,6 +119,17 @@ def test_clip_and_a_cnn(tmp_path: Path) -> None:
     assert encoder.width == 10
     plain = ConvNextModel.from_pretrained(tmp_path / "cnn")(normalised(images(64))).last_hidden_state
     assert torch.equal(encoder.encode(images(64)), plain.permute(0, 2, 3, 1))
+
+
+def test_a_tiny_autoencoder_gives_its_latents(tmp_path: Path) -> None:
+    network, _ = save_chain(tmp_path, channels=5)
+    encoder = load(kind="tiny", model=str(tmp_path), image_size=32)
+    assert (encoder.grid, encoder.width) == ((4, 4), 5)
+    with torch.no_grad():
+        plain = network(images(32).float() / 255)
+    torch.testing.assert_close(encoder.encode(images(32)), plain.permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="tiny has no seeded form"):
+        load(kind="tiny", weights="seeded")
 
 
 @pytest.mark.parametrize("kind", ["transformers", "timm"])

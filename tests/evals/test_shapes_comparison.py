@@ -7,7 +7,9 @@ from data_prep import shapes
 from dico_t2i.config import load_config
 from dico_t2i.models import count_parameters
 from evals import shapes_comparison
-from evals.shapes.cost import step_seconds
+from evals.comparison.cost import step_seconds
+from evals.comparison.equal import equal_time
+from evals.comparison.summary import interval
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,17 +40,17 @@ def test_equal_time_is_that_of_the_first_network():
     configs = [load_config(ROOT / f"configs/shapes/{name}.yaml") for name in ("dico", "mmdit", "pixart")]
     for config, seconds in zip(configs, step_seconds(configs, 1), strict=True):
         assert seconds > 0, config.name
-    changes = shapes_comparison.equal_time(configs, [0.2, 0.4, 0.1])
+    changes = equal_time(configs, [0.2, 0.4, 0.1])
     steps = [load_config(ROOT / "configs/shapes/dico.yaml", change).train.duration.steps for change in changes]
     assert steps == [2400, 1200, 4800]
     staged = load_config(ROOT / "configs/shapes/stages/two_stages.yaml")
     with pytest.raises(ValueError, match="shapes_two_stages has stages"):
-        shapes_comparison.equal_time([staged], [0.2])
+        equal_time([staged], [0.2])
 
 
 def test_intervals_are_those_of_student():
-    assert shapes_comparison.interval([1.0]) == 0
-    assert shapes_comparison.interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert interval([1.0]) == 0
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
 
 
 def test_the_networks_are_of_one_size():

@@ -16,6 +16,7 @@ CLASSES = DiTConfig(**TINY, num_classes=7)
 PEERS = {
     "dit": CLASSES,
     "uvit": UViTConfig(**TEXT),
+    "uvit of classes": UViTConfig(**TINY, condition="class", num_classes=7, latent_size=8),
     "pixart": PixArtConfig(**TEXT),
     "mmdit": MMDiTConfig(**TEXT, pooled_dim=10),
     "dig": DiGConfig(**{**TINY, "depth": 8}, skips="xavier", num_classes=7, latent_size=8),

@@ -1,4 +1,4 @@
-"""U-ViT (Bao et al. 2023) for text: time and text are tokens of the sequence, and long skips join its two halves.
+"""U-ViT (Bao et al. 2023): time and text, or class, are tokens of the sequence, and long skips join its two halves.
 
 It is implemented here because diffusers' UVit2DModel is a different network, that of aMUSEd.
 """
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dico_t2i.config import UViTConfig
 from dico_t2i.models.conditioning import sinusoid
-from dico_t2i.models.peers.layers import Attention, FeedForward, Transformer, unpatch
+from dico_t2i.models.peers.layers import Attention, FeedForward, LabelTable, Transformer, unpatch
 
 
 class Block(nn.Module):
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class UViT(Transformer):
-    """U-ViT with text, for latents of one size, since its position embedding is learned."""
+    """U-ViT with text or classes, for latents of one size, since its position embedding is learned."""
 
     config: UViTConfig
 
@@ -40,8 +40,11 @@ class UViT(Transformer):
         width, patch = config.hidden_size, config.patch_size
         grid, half = config.latent_size // patch, config.depth // 2
         self.patches = nn.Conv2d(config.in_channels, width, patch, stride=patch)
-        self.text = nn.Linear(config.text_dim, width)
-        self.positions = nn.Parameter(torch.empty(1, 1 + config.text_tokens + grid * grid, width))
+        of_text = config.condition == "text"
+        self.text = nn.Linear(config.text_dim, width) if of_text else None
+        self.label = None if of_text else LabelTable(config.num_classes, config.dropout_prob, width)
+        tokens = 1 + (config.text_tokens if of_text else 1) + grid * grid
+        self.positions = nn.Parameter(torch.empty(1, tokens, width))
         self.layers = nn.ModuleList(Block(config, skip=number > half) for number in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch * patch * config.out_channels)
@@ -49,7 +52,10 @@ class UViT(Transformer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the release does: truncated normal with std 0.02; convolutions keep torch's initial values."""
+        """Initialise as the release does: truncated normal with std 0.02.
+
+        Convolutions and the embeddings of classes keep torch's initial values.
+        """
         nn.init.trunc_normal_(self.positions, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -62,7 +68,7 @@ class UViT(Transformer):
         x = self.patches(x.to(dtype)).permute(0, 2, 3, 1)
         N, H, W, C = x.shape
         time = sinusoid(t, C).to(dtype)[:, None]
-        x = torch.cat((time, self.text(cond), x.reshape(N, H * W, C)), dim=1) + self.positions
+        x = torch.cat((time, self._condition(cond), x.reshape(N, H * W, C)), dim=1) + self.positions
         skips: list[Tensor] = []
         half = self.config.depth // 2
         for number, block in enumerate(self.layers):
@@ -71,6 +77,13 @@ class UViT(Transformer):
                 skips.append(x)
         x = self.head(self.norm(x)[:, -H * W :])
         return self.smooth(unpatch(x.reshape(N, H, W, -1), self.config.patch_size))
+
+    def _condition(self, cond: Tensor) -> Tensor:
+        """The tokens of the text (N, T, text_dim), or the one of the classes (N,): (N, T or 1, width)."""
+        if self.text is not None:
+            return self.text(cond)
+        assert self.label is not None
+        return self.label(cond)[:, None]
 
 
 NETWORK = UViT
