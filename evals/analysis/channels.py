@@ -12,13 +12,8 @@ from dico_t2i.models import Network
 from dico_t2i.models.blocks import Residual
 
 ALIVE = 0.1  # a channel whose score is below this share of the mean score counts as dead
-MIXERS = (
-    "conv",
-    "attention",
-    "attn",
-    "attn1",
-    "mixer",
-)  # the names of DiCo's spatial layer, and of its peers' in a block
+# What DiCo and its peers call the spatial layer, or the attention, of a block.
+MIXERS = ("conv", "attention", "attn", "attn1", "mixer")
 
 
 class ChannelStatistics:
