@@ -40,6 +40,12 @@ class Workplace:
         self.config.write_text(yaml.safe_dump({**tree, "cluster": cluster}))
         self.profile.write_text(yaml.safe_dump(cluster))
 
+    def lengthen(self, steps: int) -> None:
+        """Give the config's runs another number of steps."""
+        tree = yaml.safe_load(self.config.read_text())
+        tree["train"]["duration"] = {"steps": steps}
+        self.config.write_text(yaml.safe_dump(tree))
+
     def call(self, script: str, *arguments: str, code: int = 0, **environment: str) -> str:
         """The output of a script of cluster/; asserts its exit code."""
         answer = forkserver.run(
