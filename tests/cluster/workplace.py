@@ -19,6 +19,14 @@ from tests.training.conftest import TINY, launch
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 260
 PATIENCE_S = 240
+SLOW = """
+import os
+if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
+    import time
+    from dico_t2i.training.ahead import Ahead
+    take = Ahead.take
+    Ahead.take = lambda ahead: time.sleep({seconds}) or take(ahead)
+"""
 
 
 class Workplace:
@@ -40,10 +48,13 @@ class Workplace:
         self.config.write_text(yaml.safe_dump({**tree, "cluster": cluster}))
         self.profile.write_text(yaml.safe_dump(cluster))
 
-    def lengthen(self, steps: int) -> None:
-        """Give the config's runs another number of steps."""
+    def slow_down(self, seconds: float) -> None:
+        """Let the ranks of jobs wait before each step, so that a time limit comes before the end of a short run."""
+        folder = self.folder / "slow"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(SLOW.format(seconds=seconds))
         tree = yaml.safe_load(self.config.read_text())
-        tree["train"]["duration"] = {"steps": steps}
+        tree["cluster"]["env"]["PYTHONPATH"] = str(folder)
         self.config.write_text(yaml.safe_dump(tree))
 
     def call(self, script: str, *arguments: str, code: int = 0, **environment: str) -> str:
