@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dico_t2i.encoders.local import check_whole, reading
+from dico_t2i.encoders.local import check_whole, read_tensors, reading
 
 _EPS = 1e-6
 _BLOCKS = {"down_block_types": {"DownEncoderBlock2D"}, "up_block_types": {"UpDecoderBlock2D"}, "act_fn": {"silu"}}
@@ -69,19 +69,10 @@ def read_network(config: KlSettings, weights: Path, dtype: torch.dtype) -> KlNet
     with torch.device("meta"):
         network = KlNetwork(config)
     with reading(weights):
-        state = {_present_name(name): weight.to(dtype) for name, weight in _read(weights).items()}
+        state = {_present_name(name): weight.to(dtype) for name, weight in read_tensors(weights).items()}
         report = network.load_state_dict(state, strict=False, assign=True)
     check_whole(weights.parent, {"missing_keys": report.missing_keys})
     return network.eval().requires_grad_(False)
-
-
-def _read(weights: Path) -> dict[str, Tensor]:
-    if weights.suffix == ".bin":
-        state: dict[str, Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
-        return state
-    from safetensors.torch import load_file
-
-    return load_file(weights)
 
 
 def _present_name(name: str) -> str:

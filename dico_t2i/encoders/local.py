@@ -133,6 +133,16 @@ def reading(weights: Path) -> Iterator[None]:
         raise ValueError(f"{weights}: cannot be loaded; download it again if it is incomplete: {error}") from error
 
 
+def read_tensors(weights: Path) -> dict[str, Any]:
+    """What is in a weight file: the tensors of safetensors; of torch's format, tensors and plain values only."""
+    if weights.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(weights)
+    held: dict[str, Any] = torch.load(weights, map_location="cpu", weights_only=True)
+    return held
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hide transformers' progress bar and its report of unused weights, such as those of CLIP's image tower."""

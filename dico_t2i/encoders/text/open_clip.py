@@ -7,11 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dico_t2i.config import TextTowerConfig
-from dico_t2i.encoders.local import MissingModelError, config_hash, read_json, reading, resolve
+from dico_t2i.encoders.local import MissingModelError, config_hash, read_json, read_tensors, reading, resolve
 from dico_t2i.encoders.text.clip import TOKENS, VOCABULARY, check_size, clip_size, open_clip_folder, seeded_size
 from dico_t2i.encoders.text.features import TextFeatures, TowerSize
 from dico_t2i.encoders.text.tower import Tower
@@ -156,13 +155,8 @@ def _place(config: TextTowerConfig, tag: dict[str, Any]) -> tuple[str, str]:
 
 def _state(weights: Path) -> dict[str, Tensor]:
     """The weights of the text tower in a weight file, in any of open_clip's layouts."""
-    if weights.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(weights)
-    else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+    state = read_tensors(weights)
+    state = state.get("state_dict", state)  # of a checkpoint of training
     parts = {"token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"}
     named = {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in named.items() if name.split(".")[0] in parts}
