@@ -5,8 +5,9 @@ python evals/judge_emoji.py --images samples --data data/emoji --held-out data/e
     --checkpoint runs/emoji_t2i --out judged.json
 
 A picture is right if, among all concepts in the other style, its own concept is the nearest, or is among the ten
-nearest. Nearness is the cosine of pixels for a model of latents, and of the latents of --autoencoder for a model of
-pixels, because a model is never judged in the space that it was trained in. Real pictures of the held-out pairs are
+nearest, and if a linear classifier of the trained pictures takes it for the style that was asked for. Both compare
+colours and edges of pixels (evals/real/spaces.py) for a model of latents, and the latents of --autoencoder for a model
+of pixels, because a model is never judged in the space that it was trained in. Real pictures of the held-out pairs are
 measured in the same way, and as a control the pictures with the prompts of others.
 """
 
@@ -31,16 +32,13 @@ from evals.real import judges
 from evals.real.losses import judge_losses
 from evals.real.results import write_results
 from evals.real.shards import Images, read_images
+from evals.real.spaces import pixel_features
 
-SIZE, GRID = 64, 16
+SIZE = 64
 CONCEPT, STYLE = "code", "style"
+RIDGE = 1e-2  # of the style's classifier, by the mean variance of a feature
 
 Space = Callable[[Tensor], Tensor]
-
-
-def pixel_space(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) uint8 as GRID x GRID pixels, less white: (N, D)."""
-    return (F.adaptive_avg_pool2d(images.float() / 255, GRID) - 1).flatten(1)
 
 
 def latent_space(path: str) -> Space:
@@ -49,32 +47,48 @@ def latent_space(path: str) -> Space:
     return lambda images: torch.cat([autoencoder.mean_latents(part).flatten(1) for part in images.split(64)])
 
 
-def find_ranks(
+def judge_pairs(
     space: Space, generated: Tensor, asked: Sequence[int], held: Images, known: Images
 ) -> list[judges.Verdict]:
     """The verdicts on pictures (N, 3, H, W) uint8 of the held-out samples with the numbers ``asked``."""
-    gallery, queries, real = space(torch.cat((known.images, held.images))), space(generated), space(held.images)
+    gallery, queries = space(torch.cat((known.images, held.images))), space(generated)
     about, mean = [*known.about, *held.about], gallery.mean(dim=0)
-    gallery, queries, real = gallery - mean, queries - mean, real - mean
-    ranks: tuple[list[Tensor], ...] = ([], [], [])
+    gallery, queries = gallery - mean, queries - mean
+    real = gallery[len(known.about) :][torch.tensor(asked)]
+    styles = sorted({entry[STYLE] for entry in about})
+    wanted = torch.tensor([styles.index(held.about[number][STYLE]) for number in asked])
+    found = [torch.zeros(len(asked), dtype=torch.int64) for _ in range(3)]  # ranks; 0: nothing to compare with
     sizes = []
-    for style in sorted({entry[STYLE] for entry in held.about}):
-        others = [number for number, entry in enumerate(about) if entry[STYLE] != style]
+    for style, name in enumerate(styles):
+        others = [number for number, entry in enumerate(about) if entry[STYLE] != name]
         place = {about[number][CONCEPT]: row for row, number in enumerate(others)}
-        mine = [n for n, s in enumerate(asked) if held.about[s][STYLE] == style and held.about[s][CONCEPT] in place]
+        mine = [n for n, s in enumerate(asked) if wanted[n] == style and held.about[s][CONCEPT] in place]
         if not mine:
             continue
         answers = torch.tensor([place[held.about[asked[number]][CONCEPT]] for number in mine])
-        rows, chosen = gallery[others], torch.tensor(mine)
-        mixed = answers[judges.shuffled(len(answers))]
-        pairs = (queries[chosen], answers), (real[torch.tensor(asked)[chosen]], answers), (queries[chosen], mixed)
-        for found, (features, wanted) in zip(ranks, pairs, strict=True):
-            found.append(judges.ranks(features, rows, wanted))
+        rows, chosen, mixed = gallery[others], torch.tensor(mine), answers[judges.shuffled(len(answers))]
+        pairs = (queries[chosen], answers), (real[chosen], answers), (queries[chosen], mixed)
+        for ranks, (features, row) in zip(found, pairs, strict=True):
+            ranks[chosen] = judges.ranks(features, rows, row)
         sizes.append(len(others))
     if not sizes:
         raise ValueError("--held-out: none of its concepts has a picture in another style in --data")
-    generated_ranks, real_ranks, control_ranks = (torch.cat(found) for found in ranks)
-    return judges.retrieval(generated_ranks, real_ranks, control_ranks, max(sizes))
+    kept = found[0] > 0
+    trained = torch.tensor([styles.index(entry[STYLE]) for entry in known.about])
+    style_of = linear_classifier(gallery[: len(trained)], trained, len(styles))
+    as_asked = judges.accuracy(
+        "style as asked", style_of(queries)[kept], wanted[kept], float((style_of(real) == wanted).double().mean())
+    )
+    of_generated, of_real, of_control = (ranks[kept] for ranks in found)
+    return [*judges.retrieval(of_generated, of_real, of_control, max(sizes)), as_asked]
+
+
+def linear_classifier(features: Tensor, classes: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+    """A linear classifier of features (N, D), fitted to classes (N,) by ridge regression: features to classes (M,)."""
+    x = torch.cat((features, torch.ones(len(features), 1)), dim=1).double()
+    penalty = RIDGE * float(features.var(dim=0).mean()) * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(x.T @ x + penalty, x.T @ F.one_hot(classes, count).double())
+    return lambda rows: (rows.double() @ weight[:-1] + weight[-1]).argmax(dim=1)
 
 
 def numbers_asked(prompts: Sequence[str], held: Images) -> list[int]:
@@ -92,14 +106,14 @@ def judge(args: Any) -> tuple[list[judges.Verdict], dict[str, Any]]:
     pixels = pipeline.config.autoencoder.kind == "pixels"
     if pixels and not args.autoencoder:
         raise ValueError("--autoencoder: a model of pixels is judged by latents; give a folder, such as taef2's")
-    space = latent_space(args.autoencoder) if pixels else pixel_space
+    space = latent_space(args.autoencoder) if pixels else pixel_features
     known, held = (read_images(folder, SIZE) for folder in (args.data, args.held_out))
     images, prompts = load_samples(args.images)
     generated = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    verdicts = find_ranks(space, generated, numbers_asked(prompts, held), held, known)
+    verdicts = judge_pairs(space, generated, numbers_asked(prompts, held), held, known)
     samples = min(args.loss_samples, len(held.labels))
     protocol = {
-        "space": f"latents of {Path(args.autoencoder).name}" if pixels else f"pixels {GRID}x{GRID}",
+        "space": f"latents of {Path(args.autoencoder).name}" if pixels else "colours and edges of pixels",
         "data": known.content,
         "held_out": held.content,
         "prompts": digest(prompts),

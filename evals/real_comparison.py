@@ -32,7 +32,7 @@ from evals.comparison.equal import EQUAL, ONE_THREAD, equal_changes, run_name
 from evals.comparison.programs import python
 from evals.comparison.summary import Row, ratios, shown, sizes, summary, training_numbers
 from evals.real.results import read_verdicts
-from evals.real.stages import Judging, Stage, sample_classes, sample_prompts, write_class_prompts
+from evals.real.stages import PICTURES, Judging, Stage, sample_classes, sample_prompts, write_class_prompts
 
 CLAIMS = Path("configs/real/claims")
 TIMESTEP = 500
@@ -77,7 +77,7 @@ class Plan:
             yield sample_classes(folder, self.pictures)
         else:
             write_class_prompts(folder, self.pictures, self.free)
-            yield sample_prompts(folder, "samples")
+            yield sample_prompts(folder, PICTURES)
             yield sample_prompts(folder, "free")
         yield self.judging.stage(folder, free=not by_class)
         out = folder / "channels"

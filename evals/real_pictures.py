@@ -22,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' fol
 from dico_t2i.command import positive, run, script_parser
 from evals.real.page import write_page
 from evals.real.prompts import CIFAR10_TEMPLATES, EMOJI_TEMPLATES, held_out_prompts
-from evals.real.stages import Judging, Stage, sample_classes, sample_prompts, write_class_prompts, write_prompts
+from evals.real.stages import (
+    PICTURES,
+    Judging,
+    Stage,
+    sample_classes,
+    sample_prompts,
+    write_class_prompts,
+    write_prompts,
+)
 
 SETS = ("cifar10_t2i", "cifar10_latent_t2i", "cifar10_class", "emoji_t2i")
 PREPARED = Path("data")
@@ -32,13 +40,17 @@ HOLD_OUT = ("--hold-out", "code=0.1", "--hold-out-one-of", "style=flat,3d", "--b
 
 @dataclass(frozen=True)
 class Plan:
-    """source: the folder of the sets. pictures: how many are judged; free: of words that were never trained."""
+    """source: the folder of the sets. pictures: how many are judged; free: of words that were never trained.
+
+    precision: of the autoencoder's encoder and of the classifier's training.
+    """
 
     source: Path
     name: str
     pictures: int
     free: int
     overrides: tuple[str, ...]
+    precision: str = "fp32"
 
     @property
     def run(self) -> Path:
@@ -59,7 +71,7 @@ class Plan:
             "train", ["-m", "dico_t2i", "train", "--config", f"configs/real/{self.name}.yaml", *self._changes()]
         )
         by_class = self.name == "cifar10_class"
-        yield sample_classes(self.run, self.pictures) if by_class else sample_prompts(self.run, "samples")
+        yield sample_classes(self.run, self.pictures) if by_class else sample_prompts(self.run, PICTURES)
         if self._has_free:
             yield sample_prompts(self.run, "free")
         yield self._judge()
@@ -78,8 +90,9 @@ class Plan:
         if self.latents:
             for out in ("cifar10", "cifar10_val"):
                 yield self._encode(out)
+        how = ["--precision", self.precision]
         split = ["--train", str(PREPARED / "cifar10"), "--test", str(PREPARED / "cifar10_test")]
-        yield Stage("classifier", ["evals/train_classifier.py", *split, "--out", str(CLASSIFIER)], CLASSIFIER)
+        yield Stage("classifier", ["evals/train_classifier.py", *split, *how, "--out", str(CLASSIFIER)], CLASSIFIER)
 
     def _emoji_data(self) -> Iterator[Stage]:
         how = ["--data", str(self.source / "emoji"), "--templates", *EMOJI_TEMPLATES, "--crop", "none", *HOLD_OUT]
@@ -94,7 +107,7 @@ class Plan:
     def _encode(self, name: str) -> Stage:
         places = ["--data", str(PREPARED / name), "--out", str(PREPARED / f"{name}_latents")]
         how = ["--kind", "tiny", "--autoencoder", str(self.source / "taef2"), "--scale", "1", "--size", "64"]
-        command = ["data_prep/latents.py", *places, *how, "--crop", "resize", "--no-mirror"]
+        command = ["data_prep/latents.py", *places, *how, "--crop", "resize", "--no-mirror", "--dtype", self.precision]
         return Stage(f"encode {name}", command, PREPARED / f"{name}_latents" / "index.json")
 
     @property
@@ -104,7 +117,7 @@ class Plan:
     def write_prompts(self) -> None:
         """Write the prompts that will be sampled; those of held-out emoji are captions of their shards."""
         if self.emoji:
-            write_prompts(self.run / "samples.txt", held_out_prompts(PREPARED / "emoji_held_out", self.pictures))
+            write_prompts(self.run / f"{PICTURES}.txt", held_out_prompts(PREPARED / "emoji_held_out", self.pictures))
         else:
             write_class_prompts(self.run, self.pictures, self.free)
 
@@ -113,7 +126,7 @@ class Plan:
             judging = Judging(PREPARED / "cifar10", PREPARED / "cifar10_test", CLASSIFIER)
             return judging.stage(self.run, free=self._has_free)
         result = self.run / "judged.json"
-        places = ["--images", str(self.run / "samples"), "--checkpoint", str(self.run), "--out", str(result)]
+        places = ["--images", str(self.run / PICTURES), "--checkpoint", str(self.run), "--out", str(result)]
         shards = ["--data", str(PREPARED / "emoji"), "--held-out", str(PREPARED / "emoji_held_out")]
         return Stage("judge", ["evals/judge_emoji.py", *places, *shards], result)
 
@@ -125,12 +138,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--set", choices=SETS, default=SETS[0], help=f"which run (default: {SETS[0]})")
     add("--pictures", type=positive, default=1000, help="pictures to judge (default: 1000)")
     add("--free", type=positive, default=400, help="pictures of words that were never trained (default: 400)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 for CPUs with AMX: less time (default: fp32)",
+    )
     add("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     args = parser.parse_args(argv)
-    plan = Plan(args.data.resolve(), args.set, args.pictures, args.free, tuple(args.overrides))
+    plan = Plan(args.data.resolve(), args.set, args.pictures, args.free, tuple(args.overrides), args.precision)
     console, seconds = Console(), dict[str, float]()
     for stage in plan.stages():
-        if stage.name == "samples":
+        if stage.name == PICTURES:
             plan.write_prompts()
         if stage.result and stage.result.exists():
             console.print(f"[bold]{stage.name}[/]: done already")

@@ -21,21 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' fol
 from dico_t2i import randomness
 from dico_t2i.command import positive, progress_bar, run, script_parser
 from dico_t2i.files import temporary
-from evals.real.classifier import SIZE, Network, normalised, save_classifier
+from evals.real.classifier import SIZE, Network, mirror_features, normalised, save_classifier
 from evals.real.shards import Images, read_images
 
 BATCH, PAD = 256, 4
-PEAK_LR, MOMENTUM, DECAY, SMOOTHING = 0.4, 0.9, 5e-4, 0.1
+PEAK_LR, MOMENTUM, DECAY, SMOOTHING = 0.2, 0.9, 5e-4, 0.1
 RISE = 0.25  # share of the training in which the learning rate rises
 
 
 @dataclass(frozen=True)
 class Plan:
-    """epochs: passes over the training split. steps: at most so many steps, to try it out."""
+    """epochs: passes over the training split. bf16: autocast. steps: at most so many steps, to try it out."""
 
     epochs: int
     width: int
     seed: int
+    bf16: bool = False
     steps: int | None = None
 
 
@@ -59,6 +60,11 @@ class Training:
     def steps_per_epoch(self) -> int:
         return len(self.train.images) // BATCH
 
+    @property
+    def options(self) -> list[int]:
+        """What a saved state must have been begun with."""
+        return [self.plan.epochs, self.plan.width, self.plan.seed, self.plan.bf16]
+
     def run_epoch(self, advance: Any) -> None:
         """Train one epoch, and save the state."""
         self.network.train()
@@ -73,7 +79,7 @@ class Training:
             advance()
         self.epoch += 1
         part = temporary(self.state)
-        content = {"epoch": self.epoch, "plan": [self.plan.epochs, self.plan.width, self.plan.seed]}
+        content = {"epoch": self.epoch, "plan": self.options}
         torch.save({**content, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, part)
         part.replace(self.state)
 
@@ -81,13 +87,14 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = PEAK_LR * one_cycle((step + 1) / (self.plan.epochs * self.steps_per_epoch))
         images = augmented(self.train.images[chosen], self.plan.seed, step)
-        logits = self.network(normalised(images, self.mean, self.deviation))
-        F.cross_entropy(logits, self.train.labels[chosen], label_smoothing=SMOOTHING).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
+            logits = self.network(normalised(images, self.mean, self.deviation))
+        F.cross_entropy(logits.float(), self.train.labels[chosen], label_smoothing=SMOOTHING).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _load(self, content: dict[str, Any]) -> None:
-        if content["plan"] != [self.plan.epochs, self.plan.width, self.plan.seed]:
+        if content["plan"] != self.options:
             raise ValueError(f"{self.state}: it was begun with other options; delete it, or choose a different --out")
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -98,10 +105,10 @@ class Training:
         """The share of test images whose class is recognised."""
         self.network.eval()
         chunks = zip(test.images.split(BATCH), test.labels.split(BATCH), strict=True)
-        right = sum(
-            int((self.network(normalised(images, self.mean, self.deviation)).argmax(1) == labels).sum())
-            for images, labels in chunks
-        )
+        right = 0
+        for images, labels in chunks:
+            features = mirror_features(self.network, normalised(images, self.mean, self.deviation))
+            right += int((self.network.head(features).argmax(1) == labels).sum())
         return right / len(test.labels)
 
 
@@ -150,13 +157,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--train", type=Path, required=True, metavar="DIR", help="shards of the training split, with classes")
     add("--test", type=Path, required=True, metavar="DIR", help="shards of the test split")
     add("--out", type=Path, required=True, metavar="FILE", help="the classifier, a .safetensors file")
-    add("--epochs", type=positive, default=12, help="passes over the training split (default: 12)")
+    add("--epochs", type=positive, default=24, help="passes over the training split (default: 24)")
     add("--width", type=positive, default=32, help="channels of the first layer (default: 32)")
     add("--seed", type=int, default=0, help="seed of all random draws (default: 0)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16: half the time on CPUs that have AMX (default: fp32)",
+    )
     add("--steps", type=positive, help="stop after so many steps, to try it out")
     args = parser.parse_args(argv)
     train, test = read_images(args.train, SIZE), read_images(args.test, SIZE)
-    accuracy = train_classifier(train, test, Plan(args.epochs, args.width, args.seed, args.steps), args.out)
+    plan = Plan(args.epochs, args.width, args.seed, args.precision == "bf16", args.steps)
+    accuracy = train_classifier(train, test, plan, args.out)
     print(f"{args.out}: {accuracy:.2%} of {len(test.labels)} test images")
     return 0
 

@@ -284,6 +284,8 @@ class ChainAutoencoder(Autoencoder):
         encoder, channels, downscale = taesd.read_encoder(self._files[0])
         networks = (encoder, taesd.read_decoder(self._files[1]))
         self._encoder, self._decoder = (net.to(device, dtype).eval().requires_grad_(False) for net in networks)
+        for net in (self._encoder, self._decoder):
+            net.to(memory_format=torch.channels_last)  # CPUs take a third of the time in bf16
         _check_downscale(config.path, downscale)
         super().__init__(channels, downscale, config, device, dtype)
 

@@ -69,8 +69,13 @@ class Classifier:
         return classes, features
 
     def _of_chunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.network.features(normalised(images, self.mean, self.deviation))
+        features = mirror_features(self.network, normalised(images, self.mean, self.deviation))
         return self.network.head(features).argmax(dim=1), features
+
+
+def mirror_features(network: Network, x: Tensor) -> Tensor:
+    """The mean of the features (N, D) of normalised images and of their mirror images, which is right more often."""
+    return (network.features(x) + network.features(x.flip(-1))) / 2
 
 
 def normalised(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

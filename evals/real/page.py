@@ -9,6 +9,7 @@ from pathlib import Path
 from dico_t2i.files import write_atomically
 from dico_t2i.runs.log import json_lines
 from evals.real.results import COLUMNS, read_verdicts, row
+from evals.real.stages import PICTURES
 
 _STYLE = (
     "body { font: 15px sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }"
@@ -19,7 +20,7 @@ _STYLE = (
 def write_page(run: Path) -> Path:
     """Write real.html into the run's folder; it holds its pictures, and needs no network. Returns its path."""
     pictures = {
-        "Samples": run / "samples" / "grid.png",
+        "Samples": run / PICTURES / "grid.png",
         "Words that were never trained": run / "free" / "grid.png",
         "Samples beside their nearest training pictures": run / "judged.neighbours.png",
     }

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from evals.real.prompts import FREE_TEMPLATES, SYNONYMS, class_prompts
 
+PICTURES = "pictures"  # the folder of a run's judged samples; "samples" has the previews of its training
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -30,7 +32,7 @@ class Judging:
 
     def stage(self, run: Path, *, free: bool) -> Stage:
         """Judges the samples of a run, and those of words that were never trained if there are any (``free``)."""
-        command = ["evals/judge_classes.py", "--images", str(run / "samples"), "--checkpoint", str(run)]
+        command = ["evals/judge_classes.py", "--images", str(run / PICTURES), "--checkpoint", str(run)]
         command += ["--train", str(self.train), "--test", str(self.test), "--classifier", str(self.classifier)]
         command += ["--loss-samples", str(self.loss_samples), *(["--free", str(run / "free")] if free else [])]
         result = run / "judged.json"
@@ -39,7 +41,7 @@ class Judging:
 
 def sample_classes(run: Path, pictures: int) -> Stage:
     """Samples about as many pictures of each of the ten classes of a class-conditional run."""
-    return _sample(run, "samples", ["--labels", *map(str, range(10)), "--per-prompt", str(max(1, pictures // 10))])
+    return _sample(run, PICTURES, ["--labels", *map(str, range(10)), "--per-prompt", str(max(1, pictures // 10))])
 
 
 def sample_prompts(run: Path, name: str) -> Stage:
@@ -53,8 +55,8 @@ def _sample(run: Path, name: str, asked: Sequence[str]) -> Stage:
 
 
 def write_class_prompts(run: Path, pictures: int, free: int) -> None:
-    """Write the prompts of classes, and those in words that were never trained, to samples.txt and free.txt."""
-    write_prompts(run / "samples.txt", class_prompts(pictures, list(SYNONYMS)))
+    """Write the prompts of classes, and those in words that were never trained, to pictures.txt and free.txt."""
+    write_prompts(run / f"{PICTURES}.txt", class_prompts(pictures, list(SYNONYMS)))
     write_prompts(run / "free.txt", class_prompts(free, list(SYNONYMS.values()), FREE_TEMPLATES))
 
 

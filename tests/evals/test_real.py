@@ -157,10 +157,10 @@ def test_prompts_name_their_classes() -> None:
 def test_pictures_of_classes_are_judged_and_shown(splits: tuple[Path, Path], classifier: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     images = torch.stack([picture(n % 2, 90_000 + n, 64) for n in range(40)])
-    save_images(images, [f"a {NAMES[n % 2]} photo" for n in range(40)], range(40), run / "samples")
+    save_images(images, [f"a {NAMES[n % 2]} photo" for n in range(40)], range(40), run / "pictures")
     out = run / "judged.json"
     shards = ["--train", str(splits[0]), "--test", str(splits[1]), "--classifier", str(classifier)]
-    assert judge_classes.main(["--images", str(run / "samples"), *shards, "--out", str(out)]) == 0
+    assert judge_classes.main(["--images", str(run / "pictures"), *shards, "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     first = content["verdicts"][0]
     assert first["value"] > 0.95
@@ -192,11 +192,12 @@ def test_pictures_find_their_concept_in_the_other_style(tmp_path: Path) -> None:
     known, hidden = (read_images(shards(name, pairs), 64) for name, pairs in (("kept", kept), ("held", held)))
     asked = judge_emoji.numbers_asked([f"{style} {code}" for code, style in held], hidden)
     images = torch.stack([drawn(code, style) for code, style in held])
-    first, tenth = judge_emoji.find_ranks(judge_emoji.pixel_space, images, asked, hidden, known)
+    first, tenth, style = judge_emoji.judge_pairs(judge_emoji.pixel_features, images, asked, hidden, known)
     assert (first.value, first.real, tenth.value) == (1.0, 1.0, 1.0)
     assert first.control is not None
     assert first.control < 0.7
-    wrong = judge_emoji.find_ranks(judge_emoji.pixel_space, images.flip(0), asked, hidden, known)
+    assert style.value > 0.8
+    wrong = judge_emoji.judge_pairs(judge_emoji.pixel_features, images.flip(0), asked, hidden, known)
     assert wrong[0].value < 0.5
     with pytest.raises(ValueError, match="is no caption of --held-out"):
         judge_emoji.numbers_asked(["flat 99"], hidden)

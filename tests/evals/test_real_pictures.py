@@ -19,7 +19,7 @@ def test_stages_prepare_before_they_train_and_judge_at_the_end(name: str) -> Non
     stages = list(real_pictures.Plan(Path("/sets"), name, 100, 40, ("train.duration.steps=2",)).stages())
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names)
-    assert names.index("train") < names.index("samples") < names.index("judge") == len(names) - 1
+    assert names.index("train") < names.index("pictures") < names.index("judge") == len(names) - 1
     assert ("classifier" in names, "free" in names) == ("emoji" not in name, name in real_pictures.SETS[:2])
     train = stages[names.index("train")].command
     assert train[-1] == "train.duration.steps=2"
@@ -49,7 +49,7 @@ def test_a_small_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "text_encoder.seeded={width: 384, layers: 1, heads: 4}",
         "validation.samples=64",
         "validation.every.steps=2",
-        "preview.every=null",
+        "preview.every.steps=2",
         "sampler.steps=3",
         "data.workers=0",
     ]
