@@ -65,33 +65,36 @@ class Training:
         """What a saved state must have been begun with."""
         return [self.plan.epochs, self.plan.width, self.plan.seed, self.plan.bf16]
 
-    def run_epoch(self, advance: Any) -> None:
-        """Train one epoch, and save the state."""
+    def run_epoch(self, advance: Any) -> float:
+        """Train one epoch, and save the state. Returns the mean loss."""
         self.network.train()
         order = torch.from_numpy(
             randomness.permutation(self.plan.seed, "classifier", self.epoch, len(self.train.images))
         )
-        first = self.epoch * self.steps_per_epoch
+        first, losses = self.epoch * self.steps_per_epoch, list[float]()
         for number in range(self.steps_per_epoch):
             if self.plan.steps is not None and first + number >= self.plan.steps:
                 break
-            self._step(order[number * BATCH : (number + 1) * BATCH], first + number)
+            losses.append(self._step(order[number * BATCH : (number + 1) * BATCH], first + number))
             advance()
         self.epoch += 1
         part = temporary(self.state)
         content = {"epoch": self.epoch, "plan": self.options}
         torch.save({**content, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, part)
         part.replace(self.state)
+        return sum(losses) / len(losses)
 
-    def _step(self, chosen: Tensor, step: int) -> None:
+    def _step(self, chosen: Tensor, step: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = PEAK_LR * one_cycle((step + 1) / (self.plan.epochs * self.steps_per_epoch))
         images = augmented(self.train.images[chosen], self.plan.seed, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
             logits = self.network(normalised(images, self.mean, self.deviation))
-        F.cross_entropy(logits.float(), self.train.labels[chosen], label_smoothing=SMOOTHING).backward()
+        loss = F.cross_entropy(logits.float(), self.train.labels[chosen], label_smoothing=SMOOTHING)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
     def _load(self, content: dict[str, Any]) -> None:
         if content["plan"] != self.options:
@@ -142,10 +145,8 @@ def train_classifier(train: Images, test: Images, plan: Plan, out: Path) -> floa
     with progress_bar() as progress:
         task = progress.add_task("steps", total=total, completed=training.epoch * training.steps_per_epoch)
         while training.epoch < plan.epochs and training.epoch * training.steps_per_epoch < total:
-            training.run_epoch(lambda: progress.advance(task))
-            print(
-                f"epoch {training.epoch} of {plan.epochs}: {training.accuracy(test):.2%} of the test split", flush=True
-            )
+            loss = training.run_epoch(lambda: progress.advance(task))
+            print(f"epoch {training.epoch} of {plan.epochs}: loss {loss:.3f}", flush=True)
     accuracy = training.accuracy(test)
     save_classifier(out, training.network, training.mean, training.deviation, train.class_names(), accuracy)
     return accuracy

@@ -13,6 +13,20 @@ CIFAR10_TEMPLATES = (
     "a {class}",
     "a small photo of a {class}",
     "a photo of one {class}",
+    "a close view of a {class}",
+    "a blurry picture of the {class}",
+    "there is a {class} in this picture",
+    "one {class} and nothing else",
+    "{class}",
+    "the {class}",
+    "a {class} outside",
+    "this is a {class}",
+    "here is our {class}",
+    "what a nice {class}",
+    "show me a {class}",
+    "they own a {class}",
+    "everyone likes the {class}",
+    "do you know that {class}?",
 )
 EMOJI_TEMPLATES = ("a {style} emoji of {caption}", "{caption}, {style} style", "a {style} drawing of {caption}")
 

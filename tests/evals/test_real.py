@@ -13,7 +13,7 @@ from dico_t2i.data.writer import ShardWriter
 from dico_t2i.sampling.images import save_images
 from evals import judge_classes, judge_emoji, train_classifier
 from evals.quality.distances import gaussian_of
-from evals.real import judges
+from evals.real import judges, spaces
 from evals.real.classifier import Network, load_classifier, save_classifier
 from evals.real.page import write_page
 from evals.real.prompts import FREE_TEMPLATES, SYNONYMS, class_asked, class_prompts
@@ -201,6 +201,30 @@ def test_pictures_find_their_concept_in_the_other_style(tmp_path: Path) -> None:
     assert wrong[0].value < 0.5
     with pytest.raises(ValueError, match="is no caption of --held-out"):
         judge_emoji.numbers_asked(["flat 99"], hidden)
+
+
+def test_edges_are_counted_by_their_angle() -> None:
+    upright = torch.zeros(1, 3, 64, 64)
+    upright[..., 32:] = 1  # the gradient goes across: angle 0
+    found = spaces.edges(upright)[0]
+    assert found[1:].abs().max() == 0
+    assert found[0, :, 3:5].min() > 0.3
+    assert found[0, :, :3].abs().max() == 0
+    lying = spaces.edges(upright.transpose(2, 3))[0]
+    assert torch.equal(lying[spaces.ANGLES // 2], found[0].T)
+    slanted = torch.linspace(0, 1, 64)[:, None] * 0.5 + torch.linspace(0, 1, 64) * 0.5
+    between = spaces.edges(slanted.expand(1, 3, 64, 64))[0]
+    assert between[spaces.ANGLES // 4, 1:-1, 1:-1].min() > 0
+    assert torch.allclose(spaces.edges(1 - upright), spaces.edges(upright))  # without the sign
+
+
+def test_the_style_is_found_by_a_linear_classifier() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(60) % 3
+    features = torch.randn(60, 100, generator=generator) + 3 * torch.eye(100)[classes]
+    classify = judge_emoji.linear_classifier(features[:40], classes[:40], 3)
+    assert (classify(features[:40]) == classes[:40]).all()
+    assert (classify(features[40:]) == classes[40:]).double().mean() > 0.7
 
 
 def test_a_classifier_of_another_file_is_refused(tmp_path: Path) -> None:
