@@ -4,8 +4,8 @@ dico sample --checkpoint runs/emoji_t2i --prompts prompts.txt --out samples
 python evals/judge_emoji.py --images samples --data data/emoji --held-out data/emoji_held_out \\
     --checkpoint runs/emoji_t2i --out judged.json
 
-A picture is right if, among all concepts in the other style, its own concept is the nearest, or is among the ten
-nearest, and if a linear classifier of the trained pictures takes it for the style that was asked for. Both compare
+A picture shows its concept if, among all concepts in the other style, its own is the nearest, or is among the ten
+nearest; it shows its style if a linear classifier of the trained pictures says so. Both compare
 colours and edges of pixels (evals/real/spaces.py) for a model of latents, and the latents of --autoencoder for a model
 of pixels, because a model is never judged in the space that it was trained in. Real pictures of the held-out pairs are
 measured in the same way, and as a control the pictures with the prompts of others.
@@ -76,11 +76,10 @@ def judge_pairs(
     kept = found[0] > 0
     trained = torch.tensor([styles.index(entry[STYLE]) for entry in known.about])
     style_of = linear_classifier(gallery[: len(trained)], trained, len(styles))
-    as_asked = judges.accuracy(
-        "style as asked", style_of(queries)[kept], wanted[kept], float((style_of(real) == wanted).double().mean())
-    )
-    of_generated, of_real, of_control = (ranks[kept] for ranks in found)
-    return [*judges.retrieval(of_generated, of_real, of_control, max(sizes)), as_asked]
+    of_real = float((style_of(real) == wanted)[kept].double().mean())
+    as_asked = judges.accuracy("style as asked", style_of(queries)[kept], wanted[kept], of_real)
+    generated_ranks, real_ranks, control_ranks = (ranks[kept] for ranks in found)
+    return [*judges.retrieval(generated_ranks, real_ranks, control_ranks, max(sizes)), as_asked]
 
 
 def linear_classifier(features: Tensor, classes: Tensor, count: int) -> Callable[[Tensor], Tensor]:

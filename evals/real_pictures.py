@@ -90,9 +90,9 @@ class Plan:
         if self.latents:
             for out in ("cifar10", "cifar10_val"):
                 yield self._encode(out)
-        how = ["--precision", self.precision]
         split = ["--train", str(PREPARED / "cifar10"), "--test", str(PREPARED / "cifar10_test")]
-        yield Stage("classifier", ["evals/train_classifier.py", *split, *how, "--out", str(CLASSIFIER)], CLASSIFIER)
+        command = ["evals/train_classifier.py", *split, "--out", str(CLASSIFIER), "--precision", self.precision]
+        yield Stage("classifier", command, CLASSIFIER)
 
     def _emoji_data(self) -> Iterator[Stage]:
         how = ["--data", str(self.source / "emoji"), "--templates", *EMOJI_TEMPLATES, "--crop", "none", *HOLD_OUT]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts' fol
 from dico_t2i import randomness
 from dico_t2i.command import positive, progress_bar, run, script_parser
 from dico_t2i.files import temporary
-from evals.real.classifier import SIZE, Network, mirror_features, normalised, save_classifier
+from evals.real.classifier import SIZE, Network, normalised, recognise, save_classifier
 from evals.real.shards import Images, read_images
 
 BATCH, PAD = 256, 4
@@ -110,8 +110,8 @@ class Training:
         chunks = zip(test.images.split(BATCH), test.labels.split(BATCH), strict=True)
         right = 0
         for images, labels in chunks:
-            features = mirror_features(self.network, normalised(images, self.mean, self.deviation))
-            right += int((self.network.head(features).argmax(1) == labels).sum())
+            classes, _ = recognise(self.network, normalised(images, self.mean, self.deviation))
+            right += int((classes == labels).sum())
         return right / len(test.labels)
 
 

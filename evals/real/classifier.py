@@ -69,13 +69,13 @@ class Classifier:
         return classes, features
 
     def _of_chunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = mirror_features(self.network, normalised(images, self.mean, self.deviation))
-        return self.network.head(features).argmax(dim=1), features
+        return recognise(self.network, normalised(images, self.mean, self.deviation))
 
 
-def mirror_features(network: Network, x: Tensor) -> Tensor:
-    """The mean of the features (N, D) of normalised images and of their mirror images, which is right more often."""
-    return (network.features(x) + network.features(x.flip(-1))) / 2
+def recognise(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes (N,) and features (N, D) of normalised images: means over each image and its mirror image."""
+    features = (network.features(x) + network.features(x.flip(-1))) / 2
+    return network.head(features).argmax(dim=1), features
 
 
 def normalised(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
