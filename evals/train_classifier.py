@@ -87,7 +87,8 @@ class Training:
     def _step(self, chosen: Tensor, step: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = PEAK_LR * one_cycle((step + 1) / (self.plan.epochs * self.steps_per_epoch))
-        images = augmented(self.train.images[chosen], self.plan.seed, step)
+        mirrored = alternately_mirrored(chosen, self.plan.seed, self.epoch)
+        images = augmented(self.train.images[chosen], mirrored, self.plan.seed, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
             logits = self.network(normalised(images, self.mean, self.deviation))
         loss = F.cross_entropy(logits.float(), self.train.labels[chosen], label_smoothing=SMOOTHING)
@@ -120,12 +121,20 @@ def one_cycle(done: float) -> float:
     return done / RISE if done < RISE else (1 - done) / (1 - RISE)
 
 
-def augmented(images: Tensor, seed: int, step: int) -> Tensor:
-    """Each image (N, 3, H, W) uint8 moved by up to PAD pixels, mirrored at the edges, and every second one mirrored."""
+def alternately_mirrored(images: Tensor, seed: int, epoch: int) -> Tensor:
+    """Which images (N,), given by their numbers, are mirrored in an epoch: each in every second one.
+
+    So two epochs show both sides of every image, of which independent draws would repeat one in half of the cases
+    (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU").
+    """
+    return (randomness.integers(seed, "mirror", images, 2) + epoch) % 2 == 1
+
+
+def augmented(images: Tensor, mirrored: Tensor, seed: int, step: int) -> Tensor:
+    """Each image (N, 3, H, W) uint8 moved by up to PAD pixels, with reflected edges, and mirrored if asked (N,)."""
     count, size = len(images), images.shape[-1]
     position = torch.arange(count) + step * count
     moved = randomness.integers(seed, "crop", position, (2 * PAD + 1) ** 2)
-    mirrored = randomness.integers(seed, "mirror", position, 2).bool()
     padded = F.pad(images.float(), (PAD,) * 4, mode="reflect").to(torch.uint8)
     rows, columns = (offset[:, None] + torch.arange(size) for offset in (moved // (2 * PAD + 1), moved % (2 * PAD + 1)))
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
@@ -159,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--test", type=Path, required=True, metavar="DIR", help="shards of the test split")
     add("--out", type=Path, required=True, metavar="FILE", help="the classifier, a .safetensors file")
     add("--epochs", type=positive, default=24, help="passes over the training split (default: 24)")
-    add("--width", type=positive, default=32, help="channels of the first layer (default: 32)")
+    add("--width", type=positive, default=40, help="channels of the first layer (default: 40)")
     add("--seed", type=int, default=0, help="seed of all random draws (default: 0)")
     add(
         "--precision",

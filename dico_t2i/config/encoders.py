@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
-from dico_t2i.config.base import NonNegative, Positive, PositiveFloat, Section, Seed
+from dico_t2i.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
 from dico_t2i.config.yaml12 import Text
 
 MEASURED: Final = "measured"  # the scale that stands for numbers in the index of the latents
@@ -91,6 +91,9 @@ class TextEncoderConfig(TextTowerConfig):
     # For how many different captions features are kept in memory, on the device, once they were computed; useful where
     # captions repeat, as those of classes do. A caption of 16 tokens of width 384 takes 25 KB in fp32.
     remember: NonNegative = 0
+    # The deviation of the noise that training adds to the text's features, in units of each token's root mean square.
+    # With few different words in the captions, 1.5 makes pictures follow words that training never had.
+    noise: NonNegativeFloat = 0.0
 
     @property
     def towers(self) -> tuple[TextTowerConfig, ...]:

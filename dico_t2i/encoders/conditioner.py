@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dico_t2i import randomness
 from dico_t2i.config import Config, ConfigError, DiCoConfig, NetworkConfig
 from dico_t2i.data.batches import Batch, Wanted
 from dico_t2i.encoders.text import FeatureSize, TextEncoder, find_text_encoder, text_sizes
@@ -93,8 +94,29 @@ class Conditioner:
             for name, value in conditioning.items()
         }
 
+    def add_noise(self, conditioning: Conditioning, deviation: float, seed: int, position: Tensor) -> Conditioning:
+        """Add normal noise to the features of texts, in units of the root mean square of each token and pooled feature.
+
+        Padding stays zero. position (N,) int64: the draws depend on the seed and on a sample's position.
+        """
+        if not deviation or self.text_encoder is None:
+            return conditioning
+        return {
+            name: value + deviation * _scale(value) * _noise(seed, f"{name}_noise", position, value)
+            for name, value in conditioning.items()
+        }
+
     def _keep(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return {"cond": tokens, "pooled": pooled} if self.model.pooled_text else {"cond": tokens}
+
+
+def _scale(features: Tensor) -> Tensor:
+    """The root mean square over the last dimension, which stays with size 1."""
+    return features.float().square().mean(-1, keepdim=True).sqrt().to(features.dtype)
+
+
+def _noise(seed: int, purpose: str, position: Tensor, like: Tensor) -> Tensor:
+    return randomness.normal(seed, purpose, position, like.shape[1:]).to(like.dtype)
 
 
 def find_fitting_text_encoder(config: Config) -> list[Path]:

@@ -159,6 +159,7 @@ def _training(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
         f" weight decay {optimizer.weight_decay:g}, clip {optimizer.clip:g}",
         "precision": train.precision,
         "condition dropped": config.model.dropout_prob,
+        **({"noise on text features": config.text_encoder.noise} if config.text_encoder.noise else {}),
     }
 
 

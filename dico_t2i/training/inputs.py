@@ -44,7 +44,9 @@ class InputMaker:
         seed, position = self.config.seed, batch.positions.to(self.device, non_blocking=True)
         latents = self.latents(batch, position)
         dropped = randomness.uniform(seed, "drop", position) < self.config.model.dropout_prob
-        conditioning = self.conditioner.drop(self.conditioner.of_batch(batch), dropped)
+        conditioning = self.conditioner.of_batch(batch)
+        conditioning = self.conditioner.add_noise(conditioning, self.config.text_encoder.noise, seed, position)
+        conditioning = self.conditioner.drop(conditioning, dropped)
         t = self.diffusion.draw_timesteps(seed, position)
         noise = randomness.normal(seed, "noise", position, latents.shape[1:])
         return Inputs(latents, conditioning, t, noise, self._features(batch))

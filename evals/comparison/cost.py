@@ -60,6 +60,8 @@ def training_step(config: Config) -> Callable[[], None]:
     t = torch.randint(0, config.diffusion.steps, (batch,), generator=generator)
     process, network, condition = build(config.diffusion, model.learn_sigma), build_network(model), _condition(config)
     optimizer = AdamWEMA(network.parameters(), config.optimizer)
+    if config.train.compile == "blocks":
+        network.compile_blocks()
 
     def step() -> None:
         conditioning = condition()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dico_t2i.config import DiTConfig, TextEncoderConfig
+from dico_t2i.config import DiCoConfig, DiTConfig, TextEncoderConfig
 from dico_t2i.encoders import TextEncoder, load_text_encoder
 from dico_t2i.encoders.conditioner import Conditioner
 from dico_t2i.encoders.text.clip import clip_backend, clip_tokenizer
@@ -398,3 +398,26 @@ def test_a_model_without_a_null_class_cannot_be_guided() -> None:
     assert classes.drop(conditioning, torch.tensor([True, True])) is conditioning
     with pytest.raises(ValueError, match="guidance: it must be 1, since this model has no null class"):
         classes.null(1)
+
+
+def test_noise_of_text_features_depends_on_the_sample_and_leaves_padding() -> None:
+    encoder = seeded()
+    text = {"condition": "text", "text_dim": 128, "pooled_text": True, "pooled_dim": 128}
+    config = DiCoConfig.model_validate({"hidden_size": 16, "depths": [1] * 5, "mlp_ratio": 2, **text})
+    conditioner = Conditioner(config, encoder, torch.device("cpu"))
+    plain = conditioner.of_prompts(CAPTIONS[:2])
+    plain["cond"][:, 50:] = 0  # padding
+    position = torch.tensor([7, 3])
+    noisy = conditioner.add_noise(plain, 1.5, 0, position)
+    for name, value in plain.items():
+        added = noisy[name] - value
+        assert not added[value == 0].any()
+        scale = value.square().mean(-1, keepdim=True).sqrt()
+        drawn = (added / scale)[scale.expand_as(added) > 0]
+        assert drawn.std().item() == pytest.approx(1.5, rel=0.15 if name == "pooled" else 0.05)
+        assert abs(drawn.mean().item()) < (0.5 if name == "pooled" else 0.05)
+        # Sample 3 alone gets what it got beside sample 7, and another seed gives something else.
+        alone = {key: each[1:] for key, each in plain.items()}
+        assert conditioner.add_noise(alone, 1.5, 0, position[1:])[name].equal(noisy[name][1:])
+        assert not conditioner.add_noise(plain, 1.5, 1, position)[name].equal(noisy[name])
+    assert conditioner.add_noise(plain, 0.0, 0, position) is plain

@@ -81,14 +81,24 @@ def test_the_classifier_learns_and_resumes_with_the_same_weights(
 
 def test_augmented_images_are_moved_and_mirrored() -> None:
     images = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8).expand(200, 3, 8, 8)
-    found = train_classifier.augmented(images, 0, 3)
-    assert found.equal(train_classifier.augmented(images, 0, 3))
+    mirrored = torch.arange(200) % 2 == 0
+    found = train_classifier.augmented(images, mirrored, 0, 3)
+    assert found.equal(train_classifier.augmented(images, mirrored, 0, 3))
     assert found.shape == images.shape
     assert len(found.flatten(1).unique(dim=0)) > 80  # of 162 moves
-    flipped = (found[:, 0, 0].int().diff().sign().sum(1) < 0).double().mean()
-    assert 0.3 < flipped < 0.7
+    as_taken = train_classifier.augmented(images, torch.zeros(200, dtype=torch.bool), 0, 3)
+    assert found[~mirrored].equal(as_taken[~mirrored])
+    assert found[mirrored].equal(as_taken[mirrored].flip(-1))
     assert train_classifier.one_cycle(train_classifier.RISE) == 1
     assert train_classifier.one_cycle(1.0) == 0
+
+
+def test_each_image_is_mirrored_in_every_second_epoch() -> None:
+    images = torch.arange(1000)
+    first, second, third = (train_classifier.alternately_mirrored(images, 0, epoch) for epoch in range(3))
+    assert 0.4 < first.double().mean() < 0.6
+    assert second.equal(~first)
+    assert third.equal(first)
 
 
 def test_shares_have_wilsons_intervals() -> None:
