@@ -35,6 +35,7 @@ from evals.real.stages import (
 SETS = ("cifar10_t2i", "cifar10_latent_t2i", "cifar10_class", "emoji_t2i")
 PREPARED = Path("data")
 CLASSIFIER = Path("weights/cifar10.safetensors")
+CAPTIONS = 4  # of each image of CIFAR-10, drawn from the templates
 HOLD_OUT = ("--hold-out", "code=0.1", "--hold-out-one-of", "style=flat,3d", "--background", "white")
 
 
@@ -81,7 +82,8 @@ class Plan:
 
     def _cifar10_data(self) -> Iterator[Stage]:
         source = ["--data", str(self.source / "cifar10")]
-        how = ["--label-column", "label", "--templates", *CIFAR10_TEMPLATES, "--crop", "none"]
+        captions = ["--templates", *CIFAR10_TEMPLATES, "--templates-per-sample", str(CAPTIONS)]
+        how = ["--label-column", "label", *captions, "--crop", "none"]
         parts = {"cifar10": ["train"], "cifar10_test": ["test"]}
         if self.latents:
             parts["cifar10_val"] = ["test", "--hold-out", "file_name=0.2", "--held-out"]
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 for CPUs with AMX: less time (default: fp32)",
+        help="bf16 for CPUs with AMX or AVX-512 in bf16: less time (default: fp32)",
     )
     add("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     args = parser.parse_args(argv)

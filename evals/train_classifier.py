@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16: half the time on CPUs that have AMX (default: fp32)",
+        help="bf16: half the time on CPUs with AMX or AVX-512 in bf16 (default: fp32)",
     )
     add("--steps", type=positive, help="stop after so many steps, to try it out")
     args = parser.parse_args(argv)

@@ -73,8 +73,15 @@ class Classifier:
 
 
 def recognise(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes (N,) and features (N, D) of normalised images: means over each image and its mirror image."""
-    features = (network.features(x) + network.features(x.flip(-1))) / 2
+    """The classes (N,) and features (N, D) of normalised images (N, 3, H, W).
+
+    They are means over four views: the image and its mirror image, each moved by a pixel to the upper left and to the
+    lower right, with reflected edges.
+    """
+    wide = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    moved = (wide[..., :-2, :-2], wide[..., 2:, 2:])
+    views = [view.contiguous(memory_format=torch.channels_last) for each in moved for view in (each, each.flip(-1))]
+    features = torch.stack([network.features(view) for view in views]).mean(0)
     return network.head(features).argmax(dim=1), features
 
 

@@ -6,28 +6,38 @@ from pathlib import Path
 
 from evals.real.shards import read_images
 
-CIFAR10_TEMPLATES = (
-    "a photo of a {class}",
-    "a picture of a {class}",
-    "an image of a {class}",
-    "a {class}",
-    "a small photo of a {class}",
-    "a photo of one {class}",
-    "a close view of a {class}",
-    "a blurry picture of the {class}",
-    "there is a {class} in this picture",
-    "one {class} and nothing else",
-    "{class}",
-    "the {class}",
-    "a {class} outside",
-    "this is a {class}",
-    "here is our {class}",
-    "what a nice {class}",
-    "show me a {class}",
-    "they own a {class}",
-    "everyone likes the {class}",
-    "do you know that {class}?",
+_BEGINNINGS = (
+    "a photo of a ",
+    "",
+    "a ",
+    "the ",
+    "one ",
+    "a photo of the ",
+    "a picture of a ",
+    "an image of one ",
+    "there is a ",
+    "this is the ",
+    "here is our ",
+    "show me a ",
+    "they own a ",
+    "everyone likes the ",
+    "he draws another ",
+    "do you know her ",
 )
+_ENDS = (
+    "",
+    " outside",
+    " at noon",
+    " near the house",
+    " in the rain",
+    " again",
+    " and nothing else",
+    " which I like",
+    " from last summer",
+    ", a small photo",
+)
+# Many sentences, so that a network that knows ten words does not take the rest of a sentence for something to draw.
+CIFAR10_TEMPLATES = tuple(f"{beginning}{{class}}{end}" for end in _ENDS for beginning in _BEGINNINGS)
 EMOJI_TEMPLATES = ("a {style} emoji of {caption}", "{caption}, {style} style", "a {style} drawing of {caption}")
 
 # Words for the classes of CIFAR-10 that no caption has.
