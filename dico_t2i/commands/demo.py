@@ -228,21 +228,24 @@ def _gallery(name: str, number: int) -> Any:
 
 
 def _handler(pipelines: dict[str, Pipeline]) -> Callable[..., Iterator[Any]]:
-    """A handler that samples one checkpoint after the other, and shows each result as soon as it is done."""
+    """A handler that samples one checkpoint after the other, and shows each result as soon as it is done.
+
+    Galleries without news are skipped: gradio would write their files again while the browser reads them.
+    """
     import gradio as gr
 
     # gradio recognises the progress bar by this default value.
     def run(*fields: Any, progress: Any = gr.Progress()) -> Iterator[Any]:  # noqa: B008
-        shown: list[Any] = [[] for _ in pipelines]
-        yield _one_or_all(shown)
+        yield _one_or_all([[] for _ in pipelines])
         for number, (name, pipeline) in enumerate(pipelines.items()):
             try:
                 settings = read_settings(pipeline, *fields)
                 images = generate(pipeline, settings, partial(_tell, progress, name))
             except ValueError as error:
                 raise gr.Error(str(error)) from None
-            shown[number] = _captioned(images, settings)
-            yield _one_or_all(shown)
+            news = [gr.skip() for _ in pipelines]
+            news[number] = _captioned(images, settings, name)
+            yield _one_or_all(news)
 
     return run
 
@@ -256,12 +259,15 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _captioned(images: Tensor, settings: Settings) -> list[tuple[Image.Image, str]]:
-    """Images with captions for the gallery; prompt and seed are also stored in the PNG."""
+def _captioned(images: Tensor, settings: Settings, checkpoint: str) -> list[tuple[Image.Image, str]]:
+    """Images with captions for the gallery; prompt, seed and checkpoint are also stored in the PNG.
+
+    The checkpoint makes equal pictures of two checkpoints two files, which gradio names by their content.
+    """
     found = []
     for image, condition, seed in zip(images, settings.conditions, settings.seeds, strict=True):
         picture = to_pil(image)
-        picture.info = {"prompt": str(condition), "seed": str(seed)}
+        picture.info = {"prompt": str(condition), "seed": str(seed), "checkpoint": checkpoint}
         found.append((picture, f"seed {seed} · {condition}"))
     return found
 

@@ -31,9 +31,13 @@ def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
 
 
 def test_weights_that_are_divided_are_there_where_other_modules_use_them():
-    """Operators of a block take the weights of layers inside it, without calling these."""
+    """Operators of a block take the weights of layers inside it, without calling these.
+
+    Weights that were not there would differ by a whole step, 1e-3. AdamW's first steps make differences of up to 4e-5
+    from the rounding of gradients near zero, which depends on the CPU.
+    """
     (result,) = parity(2, "3:fp32:divided")
-    assert result["weight"] < 2e-5, result
+    assert result["weight"] < 6e-5, result
     assert result["skipped"] == [False, False, True, False], result
     assert result["owned"] == result["trained"], result
 
