@@ -92,7 +92,7 @@ class TextEncoderConfig(TextTowerConfig):
     # captions repeat, as those of classes do. A caption of 16 tokens of width 384 takes 25 KB in fp32.
     remember: NonNegative = 0
     # The deviation of the noise that training adds to the text's features, in units of each token's root mean square.
-    # Where captions have few different words, a network learns these by heart; with 1 it follows other words better.
+    # It is meant for captions of few different words, which a network would learn by heart.
     noise: NonNegativeFloat = 0.0
 
     @property
