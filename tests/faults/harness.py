@@ -84,8 +84,11 @@ class Job:
         ranks: int,
         death: OwnDeath | None = None,
         roots: Sequence[Path] | None = None,
+        batches: int = 0,
     ) -> None:
-        """roots: for each rank its own folder of runs, as on nodes without a shared file system."""
+        """roots: for each rank its own folder of runs, as on nodes without a shared file system. batches: the number
+        of micro-batches after which the ranks wait to be killed, so that no run is too fast for a test; 0 for none.
+        """
         self.folder = folder
         folder.mkdir(parents=True)
         place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -93,7 +96,7 @@ class Job:
         self.ranks: list[Popen] = []
         for rank in range(ranks):
             dies_before = str(death.operation if death and death.rank == rank else 0)
-            command = [sys.executable, "-m", "tests.faults.rank", str(folder), dies_before, *arguments]
+            command = [sys.executable, "-m", "tests.faults.rank", str(folder), dies_before, str(batches), *arguments]
             command += ["--runs", str(roots[rank])] if roots else []
             own = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with (folder / f"rank-{rank}.txt").open("wb") as output:
@@ -183,9 +186,10 @@ class Run:
         ranks: int = 2,
         death: OwnDeath | None = None,
         roots: Sequence[Path] | None = None,
+        batches: int = 0,
     ) -> Job:
         arguments = ["train", "--config", str(self.config), "--runs", str(self.root), *self.overrides, *overrides]
-        job = Job(self.root / f"{self.name}.jobs" / f"{len(self.jobs):04d}", arguments, ranks, death, roots)
+        job = Job(self.root / f"{self.name}.jobs" / f"{len(self.jobs):04d}", arguments, ranks, death, roots, batches)
         self.jobs.append(job)
         return job
 

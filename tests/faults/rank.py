@@ -1,12 +1,14 @@
 """A rank of a job of the harness: ``dico train``, with what it is given to train on recorded.
 
-``python -m tests.faults.rank FOLDER OPERATION ARGUMENT...``: with an operation above 0, it kills itself before it.
+``python -m tests.faults.rank FOLDER OPERATION BATCHES ARGUMENT...``: with an operation above 0, it kills itself before
+it; with a number of micro-batches above 0, it takes no more of them, and waits to be killed.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from dico_t2i.training import upload
 from dico_t2i.training.ahead import Ahead
 
 
-def main(folder: Path, operation: int, arguments: list[str]) -> None:
+def main(folder: Path, operation: int, batches: int, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     upload._RETRY_WAIT_S = 0.01
-    _record_batches(folder / f"rank-{os.environ['RANK']}.jsonl")
+    _record_batches(folder / f"rank-{os.environ['RANK']}.jsonl", batches)
     if operation:
         config = arguments[arguments.index("--config") + 1]
         name = yaml.safe_load(Path(config).read_text())["name"]
@@ -29,12 +31,17 @@ def main(folder: Path, operation: int, arguments: list[str]) -> None:
     dico(arguments)
 
 
-def _record_batches(record: Path) -> None:
+def _record_batches(record: Path, most: int = 0) -> None:
     take = Ahead.take
+    taken = 0
 
     def recorded(ahead: Ahead[Any, Any]) -> tuple[Any, Any]:
         """What is about to be trained on; more may have been fetched."""
+        nonlocal taken
+        while most and taken == most:
+            time.sleep(0.1)
         batch, inputs = take(ahead)
+        taken += 1
         with record.open("a") as file:
             file.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
         return batch, inputs
@@ -65,4 +72,4 @@ def _die_in_save(checkpoints: Path, operation: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

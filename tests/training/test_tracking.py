@@ -14,7 +14,10 @@ PREVIEW = ("preview.every.steps=6", "preview.prompts=[a red circle]", "preview.s
 
 
 def wandb_records(file):
-    """The records of an offline run: after 7 bytes of header, a log of LevelDB's in blocks of 32 KiB."""
+    """The records of an offline run: after 7 bytes of header, a log of LevelDB's in blocks of 32 KiB.
+
+    The last part of a file that is still written may be cut off; it is not read.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, parts = file.read_bytes(), 7, b""
@@ -25,6 +28,8 @@ def wandb_records(file):
             at += left
             continue
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + length > len(content):
+            return
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
