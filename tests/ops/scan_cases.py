@@ -62,6 +62,7 @@ def main(name: str) -> None:
     found = {
         "attention": attention_errors(module, (2, 20, 1, 8, 20), 1 / 16, single),
         "strong gates": attention_errors(module, (1, 17, 2, 5, 3), 30, single),
+        "strong gates, torch": attention_errors(plain_scans, (1, 17, 2, 5, 3), 30, single),
         "bfloat16 attention": attention_errors(module, (1, 3, 1, 4, 5), 1, half),
         "scan": scan_errors(module, (1, 33, 3, 2), 0, single),
         "large steps": scan_errors(module, (1, 5, 17, 1), 6, single),

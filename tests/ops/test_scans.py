@@ -104,8 +104,10 @@ def test_triton_kernels_through_the_interpreter():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.partition("RESULT")[2])
-    # The gradient of strong gates is wrong by 1.3e-4 on an AMD EPYC, and by less than 1e-4 on an Intel Xeon.
-    limits = {"strong gates": 3e-4, "bfloat16 attention": 2e-2, "bfloat16 scan": 2e-2}
+    # The gradient of gates that are shut is what two sums that are nearly equal leave of each other: rounding counts.
+    rounding = max(found.pop("strong gates, torch").values())
+    limits = {"strong gates": 2 * rounding, "bfloat16 attention": 2e-2, "bfloat16 scan": 2e-2}
+    assert rounding < 2e-4
     for kind, errors in found.items():
         assert max(errors.values()) < limits.get(kind, 5e-6), (kind, errors)
 

@@ -1,4 +1,4 @@
-"""Run under torchrun: the engine at each ZeRO stage against plain optimizers on the whole batch.
+"""Run under torchrun: the engine at each ZeRO stage against plain optimizers in one process.
 
 A case is STAGE:PRECISION, or STAGE:PRECISION:WHAT. WHAT is muon; or adapter for training one alone; or divided for a
 network for text at ZeRO-3 whose parameters are all divided, as large ones are (by default all of these are kept whole);
@@ -69,7 +69,9 @@ def reference(what):
     ema = copy.deepcopy(network)
     for step in range(STEPS):
         network.zero_grad()
-        loss_of(network, *batch(step, what)).backward()
+        # In parts, as the engine sums them: AdamW makes whole steps of gradients near zero, whose sign is rounding.
+        for part in zip(*(tensor.split(MICRO) for tensor in batch(step, what)), strict=True):
+            (loss_of(network, *part) * MICRO / BATCH).backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
         if norm.isfinite():
             for optimizer in optimizers:

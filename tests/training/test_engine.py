@@ -23,20 +23,17 @@ def parity(ranks, *cases):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_stage_trains_as_plain_adamw_and_skips_what_is_not_finite(ranks):
     for result in parity(ranks, "0:fp32", "1:fp32", "2:fp32", "3:fp32"):
-        assert result["weight"] < 2e-5, result
-        assert result["ema"] < 2e-5, result
+        assert result["weight"] < 2e-6, result
+        assert result["ema"] < 2e-6, result
         assert result["skipped"] == [False, False, True, False], result
         assert result["steps"] == 3, result
         assert result["owned"] == PARAMETERS, result
 
 
 def test_weights_that_are_divided_are_there_where_other_modules_use_them():
-    """Operators of a block take the weights of layers inside it, without calling these.
-
-    The limit is that of stage 3 below: the difference is 3e-5 on an AMD EPYC, and less than 2e-5 on an Intel Xeon.
-    """
+    """Operators of a block take the weights of layers inside it, without calling these."""
     (result,) = parity(2, "3:fp32:divided")
-    assert result["weight"] < 6e-5, result
+    assert result["weight"] < 2e-5, result
     assert result["skipped"] == [False, False, True, False], result
     assert result["owned"] == result["trained"], result
 
