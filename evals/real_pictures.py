@@ -1,6 +1,6 @@
 """Does one of the runs on real pictures from end to end: data, training, samples, judges, and a page of the results.
 
-    make real DATA=FOLDER SET=cifar10_t2i
+    make real DATA=FOLDER SET=cifar10_t2i ARGS="--precision bf16"
     python evals/real_pictures.py --data FOLDER --set emoji_t2i train.duration.steps=2000
 
 FOLDER has cifar10/{train,test}.parquet, emoji/emoji.parquet and taef2/{encoder,decoder}.safetensors, as far as the set
@@ -43,7 +43,7 @@ HOLD_OUT = ("--hold-out", "code=0.1", "--hold-out-one-of", "style=flat,3d", "--b
 class Plan:
     """source: the folder of the sets. pictures: how many are judged; free: of words that were never trained.
 
-    precision: of the autoencoder's encoder and of the classifier's training.
+    precision: of the autoencoder's encoder, of the training, and of the classifier's.
     """
 
     source: Path
@@ -78,7 +78,8 @@ class Plan:
         yield self._judge()
 
     def _changes(self) -> list[str]:
-        return [*([f"autoencoder.path={self.source / 'taef2'}"] if self.latents else []), *self.overrides]
+        changes = [f"autoencoder.path={self.source / 'taef2'}"] if self.latents else []
+        return [*changes, f"train.precision={self.precision}", *self.overrides]
 
     def _cifar10_data(self) -> Iterator[Stage]:
         source = ["--data", str(self.source / "cifar10")]
