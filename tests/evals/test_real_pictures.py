@@ -29,6 +29,16 @@ def test_stages_prepare_before_they_train_and_judge_at_the_end(name: str) -> Non
     assert bool(encoded) == ("autoencoder.path=/sets/taef2" in train)
 
 
+@pytest.mark.parametrize("name", real_pictures.SETS)
+def test_one_precision_is_that_of_encoding_training_and_classifier(name: str) -> None:
+    plan = real_pictures.Plan(Path("/sets"), name, 100, 40, (), "bf16")
+    commands = {stage.name: stage.command for stage in plan.stages()}
+    assert "train.precision=bf16" in commands["train"]
+    for stage, command in commands.items():
+        if stage == "classifier" or stage.startswith("encode "):
+            assert command[command.index("bf16") - 1] in ("--dtype", "--precision")
+
+
 @pytest.mark.long
 def test_a_small_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(SYNONYMS)
