@@ -106,17 +106,8 @@ class Sixteen(Workplace):
         """What one process that is left alone is given, by step."""
         folder = self.folder / "alone"
         folder.mkdir()
-        command = [
-            str(self.python),
-            "-m",
-            "tests.faults.rank",
-            str(folder),
-            "0",
-            "0",
-            "train",
-            "--config",
-            str(self.config),
-        ]
+        command = [str(self.python), "-m", "tests.faults.rank", str(folder), "0", "0"]
+        command += ["train", "--config", str(self.config)]
         place = {
             "RANK": "0",
             "LOCAL_RANK": "0",
