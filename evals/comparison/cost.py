@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch._dynamo import config as dynamo
 
 from dico_t2i.config import Config
 from dico_t2i.diffusion import build
@@ -41,6 +40,8 @@ def kept_step_seconds(names: Sequence[str], configs: Sequence[Config], kept: Pat
 
 def step_seconds(configs: Sequence[Config], rounds: int) -> list[float]:
     """The seconds of CPU time of one training step of each config on one thread: medians over the rounds."""
+    from torch._dynamo import config as dynamo  # its import takes a second
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
