@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dico_t2i.models.conditioning import is_token, padding_bias
+from dico_t2i.models.conditioning import Text, apply_linear, is_token, padding_bias, reachable
 from dico_t2i.ops import (
     channel_gate,
     conv3x3,
@@ -119,9 +119,9 @@ class TextProjection(nn.Module):
         self.hidden = nn.Linear(text_dim, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, text_dim) -> (N, T, C)."""
-        hidden = self.hidden(tokens)
+    def forward(self, text: Text) -> Tensor:
+        """Tokens (N, T, text_dim) -> (N, T, C), and the shape (N, k, k, text_dim) of ``reachable`` -> (N, k, k, C)."""
+        hidden = apply_linear(self.hidden, text)
         return (
             gelu_linear(hidden, self.out.weight, self.out.bias)
             if type(self.out) is nn.Linear
@@ -132,7 +132,7 @@ class TextProjection(nn.Module):
 class TextKernel(NamedTuple):
     """The part of a block's text branch that depends only on the tokens and is the same at every timestep."""
 
-    value: Tensor  # (N, T, C), or the keys and values (N, T, 2C) of cross-attention
+    value: Tensor  # (N, T, C), or (N, k, k, C) of ``reachable``, or the keys and values (N, T, 2C) of cross-attention
 
 
 class TextConvolution(nn.Module):
@@ -143,15 +143,19 @@ class TextConvolution(nn.Module):
         self.projection = projection  # None: the stage makes the kernels
         self.size = size
 
-    def kernel(self, text: Tensor) -> TextKernel:
-        return TextKernel(text if self.projection is None else self.projection(text))
+    def kernel(self, text: Text) -> TextKernel:
+        return TextKernel(cast(Tensor, text) if self.projection is None else self.projection(text))
 
-    def forward(self, residual: Residual, text: Tensor | TextKernel) -> Residual:
-        context = (text if isinstance(text, TextKernel) else self.kernel(text)).value
+    def forward(self, residual: Residual, text: Text | TextKernel) -> Residual:
         x, branch, gate, bias = residual
         assert branch is not None
         assert gate is not None
-        return Residual(norm_text_dwconv(x, branch, gate, context, self.size, bias))
+        if isinstance(text, TextKernel):
+            taps = reachable(text.value, self.size, x.shape[1:3])
+        else:
+            taps = self.kernel(reachable(text, self.size, x.shape[1:3])).value
+        size = self.size if taps.ndim == 3 else taps.shape[1]
+        return Residual(norm_text_dwconv(x, branch, gate, taps.flatten(1, -2), size, bias))
 
 
 class CrossAttention(nn.Module):
@@ -203,7 +207,7 @@ class Block(nn.Module):
         self.text = text
         self.ffn = FeedForward(channels, ratio, activation)
 
-    def forward(self, x: Tensor, condition: Tensor, text: Tensor | TextKernel | None = None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, text: Text | TextKernel | None = None) -> Tensor:
         """x (N, H, W, C), condition (N, C) after SiLU, text (N, T, dim) or a TextKernel -> (N, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         residual = self._mix(Residual(x), shift1, scale1, gate1)
@@ -218,7 +222,7 @@ class Block(nn.Module):
         x, normed = residual.norm(shift, scale)
         return Residual(x, self.conv(normed), gate)
 
-    def _add_text(self, residual: Residual, text: Tensor | TextKernel | None) -> Residual:
+    def _add_text(self, residual: Residual, text: Text | TextKernel | None) -> Residual:
         assert self.text is not None
         if isinstance(self.text, TextConvolution):
             return self.text(residual, text)

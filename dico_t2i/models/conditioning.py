@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,58 @@ def padding_bias(tokens: Tensor) -> Tensor:
     return 1e4 * (is_token(tokens)[..., 0].to(tokens.dtype) - 1)
 
 
+class PooledText(NamedTuple):
+    """A text pooled to the taps of a kernel, tap i of which is the mean of all tokens with the weights of row i.
+
+    The two are kept apart for short texts, since a linear layer of a mean is the mean of the layer's results, and there
+    are fewer tokens than taps.
+    """
+
+    tokens: Tensor  # (N, T, width)
+    weights: Tensor  # (N, taps, T), or (N, k, k, T) of ``reachable``; their sums over T are 1
+
+
+Text = Tensor | PooledText  # tokens, or their means
+
+
+def apply_linear(layer: nn.Module, text: Text) -> Tensor:
+    """A linear layer of tokens (N, ..., width), or of a pooled text's taps: (N, ..., D)."""
+    if isinstance(text, Tensor):
+        return layer(text)
+    tokens, weights = text
+    rows = weights.flatten(1, -2)
+    taps = rows @ layer(tokens) if _is_short(tokens, rows.shape[1]) else layer(rows @ tokens)
+    return taps.unflatten(1, weights.shape[1:-1])
+
+
+def _is_short(tokens: Tensor, taps: int) -> bool:
+    """Whether it is less work to take the means of a layer's results than to apply the layer to the means."""
+    _, T, width = tokens.shape
+    return T * (width + taps) < taps * width
+
+
+@overload
+def reachable(text: Tensor, kernel: int, size: Sequence[int]) -> Tensor: ...
+@overload
+def reachable(text: PooledText, kernel: int, size: Sequence[int]) -> PooledText: ...
+def reachable(text: Text, kernel: int, size: Sequence[int]) -> Text:
+    """The tokens of the taps that lead from one pixel of an image of ``size`` (H, W) to another.
+
+    Tokens (N, T, C) are the taps of kernels of kernel x kernel, as in ``text_dwconv``. In an image of 4x4 pixels, only
+    the 7x7 taps in the middle of a 9x9 kernel meet anything but padding, so that the others need not be computed.
+    Returns (N, k, k, C) with the smaller k; or the text itself where every tap can meet a pixel, or which has that
+    shape already.
+    """
+    if isinstance(text, PooledText):
+        return PooledText(text.tokens, reachable(text.weights, kernel, size))
+    side = min(kernel, 2 * max(size) - 1)
+    if text.ndim == 4 or side == kernel:
+        return text
+    repeated = text[:, -1:].expand(-1, kernel**2 - text.shape[1], -1)
+    edge = (kernel - side) // 2
+    return torch.cat((text, repeated), dim=1).unflatten(1, (kernel, kernel))[:, edge:-edge, edge:-edge]
+
+
 class TextInput(nn.Module):
     """Prepares the encoders' tokens for the blocks: one width, a look at their neighbours, and as many as taps.
 
@@ -72,8 +125,8 @@ class TextInput(nn.Module):
         self.layers = nn.ModuleList(TextLayer(tokens_width) for _ in range(layers))
         self.pooling = TextPooling([count for count, _ in sizes], tokens_width, taps, masked) if taps else None
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, widest) -> (N, taps or T, width); padding stays zero."""
+    def forward(self, tokens: Tensor) -> Text:
+        """(N, T, widest) -> (N, T, width), where padding stays zero, or what pools them to the taps."""
         real = is_token(tokens) if self.masked else None
         if self.projections is not None:
             parts = tokens.split([count for count, _ in self.sizes], dim=1)
@@ -129,13 +182,14 @@ class TextPooling(nn.Module):
         with torch.no_grad():
             self.position.copy_(torch.cat(parts, dim=1))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, width) -> (N, taps, width)."""
+    def forward(self, tokens: Tensor) -> Text:
+        """(N, T, width) -> (N, taps, width), or the two factors of that."""
         logits = self.query @ self.key(tokens).transpose(1, 2) / math.sqrt(tokens.shape[-1])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.position
         if self.masked:
             logits = logits + padding_bias(tokens)[:, None]
-        return torch.softmax(logits, dim=-1).to(tokens.dtype) @ tokens
+        weights = torch.softmax(logits, dim=-1).to(tokens.dtype)
+        return PooledText(tokens, weights) if _is_short(tokens, len(self.query)) else weights @ tokens
 
 
 class TextSummary(nn.Module):
@@ -156,12 +210,15 @@ class TextSummary(nn.Module):
     def reset_query(self) -> None:
         nn.init.normal_(self.query, std=QUERY_STD)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, text_dim) -> (N, width): norm(SiLU(mix(norm of what each query gathers)))."""
-        N, T, _ = tokens.shape
-        key, value = self.key_value(tokens).reshape(N, T, 2, -1, self.head_width).permute(2, 0, 3, 1, 4)
-        query = self.query.to(key.dtype).unflatten(1, (-1, self.head_width)).transpose(0, 1).expand(N, -1, -1, -1)
-        mask = padding_bias(tokens)[:, None, None].to(key.dtype) if self.masked else None
+    def forward(self, text: Text) -> Tensor:
+        """Tokens (N, T, text_dim) -> (N, width): norm(SiLU(mix(norm of what each query gathers)))."""
+        both = apply_linear(self.key_value, text)
+        key, value = both.unflatten(2, (2, -1, self.head_width)).permute(2, 0, 3, 1, 4)
+        query = self.query.to(key.dtype).unflatten(1, (-1, self.head_width)).transpose(0, 1)
+        query = query.expand(len(key), -1, -1, -1)
+        mask = None
+        if self.masked and isinstance(text, Tensor):  # the taps of a pooled text are no padding
+            mask = padding_bias(text)[:, None, None].to(key.dtype)
         gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return _normalized(F.silu(self.mix(_normalized(gathered).flatten(1))))
 

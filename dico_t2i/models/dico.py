@@ -1,6 +1,6 @@
 """The network: a U-shape of convolutional blocks at three resolutions (paper, section 3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import cast
@@ -22,7 +22,7 @@ from dico_t2i.models.blocks import (
     TextProjection,
     Upsample,
 )
-from dico_t2i.models.conditioning import TextInput, TextSummary, TimestepEmbedding
+from dico_t2i.models.conditioning import Text, TextInput, TextSummary, TimestepEmbedding, reachable
 from dico_t2i.models.isotropic import PatchHead, PatchStem, Step, in_a_row
 from dico_t2i.models.mixers import ACTIVATIONS, ablated_mixer
 from dico_t2i.models.network import Network
@@ -109,11 +109,11 @@ class DiCo(Network):
     def text_kernels(self, tokens: Tensor) -> TextKernels:
         """The kernels of every block, which depend only on the tokens."""
         super().text_kernels(tokens)
-        tokens = cast(Tensor, self._text(tokens))
-        summary = self._summary(tokens)
+        prepared = cast(Text, self._text(tokens))
+        summary = self._summary(prepared)
         kernels: TextKernels = {} if summary is None else {SUMMARY: (TextKernel(summary),)}
         for stage in STAGES:
-            text = self.stage_text[stage](tokens) if stage in self.stage_text else tokens
+            text = self.stage_text[stage](prepared) if stage in self.stage_text else prepared
             branches = [cast(Block, block).text for block in self._blocks(stage)]
             kernels[stage] = tuple(
                 cast(TextConvolution, b).kernel(text) for b in branches[: 1 if self.stage_text else None]
@@ -130,23 +130,24 @@ class DiCo(Network):
         x = (self._u_shape if self.config.layout == "u" else self._isotropic)(x, c, text)
         return self.head(x, c[self.widths["decoder1"]]).permute(0, 3, 1, 2)
 
-    def _u_shape(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
+    def _u_shape(self, x: Tensor, c: Conditions, text: Text | TextKernels | None) -> Tensor:
         skip1 = self._run("encoder1", x, c, text)
         skip2 = self._run("encoder2", self.down1(skip1), c, text)
         x = self._run("middle", self.down2(skip2), c, text)
         x = self._run("decoder2", self.merge2(torch.cat((self.up2(x), skip2), dim=-1)), c, text)
         return self._run("decoder1", self.merge1(torch.cat((self.up1(x), skip1), dim=-1)), c, text)
 
-    def _isotropic(self, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
-        return in_a_row(x, [step for stage in STAGES for step in self._steps(stage, c, text)], self.merges)
+    def _isotropic(self, x: Tensor, c: Conditions, text: Text | TextKernels | None) -> Tensor:
+        steps = [step for stage in STAGES for step in self._steps(stage, c, text, x.shape[1:3])]
+        return in_a_row(x, steps, self.merges)
 
-    def _text(self, cond: Tensor | TextKernels) -> Tensor | TextKernels | None:
+    def _text(self, cond: Tensor | TextKernels) -> Text | TextKernels | None:
         """The part of the condition that the stages receive: text, or None with class labels."""
         if self.config.condition == "class":
             return None
         return cond if self.text_input is None or isinstance(cond, dict) else self.text_input(cond)
 
-    def _summary(self, text: Tensor | TextKernels | None) -> Tensor | None:
+    def _summary(self, text: Text | TextKernels | None) -> Tensor | None:
         """The summary (N, width) of what ``_text`` returned, or None if the network makes none."""
         if self.text_summary is None:
             return None
@@ -169,17 +170,20 @@ class DiCo(Network):
             conditions[embedded.shape[1]] = F.silu(embedded)
         return conditions
 
-    def _run(self, stage: str, x: Tensor, c: Conditions, text: Tensor | TextKernels | None) -> Tensor:
-        for step in self._steps(stage, c, text):
+    def _run(self, stage: str, x: Tensor, c: Conditions, text: Text | TextKernels | None) -> Tensor:
+        for step in self._steps(stage, c, text, x.shape[1:3]):
             x = step(x)
         return x
 
-    def _steps(self, stage: str, c: Conditions, text: Tensor | TextKernels | None) -> Iterator[Step]:
-        """The blocks of a stage, each bound to all its inputs except x."""
+    def _steps(self, stage: str, c: Conditions, text: Text | TextKernels | None, size: Sequence[int]) -> Iterator[Step]:
+        """The blocks of a stage, each bound to all its inputs except x, which has ``size`` (H, W)."""
+        texts: tuple[Text | TextKernel | None, ...]
         if isinstance(text, dict):
-            texts: tuple[Tensor | TextKernel | None, ...] = text[stage]
+            texts = text[stage]
+        elif text is not None and stage in self.stage_text:
+            texts = (self.stage_text[stage](reachable(text, self.config.text_kernel, size)),)
         else:
-            texts = (self.stage_text[stage](text) if stage in self.stage_text else text,)
+            texts = (text,)
         recompute = self.training and stage in self.config.checkpoint_stages
         for block, each in zip(self._blocks(stage), cycle(texts), strict=False):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -210,7 +214,7 @@ def _stage(config: DiCoConfig, width: int, depth: int) -> nn.ModuleList:
     )
 
 
-def _apply(block: Callable[..., Tensor], condition: Tensor, text: Tensor | TextKernel | None, x: Tensor) -> Tensor:
+def _apply(block: Callable[..., Tensor], condition: Tensor, text: Text | TextKernel | None, x: Tensor) -> Tensor:
     return block(x, condition, text)
 
 

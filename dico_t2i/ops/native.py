@@ -25,7 +25,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("operators.c", "scans.c")
 HEADER = Path(__file__).with_name("lanes.h")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 NORM_EPS = 1e-6
-TEXT_KERNELS = (5, 7, 9, 11)  # the sizes that operators.c implements
+TEXT_KERNELS = (3, 5, 7, 9, 11)  # the sizes that operators.c implements
 
 logger = logging.getLogger(__name__)
 

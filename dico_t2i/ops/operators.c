@@ -359,6 +359,7 @@ inlined vec correlate_all(float *out, const float *base, const vec *tile, const 
 static void correlate_text(float *out, const float *base, const vec *tile, const vec *taps, size H, size W, size C,
                            size lanes, size K) {
     switch (K) {
+    case 3: correlate_all(out, base, tile, taps, H, W, C, lanes, 3); break;
     case 5: correlate_all(out, base, tile, taps, H, W, C, lanes, 5); break;
     case 7: correlate_all(out, base, tile, taps, H, W, C, lanes, 7); break;
     case 9: correlate_all(out, base, tile, taps, H, W, C, lanes, 9); break;
@@ -369,6 +370,7 @@ static void correlate_text(float *out, const float *base, const vec *tile, const
 static void correlate_text_taps(vec *out, const vec *tile, const vec *grad, size H, size W, size stride, size K) {
     for (size i = 0; i < K; i++)
         switch (K) {
+        case 3: correlate_taps(out + 3 * i, tile, grad, i, H, W, stride, 3); break;
         case 5: correlate_taps(out + 5 * i, tile, grad, i, H, W, stride, 5); break;
         case 7: correlate_taps(out + 7 * i, tile, grad, i, H, W, stride, 7); break;
         case 9: correlate_taps(out + 9 * i, tile, grad, i, H, W, stride, 9); break;
@@ -384,8 +386,8 @@ static void load_tokens(vec *taps, const float *context, size T, size C, size la
     }
 }
 
-/* context (N, T, C): token k is tap k of the K x K kernels; the last token is repeated for all later taps. K is 5, 7, 9
-   or 11. base (N, H, W, C) is added, if it is there. */
+/* context (N, T, C): token k is tap k of the K x K kernels; the last token is repeated for all later taps. K is 3,
+   5, 7, 9 or 11. base (N, H, W, C) is added, if it is there. */
 int text_forward(const float *x, const float *context, const float *base, float *out, size N, size H, size W, size C, size T, size K,
                  size threads) {
     const size groups = (C + LANES - 1) / LANES, area = H * tile_stride(W, K / 2);

@@ -6,9 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dico_t2i.models import DiCo, DiCoConfig, count_macs
+from dico_t2i.models import DiCo, DiCoConfig, blocks, count_macs, dico
 from dico_t2i.models.blocks import CrossAttention
-from dico_t2i.models.conditioning import TextInput, TextPooling
+from dico_t2i.models.conditioning import PooledText, TextInput, TextPooling, apply_linear, reachable
+from dico_t2i.ops import text_dwconv
 from tests.models.test_dico import SMALL, randomized
 
 POOLED = {"text_pooling": "attention"}
@@ -90,6 +91,11 @@ def pooling(counts=(5, 8), width=6, taps=25, masked=False):
     return made
 
 
+def taps(text):
+    """The taps (N, taps, width) of a text that was pooled."""
+    return text if isinstance(text, torch.Tensor) else text.weights @ text.tokens
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_pooling_is_its_formula(masked):
     module = pooling(masked=masked)
@@ -104,14 +110,69 @@ def test_pooling_is_its_formula(masked):
             total = sum(math.exp(logit) for logit in logits)
             for t, logit in enumerate(logits):
                 expected[n, i] += math.exp(logit) / total * tokens[n, t]
-    torch.testing.assert_close(module(tokens), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(taps(module(tokens)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_poolings_gradients_are_those_of_finite_differences():
     module = pooling(taps=9)
     tokens = torch.randn(1, 13, 6, dtype=torch.float64, requires_grad=True)
     parameters = tuple(module.parameters())
-    assert torch.autograd.gradcheck(lambda *a: module(a[0]), (tokens, *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *a: taps(module(a[0])), (tokens, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2, 3)], ids=str)
+@pytest.mark.parametrize(("count", "factors"), [(4, True), (24, True), (77, False), (90, False)])
+def test_a_linear_layer_of_a_pooled_text_is_that_of_its_taps(count, factors, size):
+    """Whether the layer comes before the mean or after it, which depends on the numbers of tokens and taps."""
+    torch.manual_seed(0)
+    layer, tokens = torch.nn.Linear(40, 5).double(), torch.randn(2, count, 40, dtype=torch.float64)
+    text = pooling(counts=(count,), width=40, taps=81)(tokens)
+    assert isinstance(text, PooledText) == factors
+    expected = reachable(layer(taps(text)), 9, size)
+    torch.testing.assert_close(apply_linear(layer, reachable(text, 9, size)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 3), (4, 2), (4, 4), (5, 1), (8, 8)], ids=str)
+@pytest.mark.parametrize("kernel", [5, 9])
+@pytest.mark.parametrize("count", [1, 7, 20, 25])
+def test_taps_that_meet_nothing_but_padding_are_left_out(count, kernel, size):
+    """And no other: without the outermost of those that stay, the result is another one."""
+    torch.manual_seed(0)
+    x, tokens = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(2, count, 3, dtype=torch.float64)
+    expected = text_dwconv(x, tokens, kernel)
+    kept = reachable(tokens, kernel, size)
+    if 2 * max(size) - 1 >= kernel:
+        assert kept is tokens
+        return
+    side = kept.shape[1]
+    assert side == 2 * max(size) - 1
+    torch.testing.assert_close(text_dwconv(x, kept.flatten(1, 2), side), expected, rtol=1e-12, atol=1e-12)
+    if side > 1:
+        fewer = kept[:, 1:-1, 1:-1].flatten(1, 2)
+        assert (text_dwconv(x, fewer, side - 2) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("switches", [{}, {"text_projection": "stage"}, {"layout": "isotropic"}], ids=str)
+@pytest.mark.parametrize("pooled", [{}, {"text_pooling": "attention"}], ids=["tokens", "pooled"])
+def test_a_network_computes_all_taps_that_count(switches, pooled, monkeypatch):
+    """On latents of 8x8, 4x4 and 2x2 its output and gradients are those with all 81 taps."""
+    config = DiCoConfig(**SMALL, condition="text", text_dim=12, text_tokens=8, **pooled, **switches)
+    model = randomized(config).double()
+    x, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([3, 800])
+    tokens = torch.randn(2, 8, 12, dtype=torch.float64)
+
+    def found():
+        model.zero_grad()
+        out = model(x, t, tokens)
+        out.square().mean().backward()
+        return [out.detach(), model(x, t, model.text_kernels(tokens)), *(p.grad for p in model.parameters())]
+
+    with monkeypatch.context() as patched:
+        for module in (blocks, dico):
+            patched.setattr(module, "reachable", lambda text, kernel, size: text)
+        expected = found()
+    for mine, all_taps in zip(found(), expected, strict=True):
+        torch.testing.assert_close(mine, all_taps, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [5, 7, 9, 11])
