@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SINUSOID_DIM = 256
+SMALLEST = 3  # side of the text kernels that the operators are written for
 REACH = 9  # tokens that a convolution along the text sees
 HEAD_WIDTH = 16  # in the attention of a text's summary
 QUERY_STD = 2.0  # of its logits at first, with tokens of unit variance: every head begins with a few kinds of words
@@ -98,7 +99,7 @@ def reachable(text: Text, kernel: int, size: Sequence[int]) -> Text:
     """
     if isinstance(text, PooledText):
         return PooledText(text.tokens, reachable(text.weights, kernel, size))
-    side = min(kernel, 2 * max(size) - 1)
+    side = min(kernel, max(SMALLEST, 2 * max(size) - 1))
     if text.ndim == 4 or side == kernel:
         return text
     repeated = text[:, -1:].expand(-1, kernel**2 - text.shape[1], -1)

@@ -145,9 +145,9 @@ def test_taps_that_meet_nothing_but_padding_are_left_out(count, kernel, size):
         assert kept is tokens
         return
     side = kept.shape[1]
-    assert side == 2 * max(size) - 1
+    assert side == max(3, 2 * max(size) - 1)
     torch.testing.assert_close(text_dwconv(x, kept.flatten(1, 2), side), expected, rtol=1e-12, atol=1e-12)
-    if side > 1:
+    if max(size) > 1:
         fewer = kept[:, 1:-1, 1:-1].flatten(1, 2)
         assert (text_dwconv(x, fewer, side - 2) - expected).abs().max() > 1e-3
 

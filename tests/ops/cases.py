@@ -111,6 +111,7 @@ def main(name: str, long: bool) -> None:
         "bfloat16": errors(module, (1, 5, 7, 70), torch.bfloat16, tokens=()),
         "text": errors(module, (1, 3, 2, 70), torch.float32, tokens=(77,)),
         "parts": errors(module, (1, 17, 5, 40), torch.float32, tokens=()),
+        "text 3": text_errors(module, (1, 2, 2, 70), torch.float32, (9,), 3),
         "text 5": text_errors(module, (1, 3, 2, 70), torch.float32, (25,), 5),
         "products": product_errors(module, 5, 48, 80),
     }
