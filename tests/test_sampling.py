@@ -66,7 +66,7 @@ def test_a_whole_sampling_is_the_one_that_makes_kernels_at_each_step(fusion):
     pipe = pipeline(**fusion)
     cond, null = pipe.conditioner.of_prompts(PROMPTS), pipe.conditioner.null(len(PROMPTS))
     prepared, prepared_null = pipe._conditioning(PROMPTS), pipe._prepared(pipe.conditioner.null(1))
-    noise = torch.randn(len(PROMPTS), 3, 8, 8)
+    noise = torch.randn(len(PROMPTS), 3, 20, 20)  # where every tap meets a pixel
     plain, cached = (
         sample(pipe.config.diffusion, SAMPLER, guided(pipe.model, c, u, 2.0), noise, lambda k: noise, True)
         for c, u in ((cond, null), (prepared, prepared_null))
