@@ -104,7 +104,8 @@ def reachable(text: Text, kernel: int, size: Sequence[int]) -> Text:
         return text
     repeated = text[:, -1:].expand(-1, kernel**2 - text.shape[1], -1)
     edge = (kernel - side) // 2
-    return torch.cat((text, repeated), dim=1).unflatten(1, (kernel, kernel))[:, edge:-edge, edge:-edge]
+    taps = torch.cat((text, repeated), dim=1).unflatten(1, (kernel, kernel))
+    return taps[:, edge:-edge, edge:-edge].contiguous()  # otherwise a linear layer adds its bias in a second pass
 
 
 class TextInput(nn.Module):
